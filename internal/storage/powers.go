@@ -1,0 +1,51 @@
+package storage
+
+import (
+	"context"
+	"iter"
+)
+
+// Resizer changes the size of a volume. Growth reads as zero; what a shrink
+// cuts off is gone.
+type Resizer interface {
+	Resize(ctx context.Context, id ID, size int64) (Info, error)
+}
+
+// Reverter replaces the contents of volume id by those of volume to, keeping
+// the identity of id. Open Live volumes of id see the new contents.
+type Reverter interface {
+	Revert(ctx context.Context, id, to ID) error
+}
+
+// GroupSnapshotter snapshots several volumes at one instant, all or none.
+type GroupSnapshotter interface {
+	SnapshotGroup(ctx context.Context, ds []Derived) ([]Info, error)
+}
+
+// Differ yields, in ascending order from byte off on, the ranges of to in
+// which to may differ from from; a Hole extent reads as zero in to. Both are
+// open volumes of this repo, related or not; ranges behind the end of from
+// count as zero there. The end of to is the end of the sequence. Bounded
+// memory; a caller may stop at any time and continue at the end of the last
+// extent it got.
+type Differ interface {
+	Diff(ctx context.Context, from, to Volume, off int64) iter.Seq2[Extent, error]
+}
+
+// Attributer replaces the attribute blob of a volume.
+type Attributer interface {
+	SetAttrs(ctx context.Context, id ID, attrs []byte) error
+}
+
+// Checker verifies the whole repo while it is in use and reports every
+// problem it finds; an error means the check itself could not go on.
+type Checker interface {
+	Check(ctx context.Context) iter.Seq2[Problem, error]
+}
+
+// Problem is something a check found.
+type Problem struct {
+	Volume ID    // "" when it concerns the repo
+	Off    int64 // bytes into the volume
+	Detail string
+}

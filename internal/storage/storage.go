@@ -1,0 +1,207 @@
+// Package storage is the contract between the XenAPI layer and whatever keeps
+// the bytes of disks. A driver implements [Repo] and [Volume]; what it can do
+// beyond that it says by implementing the one-method interfaces of powers.go,
+// from which [Features] derives what clients are told. Nothing here knows
+// sessions, tasks, VDIs or references.
+//
+// # Life of a volume
+//
+// A volume is named by an [ID] that the caller chose (a lower-case UUID), so
+// a creation that is repeated after a crash is recognised rather than
+// doubled. Create, Snapshot and Clone return after the new volume is durable;
+// Delete returns after the name is durably gone. Space comes back
+// afterwards, in the background, without anybody's help.
+//
+// A snapshot and a clone never copy data. Volumes are independent for their
+// users: any one may be deleted at any time, whatever was derived from it.
+//
+// # Open volumes
+//
+// [Repo.Open] may be called any number of times for the same volume. A
+// Volume opened with [Live] sees every write; one opened with [Pinned] sees
+// the contents of the instant it was opened, for as long as it stays open,
+// even after the volume is written, reverted or deleted. Volumes are safe for
+// concurrent use. Closing a Repo fails every later call on its volumes with
+// [ErrClosed].
+//
+// # Durability
+//
+// A write is visible to other readers of the volume when it returns, and
+// durable after the next successful [Volume.Flush] on the same volume.
+// Create, Snapshot, Clone, Revert, Resize, SetAttrs and Delete are durable when
+// they return. A snapshot contains every write that returned before it was
+// called, flushed or not.
+//
+// # Cancellation
+//
+// A cancelled context makes a call return early with the context's cause. A
+// mutating call is then either done completely or not at all; which of the
+// two Stat tells.
+package storage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+)
+
+// ID names a volume inside one Repo: a lower-case UUID chosen by the caller.
+type ID string
+
+// MaxAttrs is the largest attribute blob of a volume, in bytes.
+const MaxAttrs = 64 << 10
+
+// Spec describes a volume to create.
+type Spec struct {
+	ID    ID
+	Size  int64  // bytes, a multiple of 4096; contents are zero
+	Attrs []byte // opaque to drivers, at most MaxAttrs
+}
+
+// Derived names what a snapshot or clone makes.
+type Derived struct {
+	Source ID
+	ID     ID
+	Attrs  []byte
+}
+
+// Info is what a driver knows about a volume.
+type Info struct {
+	ID       ID
+	Size     int64 // bytes
+	ReadOnly bool  // a snapshot: never writable
+	Parent   ID    // the volume its contents descend from, "" when none
+	Used     int64 // bytes of data it maps, shared or not
+	Attrs    []byte
+}
+
+// Usage is the space of a Repo, in bytes.
+type Usage struct {
+	Total int64 // what the repo may grow to
+	Used  int64 // occupied, metadata included
+	Free  int64 // what new data may take now
+}
+
+// Mode says how a volume is opened.
+type Mode int
+
+const (
+	// Live reads and writes the volume itself; a read-only volume opened
+	// Live refuses writes with ErrReadOnly.
+	Live Mode = iota
+	// Pinned reads the contents of the instant of Open, for ever.
+	Pinned
+)
+
+// Repo is one storage repository. It is safe for concurrent use; no method
+// holds another up for longer than a metadata commit takes.
+type Repo interface {
+	// Create makes a zero-filled writable volume. ErrExists when the ID is
+	// taken, ErrInvalid for a bad size, a *SpaceError when there is no room.
+	Create(ctx context.Context, spec Spec) (Info, error)
+
+	// Stat describes one volume; ErrNotFound when there is none.
+	Stat(ctx context.Context, id ID) (Info, error)
+
+	// List yields every volume in the order of their IDs. Volumes created or
+	// deleted meanwhile may or may not be seen.
+	List(ctx context.Context) iter.Seq2[Info, error]
+
+	// Open opens a volume. See Mode.
+	Open(ctx context.Context, id ID, m Mode) (Volume, error)
+
+	// Snapshot makes a read-only volume with the contents of d.Source as
+	// they are at one instant during the call.
+	Snapshot(ctx context.Context, d Derived) (Info, error)
+
+	// Clone makes a writable volume with the contents of d.Source.
+	Clone(ctx context.Context, d Derived) (Info, error)
+
+	// Delete removes the name at once. Pinned volumes stay readable until
+	// closed; Live ones fail with ErrNotFound from now on. ErrNotFound when
+	// there is none.
+	Delete(ctx context.Context, id ID) error
+
+	// Usage tells the space of the repo.
+	Usage(ctx context.Context) (Usage, error)
+
+	// Close flushes everything and releases the repo.
+	Close() error
+}
+
+// Volume is an open volume. Offsets and lengths are bytes and need no
+// alignment.
+type Volume interface {
+	// Size returns the size in bytes.
+	Size() int64
+
+	// ReadAt fills p from off. A read that goes past the end returns io.EOF
+	// with what there was, as io.ReaderAt says. Bytes are verified: an
+	// error matching ErrCorrupt instead of wrong data.
+	ReadAt(p []byte, off int64) (int, error)
+
+	// WriteAt stores p at off. Past the end nothing is written and the
+	// error matches ErrInvalid.
+	WriteAt(p []byte, off int64) (int, error)
+
+	// Zero makes [off, off+n) read as zero and gives its space back.
+	Zero(ctx context.Context, off, n int64) error
+
+	// Flush makes every write that returned before it durable.
+	Flush(ctx context.Context) error
+
+	// Extents describes [off, off+n) as adjoining extents in ascending order:
+	// Data where there may be data, Hole where all is known to be zero.
+	Extents(ctx context.Context, off, n int64) iter.Seq2[Extent, error]
+
+	// Close releases the volume; it does not flush.
+	Close() error
+}
+
+// Extent is a range of a volume.
+type Extent struct {
+	Off, Len int64 // bytes
+	Hole     bool  // reads as zero
+}
+
+// End returns the first byte behind the extent.
+func (e Extent) End() int64 { return e.Off + e.Len }
+
+// Errors that drivers return, wrapped with what was being done.
+var (
+	ErrNotFound     = errors.New("no such volume")
+	ErrExists       = errors.New("volume exists")
+	ErrInvalid      = errors.New("invalid argument")
+	ErrReadOnly     = errors.New("volume is read-only")
+	ErrRepoReadOnly = errors.New("repository has become read-only after a failure")
+	ErrClosed       = errors.New("closed")
+	ErrCorrupt      = errors.New("stored data is damaged")
+	ErrNoSpace      = errors.New("no space left in the repository")
+	ErrLocked       = errors.New("repository is in use by another process")
+)
+
+// SpaceError says how much room was missing. It matches ErrNoSpace.
+type SpaceError struct {
+	Needed, Free int64 // bytes
+}
+
+func (e *SpaceError) Error() string {
+	return fmt.Sprintf("%v: %d bytes needed, %d free", ErrNoSpace, e.Needed, e.Free)
+}
+
+func (e *SpaceError) Is(target error) bool { return target == ErrNoSpace }
+
+// CorruptError says which bytes of which volume cannot be had. It matches
+// ErrCorrupt.
+type CorruptError struct {
+	Volume ID
+	Off    int64 // bytes into the volume
+	Detail string
+}
+
+func (e *CorruptError) Error() string {
+	return fmt.Sprintf("%v: volume %s at byte %d: %s", ErrCorrupt, e.Volume, e.Off, e.Detail)
+}
+
+func (e *CorruptError) Is(target error) bool { return target == ErrCorrupt }

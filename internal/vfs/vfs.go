@@ -1,0 +1,90 @@
+// Package vfs is the file seam of the storage engine: the few file operations
+// a store needs, behind two small interfaces, so that the same engine code
+// runs on a real directory, in memory, under injected errors and through
+// simulated power cuts.
+//
+// An [FS] is rooted in one directory and knows only plain file names. A
+// [File] is addressed by absolute offsets; nothing in this package has a
+// cursor. Durability has exactly two verbs: [File.Datasync] makes a file's
+// contents and size durable, [FS.SyncDir] makes creations, removals and
+// renames durable. Everything not covered by one of them may be lost, kept or
+// torn at 512-byte granularity by a crash, in any order, per file.
+//
+// Implementations: [Dir] (a real directory), [Mem] (memory, with crash
+// clones), and the wrappers [Inject] (errors) and [Trace] (the sequence of
+// calls, for tests that pin the order of syncs).
+package vfs
+
+import (
+	"errors"
+	"io"
+)
+
+// ErrLocked is returned by [FS.Lock] when another owner holds the lock.
+var ErrLocked = errors.New("vfs: directory is locked by another process")
+
+// FS is one directory of plain files. It is safe for concurrent use.
+type FS interface {
+	// Create makes a new, empty file open for reading and writing. It fails
+	// with an error matching fs.ErrExist when the name is taken.
+	Create(name string) (File, error)
+
+	// Open opens an existing file for reading and writing. A missing file
+	// is an error matching fs.ErrNotExist.
+	Open(name string) (File, error)
+
+	// Remove deletes a name. Open files stay usable.
+	Remove(name string) error
+
+	// Rename replaces newName by oldName atomically.
+	Rename(oldName, newName string) error
+
+	// List returns the names in the directory, sorted.
+	List() ([]string, error)
+
+	// SyncDir makes every create, remove and rename that returned before it
+	// durable.
+	SyncDir() error
+
+	// Lock takes the exclusive lock of the directory without waiting, or
+	// fails with [ErrLocked]. Closing the result releases it; so does the
+	// death of the process.
+	Lock() (io.Closer, error)
+}
+
+// File is an open file. Reads and writes may run concurrently; writes that
+// overlap each other are the caller's to order.
+type File interface {
+	io.ReaderAt
+	io.WriterAt
+	io.Closer
+
+	// Size returns the current length in bytes.
+	Size() (int64, error)
+
+	// Truncate sets the length in bytes; growth reads as zero.
+	Truncate(size int64) error
+
+	// Allocate reserves host space for [off, off+n) and grows the file to
+	// cover it, so that later writes there cannot fail for lack of space.
+	// It fails with an error matching syscall.ENOSPC or syscall.EDQUOT when
+	// the host is full, and leaves the file usable as it was.
+	Allocate(off, n int64) error
+
+	// PunchHole gives the host space of [off, off+n) back; the range reads
+	// as zero and the size stays. Where the host cannot, it is a no-op.
+	PunchHole(off, n int64) error
+
+	// Datasync makes the contents and size durable. After an error nothing
+	// is known about any write since the last success: the caller must not
+	// retry and must stop trusting the file.
+	Datasync() error
+
+	// WriteBehind asks the host to start writing [off, off+n) back, without
+	// waiting and without any promise. It keeps a later Datasync short.
+	WriteBehind(off, n int64)
+
+	// Evict drops the clean cached pages of the file, so that the next read
+	// shows what the device has. It is advice on a real file.
+	Evict()
+}
