@@ -1,0 +1,49 @@
+# Coppice. `make demo` shows it working, `make test` proves it.
+# Everything also works with plain `go build ./...` and `go test ./...`.
+
+SHELL := /bin/bash
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+TOOL := go tool -modfile=tools/go.mod
+PKGS := ./...
+
+.PHONY: build demo test race lint fuzz bench generate ci clean
+
+build: ## static bin/coppice and bin/xe
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/coppice ./cmd/coppice
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/xe ./cmd/xe
+
+demo: build ## back a 24 GiB disk up incrementally, restore it, prove it (STOP=1: stop the server at the end)
+	@scripts/need qemu-img:qemu-utils mke2fs:e2fsprogs
+	@STOP=$(STOP) scripts/demo
+
+test: ## install the test tools, run every test
+	@scripts/need qemu-img:qemu-utils mke2fs:e2fsprogs vhdiinfo:libvhdi-utils
+	go test -timeout 20m $(PKGS)
+
+race: ## every test under the race detector, with the self-checks of the invariants tag
+	go test -race -tags invariants -timeout 30m $(PKGS)
+
+lint: ## vet, staticcheck, errcheck, gofumpt, modernizers
+	go vet $(PKGS)
+	go vet -tags invariants $(PKGS)
+	$(TOOL) staticcheck $(PKGS)
+	$(TOOL) errcheck -exclude tools/errcheck.txt $(PKGS)
+	@out="$$($(TOOL) gofumpt -l $$(git ls-files '*.go'))"; test -z "$$out" || { echo "gofumpt would change:"; echo "$$out"; exit 1; }
+	@out="$$(go fix -diff $(PKGS))"; test -z "$$out" || { echo "go fix would change:"; echo "$$out"; exit 1; }
+
+fuzz: ## every fuzz target for FUZZTIME (default 60s)
+	scripts/fuzz $(or $(FUZZTIME),60s)
+
+bench: build ## side by side with qemu-img and the limit of the machine; prints a table
+	@scripts/need qemu-img:qemu-utils
+	go run ./bench
+
+generate: ## regenerate code and documents from the datamodel
+	go generate ./...
+
+ci:
+	.ci/run
+
+clean:
+	rm -rf bin demo
