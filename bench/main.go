@@ -1,0 +1,94 @@
+// Bench measures Coppice side by side with the tools a user would pick
+// instead, in one run and on one file system, and prints a table of medians
+// and ratios.
+//
+// Every comparison alternates its contestants (A, B, C, A, B, C, …), so that
+// a machine whose speed drifts slows all of them down alike; the ratio is the
+// median of the ratios of the rounds, not the ratio of two medians. The
+// contestants:
+//
+//   - coppice: the real binary, started on a fresh directory, driven over
+//     loopback HTTP by the same client as the limit;
+//   - qemu-img: the whole process, as its user would wait for it;
+//   - cp: the whole process, copying the same number of bytes;
+//   - limit: a do-nothing HTTP server on loopback that reads (or writes) the
+//     same bytes, takes the CRC32C of each 4 KiB and does nothing else. It is
+//     what any server that verifies its data could reach here.
+//
+// Usage: go run ./bench [-rounds N] [-dir DIR] [-only REGEXP]; it needs
+// bin/coppice (make build) and qemu-img.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"runtime"
+)
+
+// config is what the flags say.
+type config struct {
+	rounds  int
+	dir     string
+	binary  string
+	only    *regexp.Regexp
+	keep    bool
+	scratch string // a directory of this run, below dir
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	if err := run(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context) (err error) {
+	var cfg config
+	only := flag.String("only", "", "run only the sections whose name matches this `regexp`")
+	flag.IntVar(&cfg.rounds, "rounds", 5, "measured rounds of each comparison, after one that is not counted")
+	flag.StringVar(&cfg.dir, "dir", os.TempDir(), "where the store and the image files are put")
+	flag.StringVar(&cfg.binary, "coppice", "bin/coppice", "the server binary")
+	flag.Parse()
+	if cfg.only, err = regexp.Compile(*only); err != nil {
+		return err
+	}
+	if cfg.binary, err = filepath.Abs(cfg.binary); err != nil {
+		return err
+	}
+	if cfg.scratch, err = os.MkdirTemp(cfg.dir, "coppice-bench-"); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(cfg.scratch)) }()
+
+	srv, err := startServer(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, srv.stop()) }()
+
+	fmt.Printf("%d CPUs, %s, %d rounds, files in %s\n", runtime.NumCPU(), runtime.Version(), cfg.rounds, cfg.dir)
+	for _, s := range []struct {
+		name string
+		run  func(context.Context, config, *server) error
+	}{
+		{"vhd", benchVHD},
+		{"delta", benchDelta},
+		{"snapshot", benchSnapshot},
+	} {
+		if !cfg.only.MatchString(s.name) {
+			continue
+		}
+		if err := s.run(ctx, cfg, srv); err != nil {
+			return fmt.Errorf("%s: %w", s.name, err)
+		}
+	}
+	return nil
+}
