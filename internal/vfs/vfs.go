@@ -8,11 +8,21 @@
 // cursor. Durability has exactly two verbs: [File.Datasync] makes a file's
 // contents and size durable, [FS.SyncDir] makes creations, removals and
 // renames durable. Everything not covered by one of them may be lost, kept or
-// torn at 512-byte granularity by a crash, in any order, per file.
+// torn at 512-byte granularity by a crash, in any order, per file. The death
+// of the process alone loses nothing that was written, but makes nothing
+// durable either.
 //
 // Implementations: [Dir] (a real directory), [Mem] (memory, with crash
 // clones), and the wrappers [Inject] (errors) and [Trace] (the sequence of
-// calls, for tests that pin the order of syncs).
+// calls, for tests that pin the order of syncs). Errors are *fs.PathError, so
+// errors.Is finds fs.ErrNotExist, syscall.ENOSPC and the like in them. A test
+// of crash safety is a loop:
+//
+//	m := vfs.NewMem(0)
+//	// work on m, remember what was synced; then, at any point
+//	for c := range m.Crashes() { // or m.Crash(rng.IntN), or m.Kill()
+//		// open a store on c and compare
+//	}
 package vfs
 
 import (
@@ -23,7 +33,8 @@ import (
 // ErrLocked is returned by [FS.Lock] when another owner holds the lock.
 var ErrLocked = errors.New("vfs: directory is locked by another process")
 
-// FS is one directory of plain files. It is safe for concurrent use.
+// FS is one directory of plain files. It is safe for concurrent use. A name
+// that is no plain file name, or is LOCK, is an error matching fs.ErrInvalid.
 type FS interface {
 	// Create makes a new, empty file open for reading and writing. It fails
 	// with an error matching fs.ErrExist when the name is taken.
@@ -53,7 +64,9 @@ type FS interface {
 }
 
 // File is an open file. Reads and writes may run concurrently; writes that
-// overlap each other are the caller's to order.
+// overlap each other, and changes of the size, are the caller's to order.
+// After Close all methods fail with
+// an error matching fs.ErrClosed.
 type File interface {
 	io.ReaderAt
 	io.WriterAt
@@ -72,7 +85,8 @@ type File interface {
 	Allocate(off, n int64) error
 
 	// PunchHole gives the host space of [off, off+n) back; the range reads
-	// as zero and the size stays. Where the host cannot, it is a no-op.
+	// as zero and the size stays. Where the host cannot, it is a no-op and
+	// the range keeps what it had.
 	PunchHole(off, n int64) error
 
 	// Datasync makes the contents and size durable. After an error nothing
