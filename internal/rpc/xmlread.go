@@ -1,0 +1,522 @@
+package rpc
+
+import (
+	"bytes"
+	"encoding/base64"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+)
+
+// parseXMLCall reads a <methodCall>.
+func parseXMLCall(b []byte) (*Request, error) {
+	p := newXMLParser(b)
+	req := &Request{Dialect: XMLRPC}
+	p.prolog()
+	p.open("methodCall")
+	p.open("methodName")
+	if req.Method = strings.TrimSpace(p.text()); req.Method == "" {
+		p.fail("empty method name")
+	}
+	p.close("methodName")
+	if p.peekOpen("params") {
+		req.Params = p.params()
+	}
+	p.close("methodCall")
+	p.epilog()
+	if p.err != nil {
+		return nil, p.err
+	}
+	if p.badText != nil {
+		return req, &EncodingError{Value: *p.badText}
+	}
+	return req, nil
+}
+
+// parseXMLResponse reads a <methodResponse> and takes the result out of it.
+func parseXMLResponse(b []byte) (any, error) {
+	p := newXMLParser(b)
+	p.prolog()
+	p.open("methodResponse")
+	var v any
+	isFault := p.peekOpen("fault")
+	if isFault {
+		p.open("fault")
+		v = p.value(0)
+		p.close("fault")
+	} else if params := p.params(); len(params) == 1 {
+		v = params[0]
+	} else {
+		p.fail("response without exactly one value")
+	}
+	p.close("methodResponse")
+	p.epilog()
+	switch {
+	case p.err != nil:
+		return nil, p.err
+	case isFault:
+		m, _ := v.(map[string]any)
+		text, _ := m["faultString"].(string)
+		return nil, &Fault{Code: "Fault", Params: []string{text}}
+	}
+	return statusResult(v)
+}
+
+// ParseXMLValue reads the text of one <value>, as made by [XMLValue].
+func ParseXMLValue(s string) (any, error) {
+	p := newXMLParser([]byte(s))
+	v := p.value(0)
+	p.epilog()
+	if p.err != nil {
+		return nil, p.err
+	}
+	return v, nil
+}
+
+// xmlParser reads the subset of XML that XML-RPC needs: elements, text,
+// character references, the five predefined entities, CDATA, comments and
+// processing instructions. Attributes are skipped. Document type
+// declarations are refused, and with them every entity that could expand.
+//
+// The first error sticks; after it every method is harmless and returns zero values.
+type xmlParser struct {
+	b         []byte
+	i         int
+	err       error
+	checkUTF8 bool    // b as a whole is not UTF-8
+	badText   *string // the first string that is not UTF-8
+}
+
+func newXMLParser(b []byte) *xmlParser {
+	return &xmlParser{b: b, checkUTF8: !utf8.Valid(b)}
+}
+
+func (p *xmlParser) fail(msg string) {
+	if p.err == nil {
+		p.err = &SyntaxError{Offset: int64(p.i), Msg: msg}
+		p.i = len(p.b)
+	}
+}
+
+func (p *xmlParser) has(prefix string) bool {
+	return len(p.b)-p.i >= len(prefix) && string(p.b[p.i:p.i+len(prefix)]) == prefix
+}
+
+func isSpace(c byte) bool { return c == ' ' || c == '\t' || c == '\n' || c == '\r' }
+
+// through moves past the next occurrence of end and returns what lay before it.
+func (p *xmlParser) through(end string) []byte {
+	n := bytes.Index(p.b[p.i:], []byte(end))
+	if n < 0 {
+		p.fail("missing " + end)
+		return nil
+	}
+	s := p.b[p.i : p.i+n]
+	p.i += n + len(end)
+	return s
+}
+
+// space skips white space, comments and processing instructions.
+func (p *xmlParser) space() {
+	for p.i < len(p.b) {
+		switch {
+		case isSpace(p.b[p.i]):
+			p.i++
+		case p.has("<!--"):
+			p.i += len("<!--")
+			p.through("-->")
+		case p.has("<?"):
+			p.through("?>")
+		default:
+			return
+		}
+	}
+}
+
+// prolog reads what may stand before the root element. The only encodings
+// are UTF-8 and its subset ASCII.
+func (p *xmlParser) prolog() {
+	p.i += len(p.b) - len(bytes.TrimLeft(p.b, "\ufeff \t\r\n"))
+	if p.has("<?xml") {
+		if enc := declaredEncoding(p.through("?>")); enc != "" && enc != "utf-8" && enc != "us-ascii" {
+			p.fail("unsupported encoding " + enc)
+		}
+	}
+	p.space()
+	if p.has("<!") {
+		p.fail("document type declaration")
+	}
+}
+
+// declaredEncoding returns the encoding named in an XML declaration, in lower case.
+func declaredEncoding(decl []byte) string {
+	_, rest, _ := strings.Cut(strings.ToLower(string(decl)), "encoding")
+	rest = strings.TrimLeft(rest, "= \t\r\n")
+	if rest == "" {
+		return ""
+	}
+	enc, _, _ := strings.Cut(rest[1:], rest[:1]) // rest starts with a quotation mark
+	return enc
+}
+
+func (p *xmlParser) epilog() {
+	p.space()
+	if p.err == nil && p.i < len(p.b) {
+		p.fail("text after the end")
+	}
+}
+
+// tag reads <name …>, <name …/> or </name>.
+func (p *xmlParser) tag() (name []byte, closing, empty bool) {
+	if p.i >= len(p.b) || p.b[p.i] != '<' {
+		p.fail("expected an element")
+		return
+	}
+	i := p.i + 1
+	if i < len(p.b) && p.b[i] == '/' {
+		closing = true
+		i++
+	}
+	start := i
+	for i < len(p.b) && !isSpace(p.b[i]) && p.b[i] != '>' && p.b[i] != '/' && p.b[i] != '<' {
+		i++
+	}
+	name = p.b[start:i]
+	var quote byte
+	for ; i < len(p.b); i++ {
+		c := p.b[i]
+		switch {
+		case quote != 0:
+			if c == quote {
+				quote = 0
+			}
+		case c == '"' || c == '\'':
+			quote = c
+		case c == '<':
+			p.fail("unterminated tag <" + string(name))
+			return nil, false, false
+		case c == '>':
+			empty = p.b[i-1] == '/' && !closing
+			p.i = i + 1
+			return name, closing, empty
+		}
+	}
+	p.fail("unterminated tag <" + string(name))
+	return nil, false, false
+}
+
+// open consumes the start tag of the named element.
+func (p *xmlParser) open(name string) {
+	p.space()
+	got, closing, empty := p.tag()
+	if string(got) != name || closing || empty {
+		p.fail("expected <" + name + ">")
+	}
+}
+
+// close consumes the end tag of the named element.
+func (p *xmlParser) close(name string) {
+	p.space()
+	got, closing, _ := p.tag()
+	if string(got) != name || !closing {
+		p.fail("expected </" + name + ">")
+	}
+}
+
+// peek returns the next tag without consuming it.
+func (p *xmlParser) peek() (name []byte, closing, empty bool) {
+	p.space()
+	i := p.i
+	name, closing, empty = p.tag()
+	if p.err == nil {
+		p.i = i
+	}
+	return
+}
+
+func (p *xmlParser) peekOpen(name string) bool {
+	got, closing, _ := p.peek()
+	return string(got) == name && !closing
+}
+
+// emptyElement consumes <name/> if it is next.
+func (p *xmlParser) emptyElement(name string) bool {
+	got, closing, empty := p.peek()
+	if string(got) == name && !closing && empty {
+		p.tag()
+		return true
+	}
+	return false
+}
+
+func (p *xmlParser) params() []any {
+	if p.emptyElement("params") {
+		return nil
+	}
+	var out []any
+	p.open("params")
+	for p.peekOpen("param") {
+		p.open("param")
+		out = append(out, p.value(0))
+		p.close("param")
+	}
+	p.close("params")
+	return out
+}
+
+// value reads a <value> that lies in depth arrays and structs.
+func (p *xmlParser) value(depth int) any {
+	if p.emptyElement("value") {
+		return ""
+	}
+	p.open("value")
+	s := p.text()
+	name, closing, empty := p.tag()
+	if closing && string(name) == "value" {
+		return p.str(s)
+	}
+	if strings.TrimLeft(s, " \t\r\n") != "" {
+		p.fail("text beside <" + string(name) + ">")
+		return nil
+	}
+	if closing {
+		p.fail("expected </value>")
+		return nil
+	}
+	v := p.typed(string(name), empty, depth)
+	p.close("value")
+	return v
+}
+
+// typed reads the rest of a type element whose start tag has been consumed.
+func (p *xmlParser) typed(name string, empty bool, depth int) any {
+	if name == "array" || name == "struct" {
+		if depth == MaxDepth {
+			p.fail("nested too deep")
+			return nil
+		}
+		if name == "array" {
+			return p.array(empty, depth+1)
+		}
+		return p.members(empty, depth+1)
+	}
+	var s string
+	if !empty {
+		s = p.text()
+		p.close(name)
+	}
+	bad := func() any {
+		p.fail("malformed <" + name + ">")
+		return nil
+	}
+	switch name {
+	case "string":
+		return p.str(s)
+	case "int", "i4", "i8":
+		n, err := strconv.ParseInt(strings.TrimSpace(s), 10, 64)
+		if err != nil {
+			return bad()
+		}
+		return n
+	case "boolean":
+		switch strings.TrimSpace(s) {
+		case "0":
+			return false
+		case "1":
+			return true
+		}
+		return bad()
+	case "double":
+		s = strings.TrimSpace(s)
+		f, err := strconv.ParseFloat(s, 64)
+		if err != nil || strings.ContainsAny(s, "xX_") {
+			return bad()
+		}
+		return f
+	case "dateTime.iso8601":
+		return p.str(strings.TrimSpace(s))
+	case "base64":
+		b, err := base64.StdEncoding.DecodeString(strings.Map(dropSpace, s))
+		if err != nil {
+			return bad()
+		}
+		if !utf8.Valid(b) {
+			p.noteBad(string(b))
+		}
+		return string(b)
+	case "nil":
+		if s != "" {
+			return bad()
+		}
+		return nil
+	}
+	p.fail("unknown type <" + name + ">")
+	return nil
+}
+
+func dropSpace(r rune) rune {
+	if r < utf8.RuneSelf && isSpace(byte(r)) {
+		return -1
+	}
+	return r
+}
+
+func (p *xmlParser) array(empty bool, depth int) []any {
+	out := []any{}
+	if empty {
+		p.fail("<array> without <data>")
+		return nil
+	}
+	if !p.emptyElement("data") {
+		p.open("data")
+		for p.peekOpen("value") {
+			out = append(out, p.value(depth))
+		}
+		p.close("data")
+	}
+	p.close("array")
+	return out
+}
+
+func (p *xmlParser) members(empty bool, depth int) map[string]any {
+	out := map[string]any{}
+	if empty {
+		return out
+	}
+	for p.peekOpen("member") {
+		p.open("member")
+		var name string
+		if !p.emptyElement("name") {
+			p.open("name")
+			name = p.str(p.text())
+			p.close("name")
+		}
+		v := p.value(depth)
+		if _, dup := out[name]; dup {
+			p.fail("duplicate member " + strconv.Quote(name))
+		}
+		out[name] = v
+		p.close("member")
+	}
+	p.close("struct")
+	return out
+}
+
+// str notes strings that are not UTF-8.
+func (p *xmlParser) str(s string) string {
+	if p.checkUTF8 && !utf8.ValidString(s) {
+		p.noteBad(s)
+	}
+	return s
+}
+
+func (p *xmlParser) noteBad(s string) {
+	if p.badText == nil {
+		p.badText = &s
+	}
+}
+
+// text reads character data up to the next tag, with references replaced and
+// line ends normalised.
+func (p *xmlParser) text() string {
+	var out []byte // nil while the text is one plain run
+	start := p.i
+	flush := func() {
+		out = append(out, p.b[start:p.i]...)
+	}
+	for p.i < len(p.b) {
+		c := p.b[p.i]
+		switch {
+		case c < utf8.RuneSelf && c != '<' && xmlPlain[c] || c == '"' || c == '>' || c >= utf8.RuneSelf || c == 0x7f:
+			p.i++
+		case c == '<':
+			switch {
+			case p.has("<![CDATA["):
+				flush()
+				p.i += len("<![CDATA[")
+				out = appendLines(out, p.through("]]>"))
+				start = p.i
+			case p.has("<!--"):
+				flush()
+				p.i += len("<!--")
+				p.through("-->")
+				start = p.i
+			case p.has("<?"):
+				flush()
+				p.through("?>")
+				start = p.i
+			case p.has("<!"):
+				p.fail("declaration inside an element")
+			default:
+				if out == nil {
+					return string(p.b[start:p.i])
+				}
+				flush()
+				return string(out)
+			}
+		case c == '&':
+			flush()
+			out = p.reference(out)
+			start = p.i
+		case c == '\r':
+			flush()
+			out = append(out, '\n')
+			if p.i++; p.has("\n") {
+				p.i++
+			}
+			start = p.i
+		default:
+			p.fail("control character in text")
+		}
+	}
+	p.fail("unexpected end")
+	return ""
+}
+
+// appendLines appends b with CR LF and CR turned into LF.
+func appendLines(dst, b []byte) []byte {
+	for i, c := range b {
+		switch {
+		case c != '\r':
+			dst = append(dst, c)
+		case i+1 == len(b) || b[i+1] != '\n':
+			dst = append(dst, '\n')
+		}
+	}
+	return dst
+}
+
+// reference reads &name; or &#n; at p.i.
+func (p *xmlParser) reference(dst []byte) []byte {
+	end := bytes.IndexByte(p.b[p.i:min(len(p.b), p.i+12)], ';')
+	if end < 0 {
+		p.fail("unterminated reference")
+		return dst
+	}
+	name := string(p.b[p.i+1 : p.i+end])
+	switch name {
+	case "lt":
+		dst = append(dst, '<')
+	case "gt":
+		dst = append(dst, '>')
+	case "amp":
+		dst = append(dst, '&')
+	case "quot":
+		dst = append(dst, '"')
+	case "apos":
+		dst = append(dst, '\'')
+	default:
+		digits, base := strings.TrimPrefix(name, "#"), 10
+		if strings.HasPrefix(digits, "x") {
+			digits, base = digits[1:], 16
+		}
+		n, err := strconv.ParseUint(digits, base, 32)
+		if !strings.HasPrefix(name, "#") || err != nil || !isXMLChar(rune(n)) {
+			p.fail("unknown reference &" + name + ";")
+			return dst
+		}
+		dst = utf8.AppendRune(dst, rune(n))
+	}
+	p.i += end + 1
+	return dst
+}
