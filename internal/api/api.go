@@ -1,0 +1,150 @@
+// Package api is what XenAPI methods do. [API.Invoke] takes a method name and
+// wire parameters from any transport and answers with a typed result or a
+// [*xapi.Error]; everything between the two happens here, in one order:
+//
+//	name → parameter count → parameter types → session → role → handler
+//
+// The names, signatures, roles and defaults all come from the datamodel
+// ([xapi.Datamodel]). Messages fall into three groups:
+//
+//   - mechanical ones (get and set a field, get_record, get_all_records_where,
+//     …) are interpreted once for every class, in verbs.go;
+//   - exceptions are ordinary functions, one file per class, bound by name in
+//     the table at the top of the file. New compares every signature with the
+//     datamodel and refuses to start on a mismatch;
+//   - the rest answers NOT_IMPLEMENTED. [Coverage] lists which is which.
+//
+// # Calls, tasks and claims
+//
+// Every invocation is a [Call], and every Call is a task with a reference that
+// task.cancel accepts. Async calls and HTTP transfers also have a task record;
+// those of synchronous calls stay out of the database. A handler runs
+// detached from the connection of its client: a client that goes away does
+// not abort what it started, task.cancel and the server's stop do, by ending
+// the handler's context with TASK_CANCELLED as its cause.
+//
+// A handler that is about to do something lasting to an object takes a
+// [Claim] on it. The claim appears in the object's current_operations, and
+// whoever is not compatible with it waits for its turn.
+//
+// # State
+//
+// Objects live in [db.DB]. Sessions and tasks are rows there too, memory-only
+// ones, so that getters and events work on them; what dispatch needs on every
+// call is kept beside them in plain Go structs. Nothing of a session, task or
+// claim survives a restart.
+package api
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"coppice/internal/db"
+	"coppice/internal/storage"
+	"coppice/internal/xapi"
+)
+
+// Config is what an API is made of. DB and Storage are required.
+type Config struct {
+	DB      *db.DB
+	Storage storage.Registry
+
+	// RootPassword is the verifier of root's password, made by HashPassword.
+	// Empty means that nobody can log in with a password.
+	RootPassword string
+	// SavePassword stores a new verifier for user; session.change_password
+	// succeeds only after it returned nil. Nil refuses changes.
+	SavePassword func(user, verifier string) error
+
+	Log         *slog.Logger     // nil discards
+	Version     string           // product version, for host.software_version
+	DataDir     string           // default SRs live under it
+	HostAddress func() string    // address clients reach the server at; nil means 127.0.0.1
+	Now         func() time.Time // nil means time.Now
+}
+
+// API executes XenAPI messages. It is safe for concurrent use.
+type API struct {
+	cfg   Config
+	db    *db.DB
+	log   *slog.Logger
+	model *xapi.Model
+
+	methods  map[string]*method // by every spelling, without Async.
+	listed   []string           // system.listMethods
+	hooks    map[string]fieldHook
+	ranks    map[string]int // role → rank, 0 the most powerful
+	password *passwords
+
+	sessions sessionTable
+	running  taskTable
+	claims   claimTable
+	repos    repoTable
+
+	ctx        context.Context // ends when Close is called
+	stop       context.CancelCauseFunc
+	background sync.WaitGroup
+}
+
+// New binds every method, creates the objects that must exist (pool, host,
+// control domain, SMs, the default SR) where they are missing, opens the
+// storage repositories and starts the collectors of old sessions and tasks.
+// The caller closes the API before the DB it passed in.
+func New(ctx context.Context, cfg Config) (*API, error) {
+	if cfg.DB == nil || cfg.Storage == nil {
+		return nil, errors.New("api: Config.DB and Config.Storage are required")
+	}
+	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
+	if cfg.HostAddress == nil {
+		cfg.HostAddress = func() string { return "127.0.0.1" }
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	a := &API{cfg: cfg, db: cfg.DB, log: cfg.Log, model: xapi.Datamodel()}
+	var err error
+	if a.methods, err = bind(a.model, methodTables()...); err != nil {
+		return nil, err
+	}
+	a.listed = listMethods(a.methods)
+	a.hooks = fieldHooks()
+	a.ranks = roleRanks(a.model)
+	if a.password, err = newPasswords(rootUser, cfg.RootPassword); err != nil {
+		return nil, err
+	}
+	a.sessions.init()
+	a.running.init()
+	a.ctx, a.stop = context.WithCancelCause(context.WithoutCancel(ctx))
+
+	if err := a.bootstrap(ctx); err != nil {
+		a.stop(err)
+		return nil, fmt.Errorf("api: creating the first objects: %w", err)
+	}
+	if err := a.openStorage(ctx); err != nil {
+		a.stop(err)
+		return nil, errors.Join(fmt.Errorf("api: opening storage: %w", err), a.closeStorage())
+	}
+	a.background.Go(a.collect)
+	return a, nil
+}
+
+// errStopping is the cause with which the contexts of running calls end when
+// the API closes.
+var errStopping = xapi.NewError(xapi.ErrInternalError, "The server is stopping")
+
+// Close cancels the running calls, waits for them to end and closes the
+// storage repositories. Calls that arrive later fail.
+func (a *API) Close() error {
+	a.stop(errStopping)
+	a.running.close()
+	a.background.Wait()
+	return a.closeStorage()
+}
+
+// now is the server's clock, in UTC.
+func (a *API) now() time.Time { return a.cfg.Now().UTC() }

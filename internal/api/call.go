@@ -1,0 +1,170 @@
+package api
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"coppice/internal/db"
+	"coppice/internal/xapi"
+)
+
+// Origin says where a call comes from.
+type Origin struct {
+	Peer string // address of the client, for the log
+	// Trusted marks a peer that is as good as root: it came over the
+	// server's own Unix socket under the server's own user id. Any password
+	// logs it in.
+	Trusted    bool
+	UserAgent  string
+	Originator string // what the client calls itself; goes into its sessions
+}
+
+// Call is one invocation of a message, or one HTTP transfer, while it runs. It
+// is also a task: Task names it, task.cancel ends its context.
+type Call struct {
+	Origin  Origin
+	Session *session // nil for the messages that need none, as login
+	Method  string   // "VDI.snapshot", or the HTTP action of a transfer
+
+	api    *API
+	client context.Context // ends when the client's connection does
+	ctx    context.Context // ends with task.cancel or the server's stop
+	cancel context.CancelCauseFunc
+
+	mu       sync.Mutex
+	task     xapi.Ref[xapi.Task] // "" until somebody asks for it
+	recorded bool                // the task has a row in db
+	held     []*heldClaim
+	progress progress
+}
+
+// heldClaim is a claim that is in current_operations.
+type heldClaim struct{ Claim }
+
+// Context is done when the call's task is cancelled, with a TASK_CANCELLED
+// error as its cause, or when the server stops. A client that goes away does
+// not end it.
+func (c *Call) Context() context.Context { return c.ctx }
+
+// Task returns the reference under which the call appears in
+// current_operations. Only Async calls and transfers have a row in the
+// database behind it, but any can be cancelled by it.
+func (c *Call) Task() xapi.Ref[xapi.Task] {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.task == "" {
+		c.task = xapi.NewRef[xapi.Task]()
+		c.api.running.add(c.task, c)
+	}
+	return c.task
+}
+
+// progress is what a task row says of a call's progress, and when it was told.
+type progress struct {
+	shown float64
+	at    time.Time
+}
+
+// progressStep and progressPause limit how often a task row changes while its
+// call makes progress: each change is a commit and an event.
+const (
+	progressStep  = 0.01
+	progressPause = 250 * time.Millisecond
+)
+
+// Progress tells watchers of the task how far the call is. It is cheap and
+// may be called for every chunk; done and total are in any one unit.
+func (c *Call) Progress(done, total int64) {
+	if total <= 0 {
+		return
+	}
+	p := min(max(float64(done)/float64(total), 0), 1)
+	c.mu.Lock()
+	now := time.Now()
+	if !c.recorded || p < c.progress.shown+progressStep || now.Sub(c.progress.at) < progressPause {
+		c.mu.Unlock()
+		return
+	}
+	c.progress = progress{shown: p, at: now}
+	task := c.task
+	c.mu.Unlock()
+	c.api.setProgress(task, p)
+}
+
+// begin makes the Call of a message that has been let in. The caller ends it
+// with end. It fails when the server stops.
+func (a *API) begin(client context.Context, o Origin, s *session, method string) (*Call, error) {
+	if err := a.running.enter(); err != nil {
+		return nil, err
+	}
+	c := &Call{Origin: o, Session: s, Method: method, api: a, client: client}
+	c.ctx, c.cancel = context.WithCancelCause(a.ctx)
+	if s != nil {
+		s.running.Add(1)
+	}
+	return c, nil
+}
+
+// end gives back what the call still holds and completes its task row, if it
+// has one, in a single commit. It returns err as what the client is told.
+// Calling it twice is a bug.
+func (c *Call) end(res Result, err error) *xapi.Error {
+	a := c.api
+	var told *xapi.Error
+	if err != nil {
+		told = a.apiError(c.ctx, err)
+	}
+	c.mu.Lock()
+	held := c.held
+	c.held = nil
+	task, recorded := c.task, c.recorded
+	c.mu.Unlock()
+
+	if recorded || len(held) > 0 {
+		a.letGo(c, held, func(tx *db.Tx) error {
+			if !recorded {
+				return nil
+			}
+			return a.completeTask(tx, task, res, told)
+		})
+	}
+	if task != "" {
+		a.running.remove(task)
+	}
+	c.cancel(nil)
+	if c.Session != nil {
+		c.Session.running.Add(-1)
+	}
+	a.running.leave()
+	return told
+}
+
+// finish ends a call that is not run by Invoke; see end.
+func (c *Call) finish(res Result, err error) error {
+	if told := c.end(res, err); told != nil {
+		return told
+	}
+	return nil
+}
+
+// Result is what a message returned: a typed value that knows how to write
+// itself. The zero Result is that of a transfer, whose task result stays "".
+type Result struct {
+	Type  *xapi.Type
+	Value any
+}
+
+// Encode writes the value to e.
+func (r Result) Encode(e xapi.Encoder) error {
+	if s, ok := r.Value.(streamed); ok {
+		return s.encode(e)
+	}
+	return r.Type.Encode(e, r.Value)
+}
+
+// streamed is a result that is written record by record instead of being
+// built as one value first.
+type streamed interface {
+	encode(e xapi.Encoder) error
+}

@@ -1,0 +1,75 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"coppice/internal/storage"
+	"coppice/internal/xapi"
+)
+
+// apiError makes of any error what a client is told. An *xapi.Error anywhere
+// in err's chain is passed on as it is; errors of the storage contract become
+// the codes of a storage back end; the rest is INTERNAL_ERROR with the
+// error's text.
+//
+// This is the only translation. Handlers return storage errors wrapped with
+// what they were doing, and API errors only for what they decided themselves.
+func (a *API) apiError(err error) *xapi.Error {
+	if e, ok := errors.AsType[*xapi.Error](err); ok {
+		return e
+	}
+	if e, ok := errors.AsType[*storage.SpaceError](err); ok {
+		return backendFailure(44, fmt.Sprintf("There is insufficient space [opterr=%d bytes needed, %d free]", e.Needed, e.Free))
+	}
+	for _, t := range storageErrors {
+		if errors.Is(err, t.is) {
+			if t.number == 0 {
+				return xapi.NewError(t.code, t.params...)
+			}
+			return backendFailure(t.number, fmt.Sprintf("%s [opterr=%v]", t.text, err))
+		}
+	}
+	if errors.Is(err, context.Canceled) && a.ctx.Err() != nil {
+		return errStopping
+	}
+	return xapi.NewError(xapi.ErrInternalError, err.Error())
+}
+
+// storageErrors are tried in order. number is the n of SR_BACKEND_FAILURE_n;
+// where it is 0, code and params are the whole answer.
+var storageErrors = []struct {
+	is     error
+	number int
+	text   string
+	code   string
+	params []string
+}{
+	{is: storage.ErrCorrupt, code: xapi.ErrVDIIOError, params: []string{"Device I/O errors"}},
+	{is: storage.ErrNoSpace, number: 44, text: "There is insufficient space"},
+	{is: storage.ErrNotFound, number: 46, text: "The VDI is not available"},
+	{is: storage.ErrExists, number: 43, text: "The VDI already exists"},
+	{is: storage.ErrReadOnly, number: 46, text: "The VDI is read-only"},
+	{is: storage.ErrRepoReadOnly, number: 47, text: "The SR has become read-only after a failure"},
+	{is: storage.ErrLocked, number: 47, text: "The SR is in use by another process"},
+	{is: storage.ErrClosed, number: 47, text: "The SR is not available"},
+	{is: storage.ErrInvalid, number: 79, text: "VDI Invalid size or argument"},
+}
+
+// backendFailure is SR_BACKEND_FAILURE_n with its three parameters, of which
+// only the middle one carries text.
+func backendFailure(n int, text string) *xapi.Error {
+	return xapi.NewError(fmt.Sprintf("SR_BACKEND_FAILURE_%d", n), "", text, "")
+}
+
+// invalidValue is INVALID_VALUE for a field or parameter.
+func invalidValue(field, value string) *xapi.Error {
+	return xapi.NewError(xapi.ErrInvalidValue, field, value)
+}
+
+// permissionDenied is the refusal of messages that only the storage layer may
+// use.
+func permissionDenied(message string) *xapi.Error {
+	return xapi.NewError(xapi.ErrPermissionDenied, message)
+}

@@ -1,0 +1,286 @@
+package api
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"coppice/internal/db"
+	"coppice/internal/xapi"
+)
+
+// sessionMethods binds the custom messages of class session.
+func sessionMethods() map[string]any {
+	return map[string]any{
+		"session.login_with_password":             (*API).sessionLoginWithPassword,
+		"session.logout":                          (*API).sessionLogout,
+		"session.slave_local_login_with_password": (*API).sessionSlaveLocalLogin,
+		"session.local_logout":                    (*API).sessionLogout,
+		"session.change_password":                 (*API).sessionChangePassword,
+		"session.get_all_subject_identifiers":     (*API).sessionGetAllSubjectIdentifiers,
+	}
+}
+
+// rootUser is the local superuser.
+const rootUser = "root"
+
+// Limits of the session table. The oldest sessions beyond a limit end.
+const (
+	sessionLife          = 24 * time.Hour // since the last use
+	sessionsPerUser      = 500
+	sessionsPerOrigin    = 500
+	sessionTouch         = 10 * time.Minute // how fine last_active of the record is
+	collectorPause       = 30 * time.Second
+	sessionTrimThreshold = min(sessionsPerUser, sessionsPerOrigin)
+)
+
+// session is what dispatch needs to know of a session on every call; the
+// record in db is for those who read fields.
+type session struct {
+	ref        xapi.Ref[xapi.Session]
+	user       string
+	role       string // the user's role
+	superuser  bool   // local root: passes every role check
+	pool       bool   // of another member of the pool
+	local      bool   // an emergency session, which has no record
+	originator string
+	created    time.Time
+
+	ctx context.Context // ends with SESSION_INVALID at logout or expiry
+	end context.CancelCauseFunc
+
+	running   atomic.Int32 // calls and transfers in progress
+	active    atomic.Int64 // last use, Unix nanoseconds
+	published atomic.Int64 // last_active of the record, Unix nanoseconds
+
+	legacy registration // of event.register
+}
+
+// sessionTable holds the live sessions.
+type sessionTable struct {
+	mu    sync.RWMutex
+	byRef map[xapi.Ref[xapi.Session]]*session
+}
+
+func (t *sessionTable) init() { t.byRef = map[xapi.Ref[xapi.Session]]*session{} }
+
+func (t *sessionTable) get(ref xapi.Ref[xapi.Session]) *session {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.byRef[ref]
+}
+
+func errSessionInvalid(ref xapi.Ref[xapi.Session]) *xapi.Error {
+	return xapi.NewError(xapi.ErrSessionInvalid, string(ref))
+}
+
+// session returns the live session that ref names and counts that as a use;
+// SESSION_INVALID otherwise.
+func (a *API) session(ref xapi.Ref[xapi.Session]) (*session, error) {
+	s := a.sessions.get(ref)
+	if s == nil {
+		return nil, errSessionInvalid(ref)
+	}
+	now := a.now()
+	s.active.Store(now.UnixNano())
+	if shown := s.published.Load(); !s.local && now.UnixNano()-shown >= int64(sessionTouch) &&
+		s.published.CompareAndSwap(shown, now.UnixNano()) {
+		a.touch(s, now)
+	}
+	return s, nil
+}
+
+// touch brings last_active of the session's record up to date.
+func (a *API) touch(s *session, now time.Time) {
+	err := a.db.Update(a.ctx, func(tx *db.Tx) error {
+		return db.Modify(tx, s.ref, func(r *xapi.Session) { r.LastActive = now })
+	})
+	if err != nil && !errors.Is(err, context.Canceled) {
+		a.log.Warn("session: last_active not updated", "err", err)
+	}
+}
+
+// Login authenticates a user of the server and opens a session. A refusal is
+// SESSION_AUTHENTICATION_FAILED [user, message] and comes after a pause that
+// grows with repeated failures. Any password is right for a trusted origin.
+func (a *API) Login(ctx context.Context, o Origin, user, password string) (xapi.Ref[xapi.Session], error) {
+	s, err := a.authenticate(ctx, o, user, password)
+	if err != nil {
+		return xapi.NullRef, a.apiError(err)
+	}
+	if err := a.open(s); err != nil {
+		return xapi.NullRef, a.apiError(err)
+	}
+	return s.ref, nil
+}
+
+// authenticate checks the credentials and makes the session that they give
+// right to. It is not open yet.
+func (a *API) authenticate(ctx context.Context, o Origin, user, password string) (*session, error) {
+	if !o.Trusted {
+		ok, err := a.password.verify(ctx, user, password)
+		if err != nil {
+			return nil, err
+		}
+		if !ok {
+			a.log.Warn("login refused", "user", user, "peer", o.Peer, "agent", o.UserAgent)
+			return nil, xapi.NewError(xapi.ErrSessionAuthenticationFailed, user, "Authentication failure")
+		}
+	}
+	s := &session{
+		ref: xapi.NewRef[xapi.Session](), user: user, role: a.model.Roles[0], superuser: true,
+		originator: o.Originator, created: a.now(),
+	}
+	s.ctx, s.end = context.WithCancelCause(a.ctx)
+	s.active.Store(s.created.UnixNano())
+	s.published.Store(s.created.UnixNano())
+	return s, nil
+}
+
+// open makes the session valid, gives it a record unless it is an emergency
+// session, and ends the oldest ones beyond the limits.
+func (a *API) open(s *session) error {
+	if !s.local {
+		err := a.db.Update(a.ctx, func(tx *db.Tx) error {
+			r := xapi.New[xapi.Session]()
+			r.AuthUserName = s.user
+			r.IsLocalSuperuser = s.superuser
+			r.LastActive, r.ValidationTime = s.created, s.created
+			r.Originator = s.originator
+			r.Pool = s.pool
+			r.ThisHost = thisHost(tx)
+			return db.InsertAs(tx, s.ref, r)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	a.sessions.mu.Lock()
+	a.sessions.byRef[s.ref] = s
+	crowded := len(a.sessions.byRef) > sessionTrimThreshold
+	a.sessions.mu.Unlock()
+	if crowded {
+		a.trimSessions(a.now())
+	}
+	return nil
+}
+
+// Logout ends a session: its blocked event calls return SESSION_INVALID, its
+// other calls and its transfers go on. Ending a session that is not there is
+// SESSION_INVALID.
+func (a *API) Logout(ref xapi.Ref[xapi.Session]) error {
+	a.sessions.mu.Lock()
+	s := a.sessions.byRef[ref]
+	delete(a.sessions.byRef, ref)
+	a.sessions.mu.Unlock()
+	if s == nil {
+		return errSessionInvalid(ref)
+	}
+	s.end(errSessionInvalid(ref))
+	if s.local {
+		return nil
+	}
+	return a.db.Update(context.WithoutCancel(a.ctx), func(tx *db.Tx) error {
+		return db.Delete(tx, ref)
+	})
+}
+
+// trimSessions ends the sessions that have not been used for sessionLife and
+// the oldest ones of a user or an originator that has too many. One that has
+// a call in progress is spared.
+func (a *API) trimSessions(now time.Time) {
+	a.sessions.mu.RLock()
+	all := make([]*session, 0, len(a.sessions.byRef))
+	for _, s := range a.sessions.byRef {
+		all = append(all, s)
+	}
+	a.sessions.mu.RUnlock()
+	slices.SortFunc(all, func(x, y *session) int { return cmp.Compare(y.active.Load(), x.active.Load()) })
+	users, origins := map[string]int{}, map[string]int{}
+	for _, s := range all {
+		users[s.user]++
+		if s.originator != "" {
+			origins[s.originator]++
+		}
+		old := now.Sub(time.Unix(0, s.active.Load())) > sessionLife
+		if (old || users[s.user] > sessionsPerUser || origins[s.originator] > sessionsPerOrigin) && s.running.Load() == 0 {
+			if err := a.Logout(s.ref); err != nil && !xapi.IsCode(err, xapi.ErrSessionInvalid) {
+				a.log.Error("session: not removed", "err", err)
+			}
+		}
+	}
+}
+
+// collect ends old sessions and removes old tasks, until the API closes.
+func (a *API) collect() {
+	tick := time.NewTicker(collectorPause)
+	defer tick.Stop()
+	for {
+		select {
+		case <-a.ctx.Done():
+			return
+		case <-tick.C:
+			now := a.now()
+			a.trimSessions(now)
+			a.collectTasks(now)
+		}
+	}
+}
+
+func (a *API) sessionLoginWithPassword(ctx context.Context, c *Call, user, password, _ /* version */, originator string) (xapi.Ref[xapi.Session], error) {
+	o := c.Origin
+	o.Originator = cmp.Or(originator, o.Originator)
+	return a.Login(c.client, o, user, password)
+}
+
+// sessionSlaveLocalLogin opens an emergency session: it is valid for every
+// call, but has no record.
+func (a *API) sessionSlaveLocalLogin(ctx context.Context, c *Call, user, password string) (xapi.Ref[xapi.Session], error) {
+	s, err := a.authenticate(c.client, c.Origin, user, password)
+	if err != nil {
+		return xapi.NullRef, err
+	}
+	s.local = true
+	return s.ref, a.open(s)
+}
+
+func (a *API) sessionLogout(ctx context.Context, c *Call) error {
+	return a.Logout(c.Session.ref)
+}
+
+// sessionChangePassword changes the password of the session's own user. Other
+// sessions of the user stay.
+func (a *API) sessionChangePassword(ctx context.Context, c *Call, old, password string) error {
+	if a.cfg.SavePassword == nil {
+		return xapi.NewError(xapi.ErrChangePasswordRejected, "Passwords of this server are set when it starts")
+	}
+	if !c.Origin.Trusted {
+		ok, err := a.password.verify(ctx, c.Session.user, old)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			return xapi.NewError(xapi.ErrSessionAuthenticationFailed, c.Session.user, "Authentication failure")
+		}
+	}
+	return a.password.set(c.Session.user, password, a.cfg.SavePassword)
+}
+
+// sessionGetAllSubjectIdentifiers names the externally authenticated users
+// that are logged in. There is no external authentication: only accounts of
+// the server itself, which have no subject.
+func (a *API) sessionGetAllSubjectIdentifiers(ctx context.Context, c *Call) ([]string, error) {
+	return []string{}, nil
+}
+
+// thisHost returns the one host.
+func thisHost(tx *db.Tx) xapi.Ref[xapi.Host] {
+	for ref := range db.All[xapi.Host](tx) {
+		return ref
+	}
+	return xapi.NullRef
+}
