@@ -10,6 +10,10 @@ import (
 	"slices"
 )
 
+// maxReadSize is the largest disk a Reader reads, in bytes: far beyond what can
+// be addressed in blocks, and small enough that no sum of offsets overflows.
+const maxReadSize = 1 << 62
+
 // ReaderOptions say what is known about a stream beforehand.
 type ReaderOptions struct {
 	// Length of the image in bytes. Nothing is read behind it. Below zero it
@@ -68,10 +72,10 @@ func NewReader(src io.Reader, o ReaderOptions) (*Reader, error) {
 }
 
 // Footer returns the footer at the start of the image.
-func (r *Reader) Footer() Footer { return r.footer }
+func (r *Reader) Footer() *Footer { return &r.footer }
 
 // Header returns the dynamic header.
-func (r *Reader) Header() Header { return r.header }
+func (r *Reader) Header() *Header { return &r.header }
 
 // Size is the size of the disk in bytes.
 func (r *Reader) Size() int64 { return int64(r.footer.CurrentSize()) }
@@ -117,8 +121,8 @@ func (r *Reader) readFooter() error {
 	default:
 		return field(60, "footer disk type", f.Type(), "3 (dynamic) or 4 (differencing)")
 	}
-	if f.CurrentSize() > math.MaxInt64 {
-		return field(48, "footer current size", f.CurrentSize(), "a size that fits 63 bits")
+	if f.CurrentSize() > maxReadSize {
+		return field(48, "footer current size", f.CurrentSize(), fmt.Sprintf("at most %d", int64(maxReadSize)))
 	}
 	return r.forward(16, "footer data offset", f.DataOffset(), headerSize)
 }
@@ -207,27 +211,32 @@ func (r *Reader) readTable() error {
 // is known, before the trailing footer.
 func (r *Reader) checkPlaces() error {
 	slices.Sort(r.blocks)
-	table := int64(r.header.TableOffset())
-	free, before := r.pos, "the end of the allocation table"
+	free, before := r.pos, int64(-1) // the block before, -1 for the table
 	for i, b := range r.blocks {
 		off, index := r.place(b)
-		at := table + 4*index
-		name := fmt.Sprintf("place of block %d", index)
 		if off < free {
-			return field(at, name, off, fmt.Sprintf("at least %d, %s", free, before))
+			behind := "the end of the allocation table"
+			if before >= 0 {
+				behind = fmt.Sprintf("the end of block %d", before)
+			}
+			return r.misplaced(index, off, fmt.Sprintf("at least %d, %s", free, behind))
 		}
-		free = off + r.bitmapSize() + int64(r.header.BlockSize())
-		before = fmt.Sprintf("the end of block %d", index)
+		data := off + r.bitmapSize()
+		free, before = data+int64(r.header.BlockSize()), index
 		end := free
 		if i == len(r.blocks)-1 {
-			end = off + r.bitmapSize() + r.needed(index)
+			end = data + r.needed(index)
 		}
 		if r.length >= 0 && end > r.length-(footerSize-1) {
-			return field(at, name, off,
-				fmt.Sprintf("such that it ends before the footer of %d bytes", r.length))
+			return r.misplaced(index, off, fmt.Sprintf("such that it ends before the footer of %d bytes", r.length))
 		}
 	}
 	return nil
+}
+
+func (r *Reader) misplaced(index, off int64, want string) error {
+	at := int64(r.header.TableOffset()) + 4*index
+	return field(at, fmt.Sprintf("place of block %d", index), off, want)
 }
 
 // place splits an element of r.blocks into byte offset and index.
@@ -239,7 +248,7 @@ func (r *Reader) place(b uint64) (off, index int64) {
 // one in the file: some writers cut it at the end of the disk.
 func (r *Reader) needed(index int64) int64 {
 	block := int64(r.header.BlockSize())
-	return min(block, roundUp(r.Size()-index*block, SectorSize))
+	return roundUp(min(block, r.Size()-index*block), SectorSize)
 }
 
 // Next skips what is left of the current run and returns the next one. Runs

@@ -142,10 +142,10 @@ func locatorPayload(name string) []byte {
 func (l *Layout) Length() int64 { return l.first + l.blocks.count*blockBytes + footerSize }
 
 // Footer returns the footer of the image.
-func (l *Layout) Footer() Footer { return l.footer }
+func (l *Layout) Footer() *Footer { return &l.footer }
 
 // Header returns the dynamic header of the image.
-func (l *Layout) Header() Header { return l.header }
+func (l *Layout) Header() *Header { return &l.header }
 
 // Blocks yields the blocks of the image in the order in which they are sent.
 func (l *Layout) Blocks() iter.Seq[int64] { return l.blocks.All() }
