@@ -1,0 +1,306 @@
+package script_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"coppice/internal/rpc"
+)
+
+var update = flag.Bool("update", false, "rewrite expected outputs inside the scripts")
+
+// patience bounds every wait for a server; it is never reached in a test that passes.
+const patience = 60 * time.Second
+
+// bin is the directory with the binaries under test.
+var bin string
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	os.Exit(func() int {
+		dir, err := os.MkdirTemp("", "coppice-bin")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer os.RemoveAll(dir)
+		bin = dir
+		build := exec.Command("go", "build", "-o", dir, "coppice/cmd/coppice", "coppice/cmd/xe")
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := build.CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "building: %v\n%s", err, out)
+			return 1
+		}
+		return m.Run()
+	}())
+}
+
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                "testdata",
+		UpdateScripts:      *update,
+		RequireUniqueNames: true,
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("PATH", bin+string(os.PathListSeparator)+e.Getenv("PATH"))
+			e.Setenv("HOME", e.WorkDir)
+			e.Setenv("XE_EXTRA_ARGS", "")
+			e.Values[fixtureKey{}] = new(fixture)
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"serve":   cmdServe,
+			"stop":    cmdStop,
+			"kill":    cmdKill,
+			"coppice": program("coppice"),
+			"xe":      program("xe"),
+			"login":   cmdLogin,
+			"set":     cmdSet,
+			"http":    cmdHTTP,
+			"raw":     cmdRaw,
+		},
+		Condition: func(cond string) (bool, error) {
+			_, err := exec.LookPath(cond)
+			return err == nil, nil
+		},
+	})
+}
+
+// fixtureKey finds the fixture of a script.
+type fixtureKey struct{}
+
+// fixture is the server of a script, if one runs.
+type fixture struct {
+	server *exec.Cmd
+	exited chan struct{} // closed after the server's exit
+	err    error         // of Wait, after exited
+}
+
+func fixtureOf(ts *testscript.TestScript) *fixture {
+	return ts.Value(fixtureKey{}).(*fixture)
+}
+
+// inWork returns the path of a file of the harness in the script's work directory.
+func inWork(ts *testscript.TestScript, name string) string {
+	return filepath.Join(ts.Getenv("WORK"), name)
+}
+
+// cmdServe starts the server of the script.
+func cmdServe(ts *testscript.TestScript, neg bool, args []string) {
+	f := fixtureOf(ts)
+	if neg || f.server != nil {
+		ts.Fatalf("serve: one server at a time, and it must start")
+	}
+	ready, password := inWork(ts, "ready"), inWork(ts, "password")
+	ts.Check(os.WriteFile(password, []byte("secret\n"), 0o600))
+	if err := os.Remove(ready); err != nil && !errors.Is(err, os.ErrNotExist) {
+		ts.Fatalf("serve: %v", err)
+	}
+	log, err := os.OpenFile(inWork(ts, "server.log"), os.O_CREATE|os.O_APPEND|os.O_RDWR, 0o600)
+	ts.Check(err)
+	f.server = exec.Command(filepath.Join(bin, "coppice"), append([]string{
+		"serve", "--data", inWork(ts, "data"), "--http", "127.0.0.1:0", "--https", "127.0.0.1:0",
+		"--admin-password-file", password, "--ready-file", ready, "--log-level", "debug",
+	}, args...)...)
+	f.server.Stdout, f.server.Stderr = log, log
+	ts.Check(f.server.Start())
+	f.exited = make(chan struct{})
+	go func() {
+		f.err = f.server.Wait()
+		close(f.exited)
+	}()
+	ts.Defer(func() {
+		f.end(syscall.SIGKILL)
+		b, _ := os.ReadFile(log.Name())
+		ts.Logf("[server log]\n%s", b)
+		log.Close()
+	})
+	for deadline := time.Now().Add(patience); ; {
+		if b, err := os.ReadFile(ready); err == nil {
+			setEndpoints(ts, string(b))
+			return
+		}
+		select {
+		case <-f.exited:
+			b, _ := os.ReadFile(log.Name())
+			ts.Fatalf("the server ended: %v\n%s", f.err, b)
+		case <-time.After(10 * time.Millisecond):
+		}
+		if time.Now().After(deadline) {
+			ts.Fatalf("the server did not get ready")
+		}
+	}
+}
+
+// setEndpoints sets the variables that lead to a server, from the lines of its ready file.
+func setEndpoints(ts *testscript.TestScript, ready string) {
+	for line := range strings.Lines(ready) {
+		switch scheme, where, _ := strings.Cut(strings.TrimSpace(line), "://"); scheme {
+		case "http":
+			ts.Setenv("HTTP", where)
+		case "https":
+			ts.Setenv("HTTPS", where)
+		case "unix":
+			ts.Setenv("SOCKET", where)
+		}
+	}
+	host, port, err := net.SplitHostPort(ts.Getenv("HTTP"))
+	ts.Check(err)
+	ts.Setenv("PASSWORD", "secret")
+	ts.Setenv("XE_EXTRA_ARGS", fmt.Sprintf("server=%s,port=%s,nossl=true,username=root,password=secret", host, port))
+}
+
+// end sends the server a signal and waits for its exit.
+func (f *fixture) end(sig syscall.Signal) error {
+	if f.server == nil {
+		return nil
+	}
+	_ = f.server.Process.Signal(sig)
+	select {
+	case <-f.exited:
+	case <-time.After(patience):
+		_ = f.server.Process.Kill()
+		<-f.exited
+		f.err = errors.Join(errors.New("it did not stop"), f.err)
+	}
+	f.server = nil
+	return f.err
+}
+
+func cmdStop(ts *testscript.TestScript, neg bool, args []string) {
+	f := fixtureOf(ts)
+	if f.server == nil {
+		ts.Fatalf("stop: no server runs")
+	}
+	if err := f.end(syscall.SIGTERM); err != nil {
+		ts.Fatalf("stop: %v", err)
+	}
+}
+
+func cmdKill(ts *testscript.TestScript, neg bool, args []string) {
+	f := fixtureOf(ts)
+	if f.server == nil {
+		ts.Fatalf("kill: no server runs")
+	}
+	_ = f.end(syscall.SIGKILL) // that is its exit status
+}
+
+// program runs one of the binaries; ! means that it must fail.
+func program(name string) func(*testscript.TestScript, bool, []string) {
+	return func(ts *testscript.TestScript, neg bool, args []string) {
+		err := ts.Exec(name, args...)
+		if neg && err == nil {
+			ts.Fatalf("%s: succeeded", name)
+		}
+		if !neg {
+			ts.Check(err)
+		}
+	}
+}
+
+func cmdSet(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: set NAME")
+	}
+	ts.Setenv(args[0], strings.TrimSpace(ts.ReadFile("stdout")))
+}
+
+func cmdLogin(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: login NAME")
+	}
+	var call bytes.Buffer
+	ts.Check(rpc.WriteCall(&call, rpc.XMLRPC, 1, "session.login_with_password", "root", ts.Getenv("PASSWORD")))
+	reply := exchange(ts, dial(ts, ""), fmt.Sprintf("POST /RPC2 HTTP/1.0\r\nContent-Length: %d\r\n\r\n%s", call.Len(), &call))
+	_, body, _ := strings.Cut(reply, "\r\n\r\n")
+	session, err := rpc.ReadResponse(rpc.XMLRPC, strings.NewReader(body), 1<<20)
+	ts.Check(err)
+	ts.Setenv(args[0], session.(string))
+}
+
+// door takes the flag that chooses how to reach the server off args.
+func door(args []string) (flag string, rest []string) {
+	if len(args) > 0 && (args[0] == "-tls" || args[0] == "-unix") {
+		return args[0], args[1:]
+	}
+	return "", args
+}
+
+// dial connects to the server through one of its doors.
+func dial(ts *testscript.TestScript, flag string) net.Conn {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	var conn net.Conn
+	var err error
+	switch flag {
+	case "-tls":
+		d := tls.Dialer{Config: &tls.Config{InsecureSkipVerify: true}}
+		conn, err = d.DialContext(ctx, "tcp", ts.Getenv("HTTPS"))
+	case "-unix":
+		conn, err = new(net.Dialer).DialContext(ctx, "unix", ts.Getenv("SOCKET"))
+	default:
+		conn, err = new(net.Dialer).DialContext(ctx, "tcp", ts.Getenv("HTTP"))
+	}
+	ts.Check(err)
+	return conn
+}
+
+// exchange sends a request and returns everything that comes back.
+func exchange(ts *testscript.TestScript, conn net.Conn, request string) string {
+	defer conn.Close()
+	ts.Check(conn.SetDeadline(time.Now().Add(patience)))
+	_, err := io.WriteString(conn, request)
+	ts.Check(err)
+	reply, err := io.ReadAll(conn)
+	ts.Check(err)
+	return string(reply)
+}
+
+func cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
+	flag, args := door(args)
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: http [-tls|-unix] METHOD PATH [HEADER: VALUE]… [@FILE]")
+	}
+	head := []string{args[0] + " " + args[1] + " HTTP/1.0"}
+	body := ""
+	for _, a := range args[2:] {
+		if file, ok := strings.CutPrefix(a, "@"); ok {
+			body = expand(ts, strings.TrimSuffix(ts.ReadFile(file), "\n"))
+			head = append(head, fmt.Sprintf("Content-Length: %d", len(body)))
+		} else {
+			head = append(head, a)
+		}
+	}
+	reply := exchange(ts, dial(ts, flag), strings.Join(head, "\r\n")+"\r\n\r\n"+body)
+	_, err := io.WriteString(ts.Stdout(), strings.ReplaceAll(reply, "\r\n", "\n"))
+	ts.Check(err)
+}
+
+func cmdRaw(ts *testscript.TestScript, neg bool, args []string) {
+	flag, args := door(args)
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: raw [-tls|-unix] FILE")
+	}
+	head, body, _ := strings.Cut(expand(ts, ts.ReadFile(args[0])), "\n\n")
+	request := strings.ReplaceAll(head, "\n", "\r\n") + "\r\n\r\n" + body
+	reply := exchange(ts, dial(ts, flag), request)
+	_, err := io.WriteString(ts.Stdout(), strings.ReplaceAll(reply, "\r\n", "\n"))
+	ts.Check(err)
+}
+
+// expand replaces the variables in s.
+func expand(ts *testscript.TestScript, s string) string { return os.Expand(s, ts.Getenv) }
