@@ -30,7 +30,7 @@ func benchVDI() *VDI {
 }
 
 func BenchmarkEncodeVDI(b *testing.B) {
-	typ := ClassOf[VDI](Datamodel()).RecordType()
+	typ := ClassOf[VDI]().RecordType()
 	rec := benchVDI()
 	var e countEncoder
 	b.ReportAllocs()
@@ -42,7 +42,7 @@ func BenchmarkEncodeVDI(b *testing.B) {
 }
 
 func BenchmarkEncodeVM(b *testing.B) {
-	typ := ClassOf[VM](Datamodel()).RecordType()
+	typ := ClassOf[VM]().RecordType()
 	rec := New[VM]()
 	var e countEncoder
 	b.ReportAllocs()
@@ -54,7 +54,7 @@ func BenchmarkEncodeVM(b *testing.B) {
 }
 
 func BenchmarkCloneVDI(b *testing.B) {
-	c, rec := ClassOf[VDI](Datamodel()), benchVDI()
+	c, rec := ClassOf[VDI](), benchVDI()
 	b.ReportAllocs()
 	for b.Loop() {
 		c.Clone(rec)
@@ -62,7 +62,7 @@ func BenchmarkCloneVDI(b *testing.B) {
 }
 
 func BenchmarkDiffVDI(b *testing.B) {
-	c, rec := ClassOf[VDI](Datamodel()), benchVDI()
+	c, rec := ClassOf[VDI](), benchVDI()
 	other := c.Clone(rec)
 	b.ReportAllocs()
 	for b.Loop() {

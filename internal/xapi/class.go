@@ -30,6 +30,7 @@ type Class struct {
 	refType, recordType *Type
 	byName              map[string]*Field
 	visible             []*Field // not internal
+	computed            []*Field // computed sides of relations
 	deep                []*Field // cloned deeply: sets, maps and options that are not computed
 	template            any
 }
@@ -342,11 +343,13 @@ func (c *Class) plan() {
 		if !f.Internal {
 			c.visible = append(c.visible, f)
 		}
+		if f.Computed {
+			c.computed = append(c.computed, f)
+			continue
+		}
 		switch f.Type.Kind {
 		case KindSet, KindMap, KindOption:
-			if !f.Computed {
-				c.deep = append(c.deep, f)
-			}
+			c.deep = append(c.deep, f)
 		}
 	}
 	rec := reflect.New(c.GoType)

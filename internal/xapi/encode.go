@@ -15,7 +15,7 @@ import (
 // Encoder is what values are written to. Arrays hold values, structs hold a Key before each value. Errors of
 // the underlying writer are sticky in it and reported there.
 //
-// An encoder may also have the method Int32(int32); it is then used for the few numbers that the XML dialect
+// An encoder may also have the method Int4(int64); it is then used for the few numbers that the XML dialect
 // sends as <i4> instead of as text.
 type Encoder interface {
 	Null()
@@ -265,11 +265,11 @@ func encodeEventBatch(e Encoder, b *EventBatch) error {
 	e.EndArray()
 	e.Key("valid_ref_counts")
 	e.BeginStruct()
-	small, _ := e.(interface{ Int32(int32) })
+	small, _ := e.(interface{ Int4(int64) })
 	for _, k := range slices.Sorted(maps.Keys(b.ValidRefCounts)) {
 		e.Key(k)
 		if n := b.ValidRefCounts[k]; small != nil && n <= math.MaxInt32 {
-			small.Int32(int32(n))
+			small.Int4(n)
 		} else {
 			e.Int(n)
 		}

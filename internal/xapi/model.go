@@ -76,7 +76,7 @@ type Release struct {
 }
 
 // ClassOf returns the class whose record is T, or nil.
-func ClassOf[T any](m *Model) *Class { return m.byType[reflect.TypeFor[T]()] }
+func ClassOf[T any]() *Class { return Datamodel().byType[reflect.TypeFor[T]()] }
 
 // ClassOfRecord returns the class of a record, which is a pointer to one of the generated structs, or nil.
 func (m *Model) ClassOfRecord(rec any) *Class {
@@ -89,7 +89,7 @@ func (m *Model) ClassOfRecord(rec any) *Class {
 
 // New returns a record with every field at its default: sets and maps empty, references null, dates at the
 // epoch, enums without default at their first value.
-func New[T any]() *T { return ClassOf[T](Datamodel()).New().(*T) }
+func New[T any]() *T { return ClassOf[T]().New().(*T) }
 
 // Allows says whether the role have is as privileged as the role need. Roles outside the line of privileges
 // (local-root, client-cert) allow and need exactly themselves.

@@ -173,7 +173,7 @@ func (e *textEncoder) Key(k string)     { e.put("%s:", k); e.comma = false }
 
 type text32 struct{ textEncoder }
 
-func (e *text32) Int32(n int32) { e.put("i4:%d", n) }
+func (e *text32) Int4(n int64) { e.put("i4:%d", n) }
 
 func encodeText(t testing.TB, typ *Type, v any) string {
 	t.Helper()
