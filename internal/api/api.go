@@ -78,8 +78,8 @@ type API struct {
 	methods  map[string]*method // by every spelling, without Async.
 	listed   []string           // system.listMethods
 	hooks    map[string]fieldHook
-	ranks    map[string]int // role → rank, 0 the most powerful
 	password *passwords
+	types    struct{ text, stringSet, taskRef *xapi.Type }
 
 	sessions sessionTable
 	running  taskTable
@@ -88,6 +88,7 @@ type API struct {
 
 	ctx        context.Context // ends when Close is called
 	stop       context.CancelCauseFunc
+	shut       func() error // what Close does, once
 	background sync.WaitGroup
 }
 
@@ -96,31 +97,13 @@ type API struct {
 // storage repositories and starts the collectors of old sessions and tasks.
 // The caller closes the API before the DB it passed in.
 func New(ctx context.Context, cfg Config) (*API, error) {
-	if cfg.DB == nil || cfg.Storage == nil {
-		return nil, errors.New("api: Config.DB and Config.Storage are required")
+	if cfg.Storage == nil {
+		return nil, errors.New("api: Config.Storage is required")
 	}
-	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
-	if cfg.HostAddress == nil {
-		cfg.HostAddress = func() string { return "127.0.0.1" }
-	}
-	if cfg.Now == nil {
-		cfg.Now = time.Now
-	}
-	a := &API{cfg: cfg, db: cfg.DB, log: cfg.Log, model: xapi.Datamodel()}
-	var err error
-	if a.methods, err = bind(a.model, methodTables()...); err != nil {
+	a, err := prepare(ctx, cfg)
+	if err != nil {
 		return nil, err
 	}
-	a.listed = listMethods(a.methods)
-	a.hooks = fieldHooks()
-	a.ranks = roleRanks(a.model)
-	if a.password, err = newPasswords(rootUser, cfg.RootPassword); err != nil {
-		return nil, err
-	}
-	a.sessions.init()
-	a.running.init()
-	a.ctx, a.stop = context.WithCancelCause(context.WithoutCancel(ctx))
-
 	if err := a.bootstrap(ctx); err != nil {
 		a.stop(err)
 		return nil, fmt.Errorf("api: creating the first objects: %w", err)
@@ -133,13 +116,52 @@ func New(ctx context.Context, cfg Config) (*API, error) {
 	return a, nil
 }
 
+// prepare makes an API that can dispatch but has no objects yet.
+func prepare(ctx context.Context, cfg Config) (*API, error) {
+	if cfg.DB == nil {
+		return nil, errors.New("api: Config.DB is required")
+	}
+	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
+	if cfg.HostAddress == nil {
+		cfg.HostAddress = func() string { return "127.0.0.1" }
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	a := &API{cfg: cfg, db: cfg.DB, log: cfg.Log, model: xapi.Datamodel()}
+	a.types.taskRef = a.model.Classes["task"].RefType()
+	var err error
+	if a.types.text, err = a.model.Type("string"); err != nil {
+		return nil, err
+	}
+	if a.types.stringSet, err = a.model.Type("string set"); err != nil {
+		return nil, err
+	}
+	if a.methods, err = bind(a.model, methodTables()...); err != nil {
+		return nil, err
+	}
+	a.listed = listMethods(a.methods)
+	a.hooks = fieldHooks()
+	if a.password, err = newPasswords(rootUser, cfg.RootPassword); err != nil {
+		return nil, err
+	}
+	a.sessions.init()
+	a.running.init()
+	a.ctx, a.stop = context.WithCancelCause(context.WithoutCancel(ctx))
+	a.shut = sync.OnceValue(a.shutdown)
+	return a, nil
+}
+
 // errStopping is the cause with which the contexts of running calls end when
 // the API closes.
 var errStopping = xapi.NewError(xapi.ErrInternalError, "The server is stopping")
 
 // Close cancels the running calls, waits for them to end and closes the
-// storage repositories. Calls that arrive later fail.
-func (a *API) Close() error {
+// storage repositories. Calls that arrive later fail. It may be called again,
+// and from several goroutines: all get the one result.
+func (a *API) Close() error { return a.shut() }
+
+func (a *API) shutdown() error {
 	a.stop(errStopping)
 	a.running.close()
 	a.background.Wait()

@@ -82,7 +82,7 @@ func bind(model *xapi.Model, tables ...map[string]any) (map[string]*method, erro
 	methods := map[string]*method{}
 	for _, class := range model.Classes {
 		for _, msg := range class.Methods {
-			m := &method{name: class.Name + "." + msg.Name, class: class, msg: msg, required: requiredParams(msg)}
+			m := &method{name: class.Name + "." + msg.Name, class: class, msg: msg, required: msg.Required()}
 			fn, bound := written[m.name]
 			delete(written, m.name)
 			switch {
@@ -96,7 +96,7 @@ func bind(model *xapi.Model, tables ...map[string]any) (map[string]*method, erro
 					errs = append(errs, fmt.Errorf("api: %s: %w", m.name, err))
 				}
 				m.how, m.run = Written, run
-			case msg.Kind != xapi.MethodCustom:
+			case msg.Kind != xapi.Custom:
 				if m.run = mechanical(class, msg); m.run != nil {
 					m.how = Mechanical
 				}
@@ -114,16 +114,6 @@ func bind(model *xapi.Model, tables ...map[string]any) (map[string]*method, erro
 		errs = append(errs, fmt.Errorf("api: %s is bound but not in the datamodel", name))
 	}
 	return methods, errors.Join(errs...)
-}
-
-// requiredParams counts the parameters that cannot be left out.
-func requiredParams(msg *xapi.Method) int {
-	for i, p := range msg.Params {
-		if p.Optional {
-			return i
-		}
-	}
-	return len(msg.Params)
 }
 
 // refuse is the handler that always fails with err.
@@ -197,61 +187,18 @@ func (m *method) parse(wire []any) ([]any, error) {
 	}
 	args := make([]any, n)
 	for i, p := range m.msg.Params {
-		var err error
-		switch {
-		case i >= len(wire):
+		if i >= len(wire) {
 			args[i] = p.Default
 			continue
-		case m.msg.Kind == xapi.MethodConstructor:
-			args[i], err = parseRecord(m.class, wire[i])
-		default:
-			args[i], err = p.Type.Parse(wire[i])
 		}
-		if err != nil {
-			return nil, namedAfter(p.Name, err)
+		name := p.Name
+		if m.msg.Kind == xapi.FieldSetter && i > 0 {
+			name = m.msg.Field.Name
+		}
+		var err error
+		if args[i], err = p.Type.ParseAs(name, wire[i]); err != nil {
+			return nil, err
 		}
 	}
 	return args, nil
-}
-
-// namedAfter puts the name of a parameter or field into an error that could
-// not know it.
-func namedAfter(name string, err error) error {
-	e, ok := errors.AsType[*xapi.Error](err)
-	if !ok || len(e.Params) == 0 || e.Params[0] != "" {
-		return err
-	}
-	params := slices.Clone(e.Params)
-	params[0] = name
-	return xapi.NewError(e.Code, params...)
-}
-
-// parseRecord makes the record that a constructor is given. Members that are
-// no constructor arguments are ignored, whatever they hold; missing ones get
-// their default; a missing one without default is an INTERNAL_ERROR that
-// names it.
-func parseRecord(class *xapi.Class, wire any) (any, error) {
-	members, ok := wire.(map[string]any)
-	if !ok {
-		return nil, xapi.NewError(xapi.ErrFieldTypeError, "args")
-	}
-	rec := class.New()
-	for _, f := range class.Fields {
-		if f.Qualifier == xapi.DynamicRO {
-			continue
-		}
-		v, given := members[f.Name]
-		if !given {
-			if f.HasDefault {
-				continue
-			}
-			return nil, xapi.NewError(xapi.ErrInternalError, "Missing field in record: "+f.Name)
-		}
-		val, err := f.Type.Parse(v)
-		if err != nil {
-			return nil, namedAfter(f.Name, err)
-		}
-		f.Set(rec, val)
-	}
-	return rec, nil
 }

@@ -113,7 +113,7 @@ func (c *Call) end(res Result, err error) *xapi.Error {
 	a := c.api
 	var told *xapi.Error
 	if err != nil {
-		told = a.apiError(c.ctx, err)
+		told = a.apiError(causeOf(c.ctx, err))
 	}
 	c.mu.Lock()
 	held := c.held

@@ -60,6 +60,14 @@ type waiter struct {
 	err     error         // readable after done
 }
 
+// operation names what w waits to do.
+func (w *waiter) operation() string {
+	if len(w.claims) == 0 {
+		return w.call.Method
+	}
+	return w.claims[0].Op
+}
+
 // errQueued makes an Update roll back after its waiter has been queued.
 var errQueued = errors.New("queued")
 
@@ -67,7 +75,9 @@ var errQueued = errors.New("queued")
 // transaction that takes them, before it does, and may run several times.
 // When it answers OTHER_OPERATION_IN_PROGRESS the call waits for up to two
 // hours; it may be cancelled meanwhile. The returned function gives the
-// claims back; it is idempotent, and the end of the call implies it.
+// claims back; it is idempotent, and the end of the call implies it. Without
+// claims this is a wait for check to agree, and the release lets others look
+// again.
 func (c *Call) Claim(ctx context.Context, check func(*db.Tx) error, claims ...Claim) (release func(), err error) {
 	return c.ClaimWithin(ctx, claimPatience, check, claims...)
 }
@@ -94,7 +104,7 @@ func (c *Call) hold(claims []Claim) (release func()) {
 	c.mu.Lock()
 	c.held = append(c.held, held...)
 	c.mu.Unlock()
-	return func() {
+	return sync.OnceFunc(func() {
 		var mine []*heldClaim
 		c.mu.Lock()
 		c.held = slices.DeleteFunc(c.held, func(h *heldClaim) bool {
@@ -105,10 +115,10 @@ func (c *Call) hold(claims []Claim) (release func()) {
 			return true
 		})
 		c.mu.Unlock()
-		if len(mine) > 0 {
+		if len(mine) == len(held) { // else the end of the call was first
 			c.api.letGo(c, mine, nil)
 		}
-	}
+	})
 }
 
 // enter takes w's claims, or queues w and returns errQueued, or returns why
@@ -155,7 +165,7 @@ func (a *API) take(tx *db.Tx, w *waiter, before []*waiter) error {
 		if i := slices.IndexFunc(w.claims, func(cl Claim) bool { return len(e.blocked.Params) > 1 && cl.Ref == e.blocked.Params[1] }); i >= 0 {
 			cl := w.claims[i]
 			w.blocked = xapi.NewError(xapi.ErrOtherOperationInProgress,
-				cl.Class, cl.Ref, e.claims[0].Op, string(e.call.Task()))
+				cl.Class, cl.Ref, e.operation(), string(e.call.Task()))
 			return errQueued
 		}
 	}

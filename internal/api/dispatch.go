@@ -80,7 +80,7 @@ func (a *API) invoke(ctx context.Context, o Origin, name string, params []any) (
 func (a *API) invokeSystem(name string, params []any) (Result, error) {
 	switch {
 	case name == "system.listMethods":
-		return Result{Type: xapi.SetOf(xapi.String), Value: a.listed}, nil
+		return Result{Type: a.types.stringSet, Value: a.listed}, nil
 	case strings.HasPrefix(name, "system.isAlive"):
 		if len(params) == 0 {
 			return Result{}, xapi.NewError(xapi.ErrMessageParameterCountMismatch, name, "1", "0")
@@ -89,7 +89,7 @@ func (a *API) invokeSystem(name string, params []any) (Result, error) {
 		if !ok {
 			return Result{}, xapi.NewError(xapi.ErrFieldTypeError, "message")
 		}
-		return Result{Type: xapi.String, Value: text}, nil
+		return Result{Type: a.types.text, Value: text}, nil
 	}
 	return Result{}, xapi.NewError(xapi.ErrMessageMethodUnknown, name)
 }
@@ -127,7 +127,7 @@ func (a *API) invokeAsync(ctx context.Context, o Origin, s *session, m *method, 
 		}
 		c.end(res, err)
 	}()
-	return Result{Type: taskRefType, Value: c.Task()}, nil
+	return Result{Type: a.types.taskRef, Value: c.Task()}, nil
 }
 
 // execute runs the handler. A panic is an INTERNAL_ERROR, with the stack in
@@ -144,7 +144,7 @@ func (a *API) execute(ctx context.Context, c *Call, m *method, args []any) (res 
 	}
 	v, err := m.run(a, ctx, c, args)
 	if err != nil {
-		if told := a.apiError(err); told.Code == xapi.ErrInternalError {
+		if told := a.apiError(causeOf(ctx, err)); told.Code == xapi.ErrInternalError {
 			a.log.Error("call failed", "method", m.name, "err", err)
 		}
 		return Result{}, err

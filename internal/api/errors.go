@@ -37,6 +37,17 @@ func (a *API) apiError(err error) *xapi.Error {
 	return xapi.NewError(xapi.ErrInternalError, err.Error())
 }
 
+// causeOf replaces the bare error of a cancelled context by the reason it was
+// cancelled for.
+func causeOf(ctx context.Context, err error) error {
+	if errors.Is(err, context.Canceled) && ctx.Err() != nil {
+		if cause, ok := errors.AsType[*xapi.Error](context.Cause(ctx)); ok {
+			return cause
+		}
+	}
+	return err
+}
+
 // storageErrors are tried in order. number is the n of SR_BACKEND_FAILURE_n;
 // where it is 0, code and params are the whole answer.
 var storageErrors = []struct {

@@ -89,13 +89,13 @@ func (a *API) session(ref xapi.Ref[xapi.Session]) (*session, error) {
 	s.active.Store(now.UnixNano())
 	if shown := s.published.Load(); !s.local && now.UnixNano()-shown >= int64(sessionTouch) &&
 		s.published.CompareAndSwap(shown, now.UnixNano()) {
-		a.touch(s, now)
+		a.touchSession(s, now)
 	}
 	return s, nil
 }
 
-// touch brings last_active of the session's record up to date.
-func (a *API) touch(s *session, now time.Time) {
+// touchSession brings last_active of the session's record up to date.
+func (a *API) touchSession(s *session, now time.Time) {
 	err := a.db.Update(a.ctx, func(tx *db.Tx) error {
 		return db.Modify(tx, s.ref, func(r *xapi.Session) { r.LastActive = now })
 	})
@@ -112,7 +112,7 @@ func (a *API) Login(ctx context.Context, o Origin, user, password string) (xapi.
 	if err != nil {
 		return xapi.NullRef, a.apiError(err)
 	}
-	if err := a.open(s); err != nil {
+	if err := a.openSession(s); err != nil {
 		return xapi.NullRef, a.apiError(err)
 	}
 	return s.ref, nil
@@ -141,9 +141,9 @@ func (a *API) authenticate(ctx context.Context, o Origin, user, password string)
 	return s, nil
 }
 
-// open makes the session valid, gives it a record unless it is an emergency
+// openSession makes the session valid, gives it a record unless it is an emergency
 // session, and ends the oldest ones beyond the limits.
-func (a *API) open(s *session) error {
+func (a *API) openSession(s *session) error {
 	if !s.local {
 		err := a.db.Update(a.ctx, func(tx *db.Tx) error {
 			r := xapi.New[xapi.Session]()
@@ -208,7 +208,7 @@ func (a *API) trimSessions(now time.Time) {
 		}
 		old := now.Sub(time.Unix(0, s.active.Load())) > sessionLife
 		if (old || users[s.user] > sessionsPerUser || origins[s.originator] > sessionsPerOrigin) && s.running.Load() == 0 {
-			if err := a.Logout(s.ref); err != nil && !xapi.IsCode(err, xapi.ErrSessionInvalid) {
+			if err := a.Logout(s.ref); err != nil && !errors.Is(err, xapi.NewError(xapi.ErrSessionInvalid)) {
 				a.log.Error("session: not removed", "err", err)
 			}
 		}
@@ -245,7 +245,7 @@ func (a *API) sessionSlaveLocalLogin(ctx context.Context, c *Call, user, passwor
 		return xapi.NullRef, err
 	}
 	s.local = true
-	return s.ref, a.open(s)
+	return s.ref, a.openSession(s)
 }
 
 func (a *API) sessionLogout(ctx context.Context, c *Call) error {
