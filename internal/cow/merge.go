@@ -1,0 +1,434 @@
+package cow
+
+// treeWriter changes trees and counters on behalf of one checkpoint. It is
+// the only code that does, and it knows two operations: merge takes over one
+// reference to an old root and yields one to the new root; reap gives up the
+// references of the queue.
+type treeWriter struct {
+	*pageReader
+	space *space
+	queue *reapQueue
+	data  unitWriter // contents held in memory until now
+	leafs unitWriter
+	upper unitWriter
+
+	epoch   uint64 // of the layer being merged
+	mapped  int64  // what the merge changes the number of mapped units by
+	inexact bool   // mapped leaves out a subtree
+	budget  int    // pages that may still be read to keep mapped exact
+	scratch [][]entry
+}
+
+func newTreeWriter(r *pageReader, s *space, q *reapQueue) *treeWriter {
+	w := &treeWriter{pageReader: r, space: s, queue: q, budget: 1024}
+	w.data.files, w.leafs.files, w.upper.files = r.files, r.files, r.files
+	return w
+}
+
+// mergeLayer applies a sealed layer to a tree.
+func (w *treeWriter) mergeLayer(t tree, l *layer) (tree, error) {
+	w.epoch, w.mapped, w.inexact = l.epoch, 0, t.inexact
+	h := max(1, int(t.root.level))
+	if last := l.lastChunk(); last >= 0 {
+		h = max(h, w.geo.height(uint64(last+1)*uint64(w.geo.Fanout)))
+	}
+	root := t.root
+	for !root.isHole() && int(root.level) < h {
+		ents := w.entries(int(root.level) + 1)
+		clear(ents)
+		ents[0] = root
+		var err error
+		if root, err = w.writePage(ents, int(root.level)+1); err != nil {
+			return t, err
+		}
+	}
+	root, err := w.merge(root, h, 0, l)
+	if err != nil {
+		return t, err
+	}
+	w.space.unpromise(l.load.promised)
+	l.load.promised = 0
+	t = tree{root: root, mapped: uint64(int64(t.mapped) + w.mapped), inexact: w.inexact}
+	if root.isHole() {
+		t.mapped, t.inexact = 0, false
+	}
+	return t, nil
+}
+
+// merge applies the changes that l has for the subtree e, a page of the given
+// level or a hole, whose first chunk is lo.
+func (w *treeWriter) merge(e entry, level int, lo uint64, l *layer) (entry, error) {
+	n := w.geo.span(level - 1)
+	if !l.touches(lo, lo+n) {
+		return e, nil
+	}
+	if l.clears(lo, lo+n) {
+		return hole(w.epoch), w.drop(e)
+	}
+	ents := w.entries(level)
+	shared, err := w.open(e, ents)
+	if err != nil {
+		return e, err
+	}
+	if level == 1 {
+		err = w.mergeUnits(ents, shared, lo, l)
+	} else {
+		err = w.mergeChildren(ents, shared, level, lo, l)
+	}
+	if err != nil {
+		return e, err
+	}
+	if !e.isHole() { // a shared page stays for the others, an own one is replaced
+		if err := w.space.sub(e.addr); err != nil {
+			return e, err
+		}
+	}
+	return w.writePage(ents, level)
+}
+
+// open decodes the entries of a page and reports whether others refer to it,
+// too. A hole opens into holes of its birth.
+func (w *treeWriter) open(e entry, ents []entry) (shared bool, err error) {
+	if e.isHole() {
+		for i := range ents {
+			ents[i] = hole(e.birth)
+		}
+		return false, nil
+	}
+	b, err := w.readPage(e)
+	if err != nil {
+		return false, err
+	}
+	for i := range ents {
+		ents[i] = getEntry(b[i*entrySize:])
+	}
+	c, err := w.space.count(e.addr)
+	if err == nil && c == 0 {
+		err = errShape(e, "page in use has no references")
+	}
+	return c > 1, err
+}
+
+// mergeChildren merges below a page. The children of a shared page gain a
+// reference, from the copy that is being made, unless the copy drops them.
+func (w *treeWriter) mergeChildren(ents []entry, shared bool, level int, lo uint64, l *layer) error {
+	n := w.geo.span(level - 2)
+	for i := range ents {
+		from := lo + uint64(i)*n
+		c := ents[i]
+		switch {
+		case l.clears(from, from+n):
+			ents[i] = hole(w.epoch)
+			if shared {
+				if err := w.unmap(c); err != nil {
+					return err
+				}
+			} else if err := w.drop(c); err != nil {
+				return err
+			}
+		default:
+			if shared && !c.isHole() {
+				if err := w.space.add(c.addr, 1); err != nil {
+					return err
+				}
+			}
+			m, err := w.merge(c, level-1, from, l)
+			if err != nil {
+				return err
+			}
+			ents[i] = m
+		}
+	}
+	return nil
+}
+
+// mergeUnits replaces the units of a leaf that the layer has.
+func (w *treeWriter) mergeUnits(ents []entry, shared bool, chunk uint64, l *layer) error {
+	slots, rest := l.chunk(chunk)
+	placed, err := w.place(slots, l)
+	if err != nil {
+		return err
+	}
+	k := 0
+	for i := range ents {
+		var next entry
+		switch {
+		case k < len(slots) && int(slots[k].idx) == i:
+			next = hole(w.epoch)
+			if s := slots[k]; s.state != slotZero {
+				next = entry{addr: s.addr, birth: w.epoch, crc: s.crc, kind: kindData}
+				if s.state == slotBuf {
+					next.addr, placed = placed[0], placed[1:]
+				}
+				if err := w.space.add(next.addr, 1); err != nil {
+					return err
+				}
+				w.mapped++
+			}
+			k++
+		case rest:
+			next = hole(w.epoch)
+		case shared && !ents[i].isHole():
+			if err := w.space.add(ents[i].addr, 1); err != nil {
+				return err
+			}
+			continue
+		default:
+			continue
+		}
+		if !ents[i].isHole() {
+			w.mapped--
+			if !shared {
+				if err := w.space.sub(ents[i].addr); err != nil {
+					return err
+				}
+			}
+		}
+		ents[i] = next
+	}
+	return nil
+}
+
+// place writes the contents that slots hold in memory to the space files and
+// returns their units in order.
+func (w *treeWriter) place(slots []slot, l *layer) ([]uint64, error) {
+	n := 0
+	for _, s := range slots {
+		if s.state == slotBuf {
+			n++
+		}
+	}
+	if n == 0 {
+		return nil, nil
+	}
+	units := make([]uint64, 0, n)
+	for len(units) < n {
+		addr, got, err := w.space.alloc(classData, n-len(units), n-len(units))
+		if err != nil {
+			return nil, err
+		}
+		l.load.promised -= int64(got)
+		for i := range got {
+			units = append(units, addr+uint64(i))
+		}
+	}
+	i := 0
+	for _, s := range slots {
+		if s.state == slotBuf {
+			if err := w.data.write(units[i], s.buf); err != nil {
+				return nil, err
+			}
+			i++
+		}
+	}
+	return units, nil
+}
+
+// writePage writes a new page and returns its entry, which stands for the one
+// reference to it. Nothing but holes is one hole.
+func (w *treeWriter) writePage(ents []entry, level int) (entry, error) {
+	holes, birth := true, uint64(0)
+	for _, c := range ents {
+		holes = holes && c.isHole()
+		birth = max(birth, c.birth)
+	}
+	if holes {
+		return hole(birth), nil
+	}
+	b := make([]byte, w.geo.UnitSize)
+	for i, c := range ents {
+		c.put(b[i*entrySize:])
+	}
+	to, c := &w.upper, classUpper
+	if level == 1 {
+		to, c = &w.leafs, classLeaf
+	}
+	e, err := w.writeUnit(b, c, to)
+	if err != nil {
+		return e, err
+	}
+	e.kind, e.level, e.birth = kindPage, uint8(level), birth
+	w.cache.put(e, b)
+	return e, nil
+}
+
+// writeUnit writes one new unit with one reference. The entry it returns is
+// of kind data.
+func (w *treeWriter) writeUnit(b []byte, c class, to *unitWriter) (entry, error) {
+	addr, _, err := w.space.alloc(c, 1, 0)
+	if err != nil {
+		return entry{}, err
+	}
+	if err := w.space.add(addr, 1); err != nil {
+		return entry{}, err
+	}
+	return entry{addr: addr, birth: w.epoch, crc: checksum(b), kind: kindData}, to.write(addr, b)
+}
+
+// drop gives up a reference. That of a page goes to the queue: nothing below
+// it is read now.
+func (w *treeWriter) drop(e entry) error {
+	if err := w.unmap(e); err != nil {
+		return err
+	}
+	switch e.kind {
+	case kindData:
+		return w.space.sub(e.addr)
+	case kindPage:
+		w.queue.push(e)
+	}
+	return nil
+}
+
+// unmap takes the data below e out of the number of mapped units, as long as
+// the budget lasts.
+func (w *treeWriter) unmap(e entry) error {
+	switch {
+	case e.isHole():
+		return nil
+	case e.kind == kindData:
+		w.mapped--
+		return nil
+	case w.budget <= 0:
+		w.inexact = true
+		return nil
+	}
+	w.budget--
+	b, err := w.readPage(e)
+	if err != nil {
+		return err
+	}
+	for i := range w.geo.Fanout {
+		if err := w.unmap(getEntry(b[i*entrySize:])); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// reapOne gives up the reference on top of the queue.
+func (w *treeWriter) reapOne() error {
+	e := w.queue.ents[len(w.queue.ents)-1]
+	if e.kind == kindPage {
+		c, err := w.space.count(e.addr)
+		if err != nil {
+			return err
+		}
+		if c == 1 { // nobody else refers to it: what it refers to goes as well
+			b, err := w.readPage(e)
+			if err != nil {
+				return err
+			}
+			w.queue.pop()
+			for i := range w.geo.Fanout {
+				c := getEntry(b[i*entrySize:])
+				switch c.kind {
+				case kindData:
+					if err := w.space.sub(c.addr); err != nil {
+						return err
+					}
+				case kindPage:
+					w.queue.push(c)
+				}
+			}
+			return w.space.sub(e.addr)
+		}
+	}
+	w.queue.pop()
+	return w.space.sub(e.addr)
+}
+
+// saveQueue writes those blocks of the queue that have changed.
+func (w *treeWriter) saveQueue() error {
+	q, per := w.queue, w.geo.linksPerUnit()
+	if !q.changed() {
+		return nil
+	}
+	keep := q.stable / per // full blocks that stay as they are
+	for _, e := range q.blocks[keep:] {
+		if err := w.space.sub(e.addr); err != nil {
+			return err
+		}
+	}
+	q.blocks = q.blocks[:keep]
+	for i := keep * per; i < len(q.ents); i += per {
+		b := encodeBlock(w.geo, q.top(), q.ents[i:min(i+per, len(q.ents))])
+		e, err := w.writeUnit(b, classUpper, &w.upper)
+		if err != nil {
+			return err
+		}
+		q.blocks = append(q.blocks, e)
+	}
+	q.stable = len(q.ents)
+	return nil
+}
+
+// readPage reads a page that may have been written by this very checkpoint.
+func (w *treeWriter) readPage(e entry) ([]byte, error) {
+	if b := w.cache.get(e); b != nil {
+		return b, nil
+	}
+	for _, u := range []*unitWriter{&w.leafs, &w.upper} {
+		if u.pending(e.addr) {
+			if err := u.flush(); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return w.page(e)
+}
+
+func (w *treeWriter) flush() error {
+	for _, u := range []*unitWriter{&w.data, &w.leafs, &w.upper} {
+		if err := u.flush(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// entries returns the decoded form of a page of the given level, to be
+// overwritten. There is one for each level.
+func (w *treeWriter) entries(level int) []entry {
+	for len(w.scratch) <= level {
+		w.scratch = append(w.scratch, make([]entry, w.geo.Fanout))
+	}
+	return w.scratch[level]
+}
+
+// maxBatch is how many bytes of adjoining units are written at once.
+const maxBatch = 1 << 20
+
+// unitWriter gathers adjoining units into large writes.
+type unitWriter struct {
+	files *spaceFiles
+	first uint64
+	buf   []byte
+}
+
+func (u *unitWriter) write(addr uint64, b []byte) error {
+	n := uint64(len(u.buf) / u.files.geo.UnitSize)
+	if n > 0 && (addr != u.first+n || len(u.buf)+len(b) > maxBatch || !u.files.contiguous(u.first, int(n)+1)) {
+		if err := u.flush(); err != nil {
+			return err
+		}
+	}
+	if len(u.buf) == 0 {
+		u.first = addr
+	}
+	u.buf = append(u.buf, b...)
+	return nil
+}
+
+func (u *unitWriter) pending(addr uint64) bool {
+	return addr >= u.first && addr < u.first+uint64(len(u.buf)/u.files.geo.UnitSize)
+}
+
+func (u *unitWriter) flush() error {
+	if len(u.buf) == 0 {
+		return nil
+	}
+	err := u.files.write(u.buf, u.first)
+	u.buf = u.buf[:0]
+	return err
+}

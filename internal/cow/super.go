@@ -1,0 +1,191 @@
+package cow
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+
+	"coppice/internal/vfs"
+)
+
+const (
+	superName  = "super"
+	superTemp  = "super.new"
+	superSlots = 4
+	slotSize   = 4096
+	superSize  = 512 // bytes of a slot in use: one sector, so that it is written whole or not at all
+	superMagic = "COPPICE\n"
+
+	formatVersion = 1
+
+	// Feature bits. A store with an incompatible bit that is not known here
+	// is refused; compatible bits are ignored and kept.
+	knownIncompat = 0
+)
+
+// super is the superblock: everything that one write switches over.
+type super struct {
+	compat, incompat uint32
+	geo              Geometry
+	uuid, logKey     [16]byte
+	gen              uint64 // generation, one per checkpoint
+	epoch            uint64 // the next layer is sealed at this epoch
+	nextID           uint64 // of the next volume record
+	logOff, logSeq   uint64 // where replay starts
+	logCRC           uint32 // of the frame before
+	table            entry  // root of the volume table
+	queue            entry  // top block of the reap queue
+	queueLen         uint64 // entries in the queue
+	regions          uint64 // records in the region table
+	tableCRC         uint32 // CRC32C of the CRCs of the region table's pages
+}
+
+func (s *super) encode() []byte {
+	b := make([]byte, superSize)
+	le := binary.LittleEndian
+	copy(b, superMagic)
+	le.PutUint32(b[8:], formatVersion)
+	le.PutUint32(b[12:], s.compat)
+	le.PutUint32(b[16:], s.incompat)
+	le.PutUint32(b[20:], uint32(s.geo.UnitSize))
+	le.PutUint32(b[24:], uint32(s.geo.Fanout))
+	le.PutUint32(b[28:], uint32(s.geo.PageCounters))
+	le.PutUint32(b[32:], uint32(s.geo.RegionsPerFile))
+	copy(b[36:], s.uuid[:])
+	copy(b[52:], s.logKey[:])
+	le.PutUint64(b[68:], s.gen)
+	le.PutUint64(b[76:], s.epoch)
+	le.PutUint64(b[84:], s.nextID)
+	le.PutUint64(b[92:], s.logOff)
+	le.PutUint64(b[100:], s.logSeq)
+	le.PutUint32(b[108:], s.logCRC)
+	s.table.put(b[112:])
+	s.queue.put(b[128:])
+	le.PutUint64(b[144:], s.queueLen)
+	le.PutUint64(b[152:], s.regions)
+	le.PutUint32(b[160:], s.tableCRC)
+	le.PutUint32(b[superSize-4:], checksum(b[:superSize-4]))
+	return b
+}
+
+// errNoSlot marks a slot that holds no superblock, torn ones included.
+var errNoSlot = errors.New("no superblock in the slot")
+
+// decodeSuper decodes one slot. errNoSlot means that another slot may do;
+// ErrUnsupported and ErrCorrupt are final.
+func decodeSuper(b []byte) (*super, error) {
+	if len(b) < superSize || string(b[:8]) != superMagic {
+		return nil, errNoSlot
+	}
+	b = b[:superSize]
+	le := binary.LittleEndian
+	if le.Uint32(b[superSize-4:]) != checksum(b[:superSize-4]) {
+		return nil, errNoSlot
+	}
+	if v := le.Uint32(b[8:]); v != formatVersion {
+		return nil, fmt.Errorf("%w: version %d", ErrUnsupported, v)
+	}
+	s := &super{
+		compat:   le.Uint32(b[12:]),
+		incompat: le.Uint32(b[16:]),
+		geo: Geometry{
+			UnitSize:       int(le.Uint32(b[20:])),
+			Fanout:         int(le.Uint32(b[24:])),
+			PageCounters:   int(le.Uint32(b[28:])),
+			RegionsPerFile: int(le.Uint32(b[32:])),
+		},
+		uuid:     [16]byte(b[36:52]),
+		logKey:   [16]byte(b[52:68]),
+		gen:      le.Uint64(b[68:]),
+		epoch:    le.Uint64(b[76:]),
+		nextID:   le.Uint64(b[84:]),
+		logOff:   le.Uint64(b[92:]),
+		logSeq:   le.Uint64(b[100:]),
+		logCRC:   le.Uint32(b[108:]),
+		table:    getEntry(b[112:]),
+		queue:    getEntry(b[128:]),
+		queueLen: le.Uint64(b[144:]),
+		regions:  le.Uint64(b[152:]),
+		tableCRC: le.Uint32(b[160:]),
+	}
+	if f := s.incompat &^ knownIncompat; f != 0 {
+		return nil, fmt.Errorf("%w: feature bits %#x", ErrUnsupported, f)
+	}
+	if err := s.geo.validate(); err != nil {
+		return nil, &CorruptError{Detail: "superblock: " + err.Error()}
+	}
+	if s.regions > uint64(s.geo.maxRegions()) || s.epoch > maxEpoch || s.queueLen > 1<<40 {
+		return nil, &CorruptError{Detail: "superblock: count out of range"}
+	}
+	return s, nil
+}
+
+// readSuper returns the newest superblock of the file.
+func readSuper(f vfs.File) (*super, error) {
+	var newest *super
+	b := make([]byte, superSize)
+	for slot := range superSlots {
+		if _, err := f.ReadAt(b, int64(slot)*slotSize); err != nil && !errors.Is(err, io.EOF) {
+			return nil, &CorruptError{Detail: fmt.Sprintf("superblock slot %d", slot), Cause: err}
+		}
+		s, err := decodeSuper(b)
+		switch {
+		case errors.Is(err, errNoSlot):
+			continue
+		case err != nil:
+			return nil, err
+		case newest == nil || s.gen > newest.gen:
+			newest = s
+		}
+	}
+	if newest == nil {
+		return nil, &CorruptError{Detail: "no superblock slot is readable"}
+	}
+	return newest, nil
+}
+
+// writeSuper writes both slots of s.gen and makes them durable. The slots of
+// the generation before are not touched.
+func writeSuper(f vfs.File, s *super) error {
+	b := s.encode()
+	for i := range uint64(2) {
+		if _, err := f.WriteAt(b, int64(s.gen%2+2*i)*slotSize); err != nil {
+			return fmt.Errorf("writing superblock: %w", err)
+		}
+	}
+	if err := f.Datasync(); err != nil {
+		return fmt.Errorf("syncing superblock: %w", err)
+	}
+	return nil
+}
+
+// createSuper makes the file with its first superblock. The rename is what
+// turns a directory into a store.
+func createSuper(d vfs.FS, s *super) (vfs.File, error) {
+	if err := d.Remove(superTemp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	f, err := d.Create(superTemp)
+	if err != nil {
+		return nil, err
+	}
+	err = f.Truncate(superSlots * slotSize)
+	if err == nil {
+		err = writeSuper(f, s)
+	}
+	if err == nil {
+		err = d.SyncDir()
+	}
+	if err == nil {
+		err = d.Rename(superTemp, superName)
+	}
+	if err == nil {
+		err = d.SyncDir()
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}

@@ -1,0 +1,66 @@
+package cow
+
+// view is the contents of a volume at one moment: a tree under a short chain
+// of layers. It is immutable; a change of the chain is a new view.
+type view struct {
+	size   int64    // bytes
+	height int      // at least that of every tree the volume has had
+	top    *layer   // takes writes; nil for a read-only volume
+	sealed []*layer // newest first
+	base   tree
+}
+
+// chain calls f for every layer, newest first, until f returns false.
+func (v *view) chain(f func(*layer) bool) {
+	if v.top != nil && !f(v.top) {
+		return
+	}
+	for _, l := range v.sealed {
+		if !f(l) {
+			return
+		}
+	}
+}
+
+// fill sets those of out, the units from idx lo on of a chunk, for which a
+// layer has a version. It reports whether all are set.
+func (v *view) fill(chunk uint64, lo int, out []slot) bool {
+	left := len(out)
+	v.chain(func(l *layer) bool {
+		left -= l.fill(chunk, lo, out)
+		return left > 0
+	})
+	return left == 0
+}
+
+// resolve finds the version of each unit from idx lo on of a chunk; out is
+// overwritten and has no slotNone afterwards. The caller is in an era.
+func (r *pageReader) resolve(v *view, chunk uint64, lo int, out []slot) error {
+	clear(out)
+	if v.fill(chunk, lo, out) {
+		return nil
+	}
+	return r.fill(v.base.root, chunk, lo, out)
+}
+
+// version identifies what a unit's contents were at some moment: a layer's
+// slot, or the tree below the layers.
+type version struct {
+	s    slot
+	root entry // of the tree, when s is slotNone
+}
+
+// version returns the version of one unit, given the top layer's.
+func (v *view) version(chunk uint64, idx int, top slot) version {
+	if top.state != slotNone {
+		return version{s: top}
+	}
+	for _, l := range v.sealed {
+		if s := l.get(chunk, idx); s.state != slotNone {
+			return version{s: s}
+		}
+	}
+	return version{root: v.base.root}
+}
+
+func (a version) same(b version) bool { return a.s.same(b.s) && a.root == b.root }
