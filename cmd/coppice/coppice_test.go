@@ -1,0 +1,193 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"coppice/internal/vfs"
+)
+
+// asCoppice makes the test binary be coppice, so that tests can start the
+// real thing and kill it.
+const asCoppice = "COPPICE_TEST_MAIN"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asCoppice) != "" {
+		main()
+	}
+	os.Exit(m.Run())
+}
+
+// output is what a command run inside the test left behind.
+type output struct {
+	code           int
+	stdout, stderr string
+}
+
+func runCommand(t *testing.T, args ...string) output {
+	t.Helper()
+	var stdout, stderr bytes.Buffer
+	vars := map[string]string{"HOME": t.TempDir()}
+	code := run(t.Context(), env{
+		stdin: strings.NewReader(""), stdout: &stdout, stderr: &stderr,
+		getenv: func(k string) string { return vars[k] },
+	}, args)
+	return output{code, stdout.String(), stderr.String()}
+}
+
+func TestExitCodes(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fresh := func() string { return filepath.Join(t.TempDir(), "data") }
+	tests := []struct {
+		args []string
+		code int
+		want string // in what it prints
+	}{
+		{nil, exitUnusable, "Usage: coppice COMMAND"},
+		{[]string{"help"}, exitOK, "Usage: coppice COMMAND"},
+		{[]string{"fly"}, exitUnusable, `there is no command "fly"`},
+		{[]string{"version"}, exitOK, "built with go"},
+		{[]string{"version", "x"}, exitUnusable, `unexpected argument "x"`},
+		{[]string{"serve", "-h"}, exitOK, "-admin-password-file"},
+		{[]string{"serve", "--fly"}, exitUnusable, "flag provided but not defined"},
+		{[]string{"serve", "--log-level", "loud"}, exitUnusable, "loud"},
+		{[]string{"serve", "--tls-cert", file}, exitUnusable, "--tls-cert and --tls-key go together"},
+		{[]string{"serve", "--http", "off", "--https", "off"}, exitUnusable, "nothing to listen at"},
+		{[]string{"serve", "--data", file}, exitUnusable, file},
+		{[]string{"serve", "--data", fresh(), "--http", "0.0.0.0:0"}, exitUnusable, "loopback addresses only"},
+		{[]string{"serve", "--data", fresh(), "--http", "nonsense"}, exitUnusable, "--http: "},
+		{[]string{"serve", "--data", fresh(), "--http", "off", "--https", "127.0.0.1:0", "--listen", "ftp://x"}, exitUnusable, "not an address"},
+		{[]string{"serve", "--data", fresh(), "--tls-cert", file, "--tls-key", file}, exitUnusable, "certificate " + file},
+		{[]string{"serve", "--data", fresh(), "--admin-password-file", file}, exitUnusable, "is empty"},
+		{[]string{"serve", "--data", fresh() + strings.Repeat("/long", 30), "--http", "127.0.0.1:0", "--https", "127.0.0.1:0"}, exitUnusable, "longer than 107 bytes"},
+		{[]string{"check", "--data", fresh()}, exitUnusable, `"coppice serve" makes it`},
+		{[]string{"check", file}, exitUnusable, file},
+		{[]string{"doctor", "--data", fresh(), "--http", "127.0.0.1:0", "--https", "off"}, exitOK, "not there yet"},
+		{[]string{"doctor", "--data", file}, exitBadNews, "not a directory"},
+	}
+	for _, tt := range tests {
+		t.Run(strings.Join(tt.args, " "), func(t *testing.T) {
+			got := runCommand(t, tt.args...)
+			if got.code != tt.code || !strings.Contains(got.stdout+got.stderr, tt.want) {
+				t.Errorf("exit code %d, want %d; want %q in:\n%s%s", got.code, tt.code, tt.want, got.stdout, got.stderr)
+			}
+		})
+	}
+}
+
+func TestDataDir(t *testing.T) {
+	tests := []struct {
+		flag, xdg, home string
+		want            string // "" for an error
+	}{
+		{"", "", "/home/u", "/home/u/.local/state/coppice"},
+		{"", "/state", "/home/u", "/state/coppice"},
+		{"", "relative", "/home/u", "/home/u/.local/state/coppice"}, // as its specification says
+		{"", "", "", ""},
+		{"/data", "/state", "/home/u", "/data"},
+		{"/data/../x", "", "", "/x"},
+	}
+	for _, tt := range tests {
+		vars := map[string]string{"XDG_STATE_HOME": tt.xdg, "HOME": tt.home}
+		got, err := env{getenv: func(k string) string { return vars[k] }}.dataDir(tt.flag)
+		if string(got) != tt.want || (err == nil) != (tt.want != "") {
+			t.Errorf("%+v: got %q, %v", tt, got, err)
+		}
+	}
+}
+
+func TestRootPassword(t *testing.T) {
+	dir, err := vfs.CreateDir(filepath.Join(t.TempDir(), "data"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	verifier, created, err := rootPassword(dir, "")
+	if err != nil || len(created) != 23 || verifier == "" || strings.Contains(verifier, created) {
+		t.Fatalf("first start: %q, %q, %v", verifier, created, err)
+	}
+	info, err := os.Stat(filepath.Join(dir.Path(), passwordFile))
+	if err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v; want mode 0600", info.Mode(), err)
+	}
+	again, created, err := rootPassword(dir, "")
+	if err != nil || created != "" || again != verifier {
+		t.Errorf("second start: %q, %q, %v", again, created, err)
+	}
+	file := filepath.Join(t.TempDir(), "password")
+	if err := os.WriteFile(file, []byte("my own\r\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	given, created, err := rootPassword(dir, file)
+	if err != nil || created != "" || given == verifier {
+		t.Errorf("with a file: %q, %q, %v", given, created, err)
+	}
+	again, _, err = rootPassword(dir, "")
+	if err != nil || again != given {
+		t.Errorf("the password from the file was not kept: %q, %v", again, err)
+	}
+	if _, _, err := rootPassword(dir, file+"x"); err == nil {
+		t.Error("a missing password file was accepted")
+	}
+}
+
+func TestListen(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "sock")
+	if err := os.WriteFile(socket, []byte("left over"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	eps, err := addresses{http: "localhost:0", https: off, more: []string{"http://127.0.0.1:0/"}}.listen(t.Context(), nil, socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer eps.close()
+	var schemes []string
+	for _, ep := range eps {
+		schemes = append(schemes, ep.scheme)
+	}
+	if got := strings.Join(schemes, " "); got != "http http unix" {
+		t.Errorf("listening at %s", got)
+	}
+	if info, err := os.Stat(socket); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("socket: %v, %v; want mode 0600", info, err)
+	}
+	taken, _ := eps.first("http")
+	_, err = addresses{http: taken.Addr().String(), https: off}.listen(context.Background(), nil, socket+"2")
+	if err == nil || !strings.Contains(err.Error(), "the port is in use") {
+		t.Errorf("a taken port: %v", err)
+	}
+	if _, err := os.Stat(socket + "2"); err == nil {
+		t.Error("the failed attempt left a socket behind")
+	}
+}
+
+func TestXEArgs(t *testing.T) {
+	open := func(a addresses) *instance {
+		a.https, a.more = off, nil
+		eps, err := a.listen(t.Context(), nil, filepath.Join(t.TempDir(), "sock"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { eps.close() })
+		return &instance{endpoints: eps}
+	}
+	i := open(addresses{http: "127.0.0.1:0"})
+	_, port := i.endpoints[0].hostPort()
+	if got, _ := i.xeArgs("pw"); got != "server=127.0.0.1,port="+port+",nossl=true,username=root,password=pw" {
+		t.Errorf("got %s", got)
+	}
+	i.endpoints[0].scheme = "https"
+	if got, _ := i.xeArgs("pw"); got != "server=localhost,port="+port+",username=root,password=pw" {
+		t.Errorf("got %s", got)
+	}
+	if got, ok := open(addresses{http: off}).xeArgs("pw"); ok {
+		t.Errorf("without an address: %s", got)
+	}
+}

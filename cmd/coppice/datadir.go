@@ -1,0 +1,113 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"coppice/internal/vfs"
+)
+
+// dataDir is the path of a data directory; its methods name what is inside.
+type dataDir string
+
+func (d dataDir) database() string { return filepath.Join(string(d), "coppice.db") }
+func (d dataDir) tls() string      { return filepath.Join(string(d), "tls") }
+func (d dataDir) socket() string   { return filepath.Join(string(d), "coppice.sock") }
+
+// passwordFile is the name of the file with root's password verifier.
+const passwordFile = "root.password"
+
+// dataFlag is the value of --data as the user may leave it: empty means the
+// default place.
+func (e env) dataDir(flagValue string) (dataDir, error) {
+	if flagValue != "" {
+		abs, err := filepath.Abs(flagValue)
+		return dataDir(abs), err
+	}
+	state := e.getenv("XDG_STATE_HOME")
+	if !filepath.IsAbs(state) {
+		home := e.getenv("HOME")
+		if home == "" {
+			return "", &hinted{errors.New("no data directory: neither XDG_STATE_HOME nor HOME is set"), "name one with --data DIR"}
+		}
+		state = filepath.Join(home, ".local", "state")
+	}
+	return dataDir(filepath.Join(state, "coppice")), nil
+}
+
+// dataUsage is the help text of --data.
+const dataUsage = "data `directory` (default $XDG_STATE_HOME/coppice or ~/.local/state/coppice)"
+
+// openDir opens the directory and takes its lock. The caller closes both,
+// the lock first. With create a missing directory is made.
+func (d dataDir) open(create bool) (*vfs.Dir, io.Closer, error) {
+	open := vfs.OpenDir
+	if create {
+		open = vfs.CreateDir
+	}
+	dir, err := open(string(d))
+	if err != nil {
+		return nil, nil, d.explain(err)
+	}
+	lock, err := dir.Lock()
+	if err != nil {
+		return nil, nil, errors.Join(d.explain(err), dir.Close())
+	}
+	return dir, lock, nil
+}
+
+// explain adds to an error about the directory what can be done.
+func (d dataDir) explain(err error) error {
+	err = fmt.Errorf("data directory %s: %w", string(d), err)
+	switch {
+	case errors.Is(err, vfs.ErrLocked):
+		return &hinted{err, "A coppice server, or a tool, is using it. Stop it first, or use another directory with --data DIR."}
+	case errors.Is(err, fs.ErrNotExist):
+		return &hinted{err, "\"coppice serve\" makes it; or name another one with --data DIR."}
+	case errors.Is(err, fs.ErrPermission):
+		return &hinted{err, fmt.Sprintf("User id %d may not write there. Change its owner, or use another directory with --data DIR.", os.Geteuid())}
+	}
+	return err
+}
+
+// readSmall returns the contents of a small file without the white space
+// around them, "" and fs.ErrNotExist when there is none.
+func readSmall(dir vfs.FS, name string) (_ string, err error) {
+	f, err := dir.Open(name)
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = cmp.Or(err, f.Close()) }()
+	b, err := io.ReadAll(io.NewSectionReader(f, 0, 64<<10))
+	return strings.TrimSpace(string(b)), err
+}
+
+// writeSmall replaces a small file durably: after a crash there is the old
+// one or the new one.
+func writeSmall(dir vfs.FS, name, contents string) error {
+	tmp := name + ".new"
+	if err := dir.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	f, err := dir.Create(tmp) // 0600
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt([]byte(contents+"\n"), 0)
+	if err == nil {
+		err = f.Datasync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err := dir.Rename(tmp, name); err != nil {
+		return err
+	}
+	return dir.SyncDir()
+}

@@ -1,0 +1,181 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/url"
+	"os"
+	"strings"
+	"syscall"
+)
+
+// off is the flag value that leaves a listener out.
+const off = "off"
+
+// maxSocketPath is the longest path of a Unix socket on Linux, in bytes.
+const maxSocketPath = 107
+
+// endpoint is one address the server answers at.
+type endpoint struct {
+	net.Listener
+	scheme string // "http", "https" or "unix"
+}
+
+// url is how a client on this machine names the endpoint.
+func (ep endpoint) url() string { return ep.scheme + "://" + ep.Addr().String() }
+
+// hostPort returns the address as a client on this machine uses it: an
+// address that stands for all addresses becomes the loopback one.
+func (ep endpoint) hostPort() (host, port string) {
+	host, port, _ = net.SplitHostPort(ep.Addr().String())
+	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+		host = "127.0.0.1"
+	}
+	return host, port
+}
+
+// endpoints is the set of open listeners.
+type endpoints []endpoint
+
+func (eps endpoints) close() error {
+	var errs []error
+	for _, ep := range eps {
+		errs = append(errs, ep.Close())
+	}
+	return errors.Join(errs...)
+}
+
+func (eps endpoints) listeners() []net.Listener {
+	var ls []net.Listener
+	for _, ep := range eps {
+		ls = append(ls, ep.Listener)
+	}
+	return ls
+}
+
+// first returns the first endpoint of a scheme.
+func (eps endpoints) first(scheme string) (endpoint, bool) {
+	for _, ep := range eps {
+		if ep.scheme == scheme {
+			return ep, true
+		}
+	}
+	return endpoint{}, false
+}
+
+// addresses are the places to listen at, as the command line gives them.
+type addresses struct {
+	http  string   // loopback only, or off
+	https string   // or off
+	more  []string // http://ADDRESS or https://ADDRESS
+}
+
+// listen opens all of them and the Unix socket, or none.
+func (a addresses) listen(ctx context.Context, config *tls.Config, socket string) (_ endpoints, err error) {
+	var eps endpoints
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, eps.close())
+		}
+	}()
+	add := func(flagName, scheme, address string) error {
+		l, err := listenTCP(ctx, flagName, address)
+		if err != nil {
+			return err
+		}
+		if scheme == "https" {
+			l = tls.NewListener(l, config)
+		}
+		eps = append(eps, endpoint{l, scheme})
+		return nil
+	}
+	if a.http != off {
+		if err := mustBeLoopback(a.http); err != nil {
+			return eps, err
+		}
+		if err := add("--http", "http", a.http); err != nil {
+			return eps, err
+		}
+	}
+	if a.https != off {
+		if err := add("--https", "https", a.https); err != nil {
+			return eps, err
+		}
+	}
+	for _, spec := range a.more {
+		u, err := url.Parse(spec)
+		if err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" || strings.Trim(u.Path, "/") != "" {
+			return eps, &hinted{fmt.Errorf("--listen %s: not an address", spec), "Write http://ADDRESS:PORT or https://ADDRESS:PORT."}
+		}
+		address := u.Host
+		if u.Port() == "" {
+			address = net.JoinHostPort(u.Hostname(), map[string]string{"http": "80", "https": "443"}[u.Scheme])
+		}
+		if err := add("--listen", u.Scheme, address); err != nil {
+			return eps, err
+		}
+	}
+	l, err := listenUnix(socket)
+	if err != nil {
+		return eps, err
+	}
+	return append(eps, endpoint{l, "unix"}), nil
+}
+
+// mustBeLoopback refuses to send passwords in the clear over a network by
+// accident.
+func mustBeLoopback(address string) error {
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		return fmt.Errorf("--http: %w", err)
+	}
+	if ip := net.ParseIP(host); host == "localhost" || (ip != nil && ip.IsLoopback()) {
+		return nil
+	}
+	return &hinted{
+		fmt.Errorf("--http %s: plain HTTP is for loopback addresses only, it shows passwords to the network", address),
+		"Use --https " + address + ", or --listen http://" + address + " if the network may see them.",
+	}
+}
+
+func listenTCP(ctx context.Context, flagName, address string) (net.Listener, error) {
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", address)
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return nil, &hinted{
+			fmt.Errorf("%s %s: the port is in use", flagName, address),
+			"Another server has it, perhaps another coppice. Stop that one or choose another port; port 0 takes any free one.",
+		}
+	case errors.Is(err, syscall.EACCES):
+		return nil, &hinted{
+			fmt.Errorf("%s %s: not permitted", flagName, address),
+			"Ports below 1024 need the capability CAP_NET_BIND_SERVICE: setcap cap_net_bind_service+ep, or AmbientCapabilities= in a systemd unit.",
+		}
+	case err != nil:
+		return nil, fmt.Errorf("%s %s: %w", flagName, address, err)
+	}
+	return l, nil
+}
+
+// listenUnix makes the Unix socket. Whatever bears its name is left over from
+// a server that was killed: the lock of the directory is ours.
+func listenUnix(path string) (net.Listener, error) {
+	if len(path) > maxSocketPath {
+		return nil, &hinted{
+			fmt.Errorf("the path of the Unix socket, %s, is longer than %d bytes", path, maxSocketPath),
+			"Use a data directory with a shorter path.",
+		}
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	return l, os.Chmod(path, 0o600)
+}
