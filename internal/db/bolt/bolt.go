@@ -1,0 +1,214 @@
+// Package bolt keeps the rows of the object database in a bbolt file.
+//
+// # Format
+//
+// Version 1, the only one:
+//
+//	bucket "meta"
+//	    "format"    version of the format, 8 bytes big-endian
+//	    "revision"  revision of the last commit, 8 bytes big-endian
+//	bucket "class"
+//	    bucket <class name>
+//	        <reference>  JSON object of the persistent fields, by field name
+//
+// A file of a newer version is refused with a *FormatError. A commit is one bbolt transaction: it is durable,
+// or after a crash it never happened. Rows of classes that the program does not know stay where they are.
+package bolt
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"iter"
+	"os"
+	"path/filepath"
+	"time"
+
+	"go.etcd.io/bbolt"
+	boltErrors "go.etcd.io/bbolt/errors"
+
+	"coppice/internal/db"
+)
+
+// formatVersion is what we write and the newest that we read.
+const formatVersion = 1
+
+// lockWait is how long Open waits for another process to close the file.
+const lockWait = 2 * time.Second
+
+var (
+	metaBucket  = []byte("meta")
+	classBucket = []byte("class")
+	formatKey   = []byte("format")
+	revisionKey = []byte("revision")
+)
+
+// ErrLocked says that another process has the file open.
+var ErrLocked = errors.New("bolt: the file is in use by another process")
+
+// FormatError says that a file cannot be read by this program.
+type FormatError struct {
+	Path    string
+	Version uint64 // 0 when the file is a bbolt file of something else
+}
+
+func (e *FormatError) Error() string {
+	if e.Version == 0 {
+		return fmt.Sprintf("bolt: %s is not an object database", e.Path)
+	}
+	return fmt.Sprintf("bolt: %s has format version %d, this program knows versions up to %d", e.Path, e.Version, formatVersion)
+}
+
+// Store is a db.Store in a file.
+type Store struct{ file *bbolt.DB }
+
+var _ db.Store = (*Store)(nil)
+
+// Open opens the file, or creates it with permissions 0600. It returns ErrLocked when another process has it
+// open, and a *FormatError when it holds something else.
+func Open(path string) (*Store, error) {
+	file, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockWait, FreelistType: bbolt.FreelistMapType})
+	if errors.Is(err, boltErrors.ErrTimeout) {
+		return nil, fmt.Errorf("%w: %s", ErrLocked, path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("bolt: open %s: %w", path, err)
+	}
+	s := &Store{file: file}
+	if err := s.prepare(path); err != nil {
+		_ = file.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// prepare checks the format of the file and writes it to a new one, whose directory entry it makes durable.
+func (s *Store) prepare(path string) error {
+	var version uint64
+	fresh := false
+	err := s.file.View(func(tx *bbolt.Tx) error {
+		if meta := tx.Bucket(metaBucket); meta != nil {
+			version = number(meta.Get(formatKey))
+			return nil
+		}
+		first, _ := tx.Cursor().First()
+		fresh = first == nil
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("bolt: open %s: %w", path, err)
+	}
+	if !fresh {
+		if version == 0 || version > formatVersion {
+			return &FormatError{Path: path, Version: version}
+		}
+		return nil
+	}
+	err = s.file.Update(func(tx *bbolt.Tx) error {
+		meta, err := tx.CreateBucket(metaBucket)
+		if err != nil {
+			return err
+		}
+		if _, err := tx.CreateBucket(classBucket); err != nil {
+			return err
+		}
+		return meta.Put(formatKey, bytesOf(formatVersion))
+	})
+	if err == nil {
+		err = syncDir(filepath.Dir(path))
+	}
+	if err != nil {
+		return fmt.Errorf("bolt: create %s: %w", path, err)
+	}
+	return nil
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+func number(b []byte) uint64 {
+	if len(b) != 8 {
+		return 0
+	}
+	return binary.BigEndian.Uint64(b)
+}
+
+func bytesOf(n uint64) []byte { return binary.BigEndian.AppendUint64(nil, n) }
+
+// Load implements db.Store. The rows come in the order of class and reference.
+func (s *Store) Load(ctx context.Context) (uint64, iter.Seq2[db.Row, error], error) {
+	var revision uint64
+	err := s.file.View(func(tx *bbolt.Tx) error {
+		revision = number(tx.Bucket(metaBucket).Get(revisionKey))
+		return nil
+	})
+	if err != nil {
+		return 0, nil, err
+	}
+	return revision, func(yield func(db.Row, error) bool) {
+		err := s.file.View(func(tx *bbolt.Tx) error { return loadRows(ctx, tx, yield) })
+		if err != nil && !errors.Is(err, errStopped) {
+			yield(db.Row{}, err)
+		}
+	}, nil
+}
+
+// errStopped ends a transaction whose caller wants no more rows.
+var errStopped = errors.New("stopped")
+
+func loadRows(ctx context.Context, tx *bbolt.Tx, yield func(db.Row, error) bool) error {
+	classes := tx.Bucket(classBucket)
+	return classes.ForEachBucket(func(class []byte) error {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return classes.Bucket(class).ForEach(func(ref, data []byte) error {
+			if !yield(db.Row{Class: string(class), Ref: string(ref), Data: data}, nil) {
+				return errStopped
+			}
+			return nil
+		})
+	})
+}
+
+// Commit implements db.Store.
+func (s *Store) Commit(_ context.Context, b db.Batch) error {
+	return s.file.Update(func(tx *bbolt.Tx) error {
+		classes := tx.Bucket(classBucket)
+		for _, r := range b.Rows {
+			rows, err := classes.CreateBucketIfNotExists([]byte(r.Class))
+			if err != nil {
+				return err
+			}
+			if r.Data == nil {
+				err = rows.Delete([]byte(r.Ref))
+			} else {
+				err = rows.Put([]byte(r.Ref), r.Data)
+			}
+			if err != nil {
+				return fmt.Errorf("%s %s: %w", r.Class, r.Ref, err)
+			}
+		}
+		return tx.Bucket(metaBucket).Put(revisionKey, bytesOf(b.Revision))
+	})
+}
+
+// Check reads the whole file and returns every inconsistency in its structure.
+func (s *Store) Check() error {
+	return s.file.View(func(tx *bbolt.Tx) error {
+		var all []error
+		for err := range tx.Check() {
+			all = append(all, err)
+		}
+		return errors.Join(all...)
+	})
+}
+
+// Close implements db.Store.
+func (s *Store) Close() error { return s.file.Close() }

@@ -1,0 +1,71 @@
+package db
+
+import (
+	"context"
+	"iter"
+
+	"coppice/internal/xapi"
+)
+
+// Change is what became of an object.
+type Change struct {
+	Ref      string
+	Created  uint64
+	Modified uint64 // or the revision of the deletion
+	Deleted  bool
+	Rec      any // shared: read only; nil when deleted
+}
+
+// Changes returns the objects of a class that were created, modified or deleted after a revision: first the
+// living ones in the order of their last modification, then the deleted ones in the order of deletion. Each
+// object appears once, with its present state; one that was both created and deleted after the revision does
+// not appear. It costs only what it returns.
+//
+// It is not complete when deletions after that revision may have been forgotten: too many happened, or the
+// revision is older than the last restart. After revision 0, at which there were no objects, it always is.
+func (tx *Tx) Changes(c *xapi.Class, after uint64) (changes iter.Seq[Change], complete bool) {
+	t := tx.table(c)
+	if tx.writable {
+		t = tx.own(c).clone()
+	}
+	pivot := &object{modified: after + 1}
+	seq := func(yield func(Change) bool) {
+		more := true
+		t.byStamp.Ascend(pivot, func(o *object) bool {
+			o.verify()
+			more = yield(Change{Ref: o.ref, Created: o.created, Modified: o.modified, Rec: o.rec})
+			return more
+		})
+		if !more {
+			return
+		}
+		t.byTime.Ascend(pivot, func(o *object) bool {
+			if o.created > after {
+				return true
+			}
+			return yield(Change{Ref: o.ref, Created: o.created, Modified: o.modified, Deleted: true})
+		})
+	}
+	return seq, after == 0 || after >= t.floor
+}
+
+// Revision returns the revision of the visible state.
+func (d *DB) Revision() uint64 { return d.visible.Load().revision }
+
+// Wait returns when the revision is greater than after. It returns the cause of ctx when that ends first, or
+// ErrClosed when the database is closed. Any number of goroutines may wait.
+func (d *DB) Wait(ctx context.Context, after uint64) error {
+	for {
+		s := d.visible.Load()
+		if s.revision > after {
+			return nil
+		}
+		select {
+		case <-s.next:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-d.closed:
+			return ErrClosed
+		}
+	}
+}

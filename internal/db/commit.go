@@ -1,0 +1,125 @@
+package db
+
+import (
+	"context"
+	"sync"
+)
+
+// reserve is by how much the stored revision runs ahead, so that a commit without rows rarely needs the
+// store: once in a million.
+const reserve = 1 << 20
+
+// commit is an update whose function has run. An update that changed nothing is a commit of the state it
+// read, because that may have to become durable first.
+type commit struct {
+	state *state
+	rows  []Row
+	done  chan error // receives the outcome once
+}
+
+// commitQueue holds the commits that are not yet durable, in the order of their revisions.
+type commitQueue struct {
+	wake sync.Cond
+	mu   struct {
+		sync.Mutex
+		waiting []*commit
+		busy    bool   // the committer is writing a batch
+		ceiling uint64 // the stored revision: up to it a commit without rows needs no store
+		err     error  // of the store; sticky
+		closed  bool
+	}
+}
+
+func (q *commitQueue) init(ceiling uint64) {
+	q.wake.L = &q.mu
+	q.mu.ceiling = ceiling
+}
+
+func (q *commitQueue) failure() error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.mu.err
+}
+
+func (q *commitQueue) close() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.mu.closed = true
+	q.wake.Signal()
+}
+
+// enqueue hands a commit to the committer. A commit that needs no store and waits for nobody is published at
+// once.
+func (d *DB) enqueue(c *commit) error {
+	q := &d.commits
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.mu.err != nil {
+		return q.mu.err
+	}
+	if !q.mu.busy && len(q.mu.waiting) == 0 && len(c.rows) == 0 && c.state.revision <= q.mu.ceiling {
+		d.publish(c.state)
+		c.done <- nil
+		return nil
+	}
+	q.mu.waiting = append(q.mu.waiting, c)
+	q.wake.Signal()
+	return nil
+}
+
+// publish makes s visible, unless it is already. The lock of the queue is held.
+func (d *DB) publish(s *state) {
+	if old := d.visible.Swap(s); old != s {
+		close(old.next)
+	}
+}
+
+// commitLoop writes batch after batch until the queue is closed and empty.
+func (d *DB) commitLoop() {
+	q := &d.commits
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for {
+		for len(q.mu.waiting) == 0 {
+			if q.mu.closed {
+				return
+			}
+			q.wake.Wait()
+		}
+		group := q.mu.waiting
+		q.mu.waiting = nil
+		q.mu.busy = true
+		ceiling := q.mu.ceiling
+		q.mu.Unlock()
+
+		ceiling, err := d.write(group, ceiling)
+
+		q.mu.Lock()
+		q.mu.busy = false
+		if err != nil {
+			q.mu.err = &StoreError{Err: err}
+			group = append(group, q.mu.waiting...)
+			q.mu.waiting = nil
+		} else {
+			q.mu.ceiling = ceiling
+			d.publish(group[len(group)-1].state)
+		}
+		for _, c := range group {
+			c.done <- q.mu.err
+		}
+	}
+}
+
+// write makes a group of commits durable in one batch and returns the revision that is stored then.
+func (d *DB) write(group []*commit, ceiling uint64) (uint64, error) {
+	last := group[len(group)-1].state.revision
+	var rows []Row
+	for _, c := range group {
+		rows = append(rows, c.rows...)
+	}
+	if len(rows) == 0 && last <= ceiling {
+		return ceiling, nil
+	}
+	ceiling = last + reserve
+	return ceiling, d.store.Commit(context.Background(), Batch{Revision: ceiling, Rows: rows})
+}

@@ -1,0 +1,169 @@
+package db
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"coppice/internal/xapi"
+)
+
+// DB is an object database. It is safe for concurrent use.
+type DB struct {
+	store   Store
+	classes map[*xapi.Class]int // ordinal of the table
+
+	visible atomic.Pointer[state] // what View shows
+
+	// writer is a lock, held while the function of an Update runs and until its result has queued. It guards
+	// head, the state after all queued updates.
+	writer chan struct{}
+	head   *state
+
+	commits   commitQueue
+	committer sync.WaitGroup
+
+	closed   chan struct{} // closed by Close
+	closing  sync.Once
+	closeErr error
+}
+
+// state is a version of the whole database. It is immutable.
+type state struct {
+	revision uint64
+	tables   []*table
+	next     chan struct{} // closed when a newer state is visible
+}
+
+// Open loads the database that s holds. The DB owns s from now on and closes it. A row that cannot be read is
+// a *CorruptError; rows of classes that the model does not know are kept and ignored.
+func Open(ctx context.Context, m *xapi.Model, s Store) (*DB, error) {
+	d, err := open(ctx, m, s)
+	if err != nil {
+		_ = s.Close()
+		return nil, fmt.Errorf("db: open: %w", err)
+	}
+	return d, nil
+}
+
+func open(ctx context.Context, m *xapi.Model, s Store) (*DB, error) {
+	stored, rows, err := s.Load(ctx)
+	if err != nil {
+		return nil, err
+	}
+	d := &DB{
+		store:   s,
+		classes: make(map[*xapi.Class]int, len(m.Ordered)),
+		writer:  make(chan struct{}, 1),
+		closed:  make(chan struct{}),
+	}
+	// The stored revision is not below any that was handed out. Objects get the next one, so that they are
+	// newer than every token.
+	tx := &Tx{
+		classes: d.classes, tables: make([]*table, len(m.Ordered)), revision: stored + 1,
+		writable: true, owned: make([]bool, len(m.Ordered)),
+	}
+	for i, c := range m.Ordered {
+		d.classes[c] = i
+		tx.tables[i], tx.owned[i] = newTable(c, tx.revision), true
+	}
+	for row, err := range rows {
+		if err != nil {
+			return nil, err
+		}
+		c := m.Classes[row.Class]
+		if c == nil {
+			continue
+		}
+		rec, unknown, err := decodeRow(c, row)
+		if err != nil {
+			return nil, err
+		}
+		if err := tx.insert(c, row.Ref, rec, unknown); err != nil {
+			return nil, &CorruptError{Class: row.Class, Ref: row.Ref, Err: err}
+		}
+	}
+	d.head = &state{revision: tx.revision, tables: tx.tables, next: make(chan struct{})}
+	d.visible.Store(d.head)
+	d.commits.init(stored)
+	d.committer.Go(d.commitLoop)
+	return d, nil
+}
+
+// Close waits for the updates that have begun, then closes the store. Later updates return ErrClosed; the
+// last visible state can still be viewed.
+func (d *DB) Close() error {
+	d.closing.Do(func() {
+		d.writer <- struct{}{}
+		close(d.closed)
+		<-d.writer
+		d.commits.close()
+		d.committer.Wait()
+		d.closeErr = d.store.Close()
+	})
+	return d.closeErr
+}
+
+// View calls fn with the visible state and returns its error.
+func (d *DB) View(fn func(*Tx) error) error {
+	s := d.visible.Load()
+	return fn(&Tx{classes: d.classes, tables: s.tables, revision: s.revision})
+}
+
+// Update calls fn once with a transaction that it may change. When fn returns an error nothing has happened,
+// and Update returns it. When Update returns nil the changes are visible, and those of persistent classes and
+// fields are durable. When it returns a *StoreError they are not visible and never will be in this process.
+//
+// Cancelling ctx ends the wait for other updates; once fn has returned the commit is carried through. fn must
+// not wait for another update, because there can be none until it returns.
+func (d *DB) Update(ctx context.Context, fn func(*Tx) error) error {
+	c, err := d.apply(ctx, fn)
+	if err != nil {
+		return err
+	}
+	return <-c.done
+}
+
+// apply runs fn and queues its result.
+func (d *DB) apply(ctx context.Context, fn func(*Tx) error) (*commit, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	select {
+	case d.writer <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	defer func() { <-d.writer }()
+	select {
+	case <-d.closed:
+		return nil, ErrClosed
+	default:
+	}
+	if err := d.commits.failure(); err != nil {
+		return nil, err
+	}
+	tx := &Tx{
+		classes: d.classes, tables: slices.Clone(d.head.tables), revision: d.head.revision + 1,
+		writable: true, owned: make([]bool, len(d.head.tables)),
+	}
+	err := fn(tx)
+	tx.writable = false
+	if err != nil {
+		return nil, err
+	}
+	c := &commit{state: d.head, done: make(chan error, 1)}
+	if tx.changed {
+		if c.rows, err = tx.rows(); err != nil {
+			return nil, err
+		}
+		c.state = &state{revision: tx.revision, tables: tx.tables, next: make(chan struct{})}
+	}
+	if err := d.enqueue(c); err != nil {
+		return nil, err
+	}
+	d.head = c.state
+	return c, nil
+}

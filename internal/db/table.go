@@ -1,0 +1,142 @@
+package db
+
+import (
+	"cmp"
+	"encoding/json"
+	"strings"
+
+	"github.com/tidwall/btree"
+
+	"coppice/internal/xapi"
+)
+
+// maxTombstones is how many deletions of a class are remembered.
+const maxTombstones = 4096
+
+// object is one version of an object, or its tombstone. It is immutable.
+type object struct {
+	ref      string
+	rec      any // nil in a tombstone
+	created  uint64
+	modified uint64                     // in a tombstone: the revision of the deletion
+	unknown  map[string]json.RawMessage // stored fields that the model does not know
+	seal     seal
+}
+
+// table holds the objects of a class with their indexes. The trees are copy-on-write: a table that became
+// visible never changes, the writer works on a copy that shares all nodes it does not touch.
+type table struct {
+	class *xapi.Class
+	uuid  *xapi.Field // nil when the class has no such field
+	label *xapi.Field
+
+	objects btree.Map[string, *object] // by reference
+	byUUID  btree.Map[string, string]  // reference by uuid
+	byLabel *btree.BTreeG[labelKey]
+	byStamp *btree.BTreeG[*object] // by revision of the last modification
+
+	graves btree.Map[string, *object] // tombstones by reference
+	byTime *btree.BTreeG[*object]     // tombstones by revision of the deletion
+	floor  uint64                     // deletions at or before this revision may be forgotten
+
+	// ghosts are records of objects that do not exist but are referred to. Only their computed sides count.
+	ghosts btree.Map[string, any]
+}
+
+// labelKey orders references by name_label.
+type labelKey struct{ label, ref string }
+
+func lessLabel(a, b labelKey) bool {
+	if c := strings.Compare(a.label, b.label); c != 0 {
+		return c < 0
+	}
+	return a.ref < b.ref
+}
+
+func lessStamp(a, b *object) bool {
+	if c := cmp.Compare(a.modified, b.modified); c != 0 {
+		return c < 0
+	}
+	return a.ref < b.ref
+}
+
+func newTable(c *xapi.Class, floor uint64) *table {
+	noLocks := btree.Options{NoLocks: true}
+	return &table{
+		class:   c,
+		uuid:    c.Field("uuid"),
+		label:   c.Field("name_label"),
+		byLabel: btree.NewBTreeGOptions(lessLabel, noLocks),
+		byStamp: btree.NewBTreeGOptions(lessStamp, noLocks),
+		byTime:  btree.NewBTreeGOptions(lessStamp, noLocks),
+		floor:   floor,
+	}
+}
+
+// clone returns a table that can be changed without changing t. Only the writer may call it.
+func (t *table) clone() *table {
+	return &table{
+		class: t.class, uuid: t.uuid, label: t.label, floor: t.floor,
+		objects: *t.objects.Copy(),
+		byUUID:  *t.byUUID.Copy(),
+		byLabel: t.byLabel.Copy(),
+		byStamp: t.byStamp.Copy(),
+		graves:  *t.graves.Copy(),
+		byTime:  t.byTime.Copy(),
+		ghosts:  *t.ghosts.Copy(),
+	}
+}
+
+// text reads a string field of a record; it is empty when the class has no such field.
+func text(f *xapi.Field, rec any) string {
+	if f == nil {
+		return ""
+	}
+	return *f.Pointer(rec).(*string)
+}
+
+// put makes o the current version of its object.
+func (t *table) put(o *object) {
+	old, had := t.objects.Set(o.ref, o)
+	t.byStamp.Set(o)
+	uuid, label := text(t.uuid, o.rec), text(t.label, o.rec)
+	if had {
+		if old.modified != o.modified {
+			t.byStamp.Delete(old)
+		}
+		if was := text(t.uuid, old.rec); was != uuid {
+			t.byUUID.Delete(was)
+		}
+		if was := text(t.label, old.rec); was != label {
+			t.byLabel.Delete(labelKey{was, o.ref})
+		}
+	} else if grave, ok := t.graves.Delete(o.ref); ok {
+		t.byTime.Delete(grave)
+	}
+	if t.uuid != nil {
+		t.byUUID.Set(uuid, o.ref)
+	}
+	if t.label != nil {
+		t.byLabel.Set(labelKey{label, o.ref})
+	}
+}
+
+// bury deletes o and leaves a tombstone of the given revision. The oldest tombstones are dropped.
+func (t *table) bury(o *object, revision uint64) {
+	t.objects.Delete(o.ref)
+	t.byStamp.Delete(o)
+	if t.uuid != nil {
+		t.byUUID.Delete(text(t.uuid, o.rec))
+	}
+	if t.label != nil {
+		t.byLabel.Delete(labelKey{text(t.label, o.rec), o.ref})
+	}
+	grave := &object{ref: o.ref, created: o.created, modified: revision}
+	t.graves.Set(o.ref, grave)
+	t.byTime.Set(grave)
+	for t.byTime.Len() > maxTombstones {
+		oldest, _ := t.byTime.PopMin()
+		t.graves.Delete(oldest.ref)
+		t.floor = oldest.modified
+	}
+}
