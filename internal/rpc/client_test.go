@@ -3,6 +3,7 @@ package rpc
 import (
 	"bytes"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -192,10 +193,8 @@ func hasMap(v any) bool {
 	case map[string]any:
 		return true
 	case []any:
-		for _, e := range v {
-			if hasMap(e) {
-				return true
-			}
+		if slices.ContainsFunc(v, hasMap) {
+			return true
 		}
 	}
 	return false

@@ -1,0 +1,46 @@
+// Command xe is the command line of a XenAPI server: Coppice, XCP-ng or
+// XenServer. All commands live in the server; see package thincli for what is
+// left to do here.
+//
+// Connection settings come from options, XE_EXTRA_ARGS and ~/.xe, in this
+// order. `xe -s 127.0.0.1 -p 8080` reaches a Coppice server on its default
+// port; `xe -s /path/of/its/socket` needs no password.
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"coppice/internal/thincli"
+
+	"golang.org/x/term"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	dir, err := os.Getwd()
+	if err != nil {
+		dir = "/" // relative file names will not be found, absolute ones work
+	}
+	os.Exit(thincli.Run(ctx, thincli.Env{
+		Stdin:       os.Stdin,
+		Stdout:      os.Stdout,
+		Stderr:      os.Stderr,
+		Getenv:      os.Getenv,
+		Dir:         dir,
+		RawTerminal: rawTerminal,
+	}, os.Args[1:]))
+}
+
+// rawTerminal puts the terminal at standard input into raw mode, if it is one.
+func rawTerminal() (restore func()) {
+	fd := int(os.Stdin.Fd())
+	state, err := term.MakeRaw(fd)
+	if err != nil {
+		return func() {}
+	}
+	return func() { _ = term.Restore(fd, state) }
+}

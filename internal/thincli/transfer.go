@@ -1,0 +1,283 @@
+package thincli
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/textproto"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+const (
+	maxRedirects = 20
+	maxHead      = 64 << 10 // of a reply, in bytes
+
+	copyBuffer = 1 << 20 // bytes; matters only where the kernel cannot copy by itself
+)
+
+// errRefused is a reply that is neither success nor a redirect, or no reply at all.
+var errRefused = errors.New("thincli: request refused")
+
+// exchange is a side-channel connection whose reply head has been read.
+type exchange struct {
+	net.Conn
+	r *bufio.Reader // the body
+}
+
+// httpRequest sends a request line and its headers to where the URL leads and
+// reads the reply's head, through redirects.
+func (c *client) httpRequest(ctx context.Context, method, target, headers string) (*exchange, error) {
+	host := c.server
+	for range maxRedirects {
+		var path string
+		host, path = resolve(host, target)
+		x, location, err := c.exchangeWith(ctx, host, method+" "+path+" HTTP/1.0\r\n"+headers+"\r\n")
+		if err != nil {
+			c.debugf("%s %s: %v", method, path, err)
+			return nil, err
+		}
+		if location == "" {
+			return x, nil
+		}
+		target = location
+	}
+	return nil, fmt.Errorf("%w: too many redirects", errRefused)
+}
+
+// resolve splits a target into host and request target. Only https URLs
+// name a host, and only they are decoded; a port in them does not count.
+func resolve(host, target string) (string, string) {
+	rest, ok := strings.CutPrefix(target, "https://")
+	if !ok {
+		return host, target
+	}
+	authority, path, _ := strings.Cut(rest, "/")
+	path = "/" + path
+	if decoded, err := url.PathUnescape(path); err == nil {
+		path = decoded
+	}
+	if strings.HasPrefix(authority, "[") {
+		authority, _, _ = strings.Cut(authority, "]")
+		return authority + "]", path
+	}
+	authority, _, _ = strings.Cut(authority, ":")
+	return authority, path
+}
+
+func (c *client) exchangeWith(ctx context.Context, host, request string) (x *exchange, location string, err error) {
+	conn, err := c.dial(ctx, host)
+	if err != nil {
+		return nil, "", err
+	}
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	x = &exchange{Conn: &boundConn{conn, stop}}
+	defer func() {
+		if err != nil || location != "" {
+			x.Close()
+			x = nil
+		}
+	}()
+	if _, err := io.WriteString(conn, request); err != nil {
+		return x, "", err
+	}
+	head := &io.LimitedReader{R: conn, N: maxHead}
+	x.r = bufio.NewReader(head)
+	status, location, err := readHead(x.r)
+	head.N = 1<<63 - 1
+	switch {
+	case err != nil:
+		return x, "", err
+	case status == 302 && location != "":
+		return x, location, nil
+	case status != 200:
+		return x, "", fmt.Errorf("%w: status %d", errRefused, status)
+	}
+	return x, "", nil
+}
+
+// boundConn is a connection that the end of a context closes.
+type boundConn struct {
+	net.Conn
+	stop func() bool
+}
+
+func (b *boundConn) Close() error {
+	b.stop()
+	return b.Conn.Close()
+}
+
+func readHead(r *bufio.Reader) (status int, location string, err error) {
+	t := textproto.NewReader(r)
+	line, err := t.ReadLine()
+	if err != nil {
+		return 0, "", err
+	}
+	words := strings.Fields(line)
+	if len(words) < 2 || !strings.HasPrefix(words[0], "HTTP/") {
+		return 0, "", fmt.Errorf("%w: %q", errRefused, line)
+	}
+	if status, err = strconv.Atoi(words[1]); err != nil {
+		return 0, "", fmt.Errorf("%w: %q", errRefused, line)
+	}
+	for {
+		line, err := t.ReadLine()
+		if err != nil {
+			return 0, "", err
+		}
+		if line == "" {
+			return status, location, nil
+		}
+		if k, v, ok := strings.Cut(line, ":"); ok && strings.EqualFold(k, "location") {
+			location = strings.TrimSpace(v)
+		}
+	}
+}
+
+// get fetches a URL into a new file, or to standard output. It answers the
+// server with its Response; an error besides ends the run.
+func (c *client) get(ctx context.Context, m HTTPGet) (Response, error) {
+	x, err := c.httpRequest(ctx, "GET", m.URL, "")
+	if err != nil {
+		return Failed, nil
+	}
+	defer x.Close()
+	if m.File == "" {
+		_, err := io.Copy(c.env.Stdout, x.body())
+		return c.copied(err)
+	}
+	if err := c.mayTouch(m.File); err != nil {
+		return 0, err
+	}
+	f, err := c.env.open(m.File, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return Failed, operationFailed(fmt.Sprintf("Sys_error(%q)", m.File+": "+reason(err)))
+	}
+	err = receive(f, x)
+	if e := f.Close(); err == nil {
+		err = e
+	}
+	return c.copied(err)
+}
+
+// copied answers for a finished copy. Trouble with a file is the user's to
+// know; a broken connection is the server's to explain.
+func (c *client) copied(err error) (Response, error) {
+	if err == nil {
+		return OK, nil
+	}
+	c.debugf("copying: %v", err)
+	// os.File wraps what goes wrong at the connection it copies from, too.
+	network := errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ETIMEDOUT)
+	if e, ok := errors.AsType[*fs.PathError](err); ok && !network {
+		return Failed, operationFailed(fmt.Sprintf("Sys_error(%q)", reason(e)))
+	}
+	return Failed, nil
+}
+
+// body returns what is left to read. Where the buffer holds nothing of it any
+// more this is the bare connection, from which the kernel can copy.
+func (x *exchange) body() io.Reader {
+	var conn io.Reader = x.Conn
+	if b, ok := conn.(*boundConn); ok {
+		conn = b.Conn
+	}
+	if n := x.r.Buffered(); n > 0 {
+		return io.MultiReader(io.LimitReader(x.r, int64(n)), conn)
+	}
+	return conn
+}
+
+// receive copies the body into f: within the kernel from a plain connection,
+// in large pieces otherwise.
+func receive(f *os.File, x *exchange) error {
+	if n := x.r.Buffered(); n > 0 {
+		if _, err := io.CopyN(f, x.r, int64(n)); err != nil {
+			return err
+		}
+	}
+	conn := x.body()
+	switch conn.(type) {
+	case *net.TCPConn, *net.UnixConn:
+		_, err := f.ReadFrom(conn)
+		return err
+	}
+	w := bufio.NewWriterSize(struct{ io.Writer }{f}, copyBuffer)
+	if _, err := w.ReadFrom(conn); err != nil {
+		return err
+	}
+	return w.Flush()
+}
+
+// put sends a file to a URL. The reply comes before the body: only after a
+// 200 does the file go out, and there is no second reply.
+func (c *client) put(ctx context.Context, m HTTPPut) (Response, error) {
+	if err := c.mayTouch(m.File); err != nil {
+		return 0, err
+	}
+	f, err := c.env.open(m.File, os.O_RDONLY, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return Failed, operationFailed(fmt.Sprintf("file '%s' does not exist", m.File))
+	}
+	if err != nil {
+		return Failed, operationFailed(fmt.Sprintf("Sys_error(%q)", m.File+": "+reason(err)))
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return Failed, operationFailed(fmt.Sprintf("Sys_error(%q)", m.File+": "+reason(err)))
+	}
+	headers := ""
+	var src io.Reader = f
+	if info.Mode().IsRegular() {
+		headers = "Content-length: " + strconv.FormatInt(info.Size(), 10) + "\r\n"
+		src = io.LimitReader(f, info.Size())
+	}
+	x, err := c.httpRequest(ctx, "PUT", m.URL, headers)
+	if err != nil {
+		return Failed, nil
+	}
+	err = transmit(x, src)
+	if e := x.Close(); err == nil {
+		err = e
+	}
+	return c.copied(err)
+}
+
+// transmit is the opposite of receive.
+func transmit(x *exchange, src io.Reader) error {
+	conn := x.Conn.(*boundConn).Conn
+	if w, ok := conn.(io.ReaderFrom); ok {
+		_, err := w.ReadFrom(src)
+		return err
+	}
+	_, err := io.CopyBuffer(struct{ io.Writer }{conn}, struct{ io.Reader }{src}, make([]byte, copyBuffer))
+	return err
+}
+
+func operationFailed(what string) error {
+	return failf("Operation failed. Error: %s\n", what)
+}
+
+// reason returns the innermost error's text, with a capital as the C library has it.
+func reason(err error) string {
+	for {
+		inner := errors.Unwrap(err)
+		if inner == nil {
+			break
+		}
+		err = inner
+	}
+	text := err.Error()
+	if text == "" {
+		return text
+	}
+	return strings.ToUpper(text[:1]) + text[1:]
+}

@@ -1,0 +1,285 @@
+package thincli
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func newWire(t *testing.T, conn net.Conn) *wire {
+	return &wire{t: t, Conn: conn, r: bufio.NewReader(conn)}
+}
+
+func TestTransfers(t *testing.T) {
+	const ok = "HTTP/1.1 200 OK\r\n\r\n"
+	get := func(file, url string, answer Message) func(*wire) {
+		return func(w *wire) {
+			w.hello()
+			w.send(HTTPGet{file, url})
+			if answer != nil {
+				w.expectMessage(answer)
+				w.send(Exit{0})
+			}
+			w.expectEnd()
+		}
+	}
+	put := func(file string, answer Message) func(*wire) {
+		return func(w *wire) {
+			w.hello()
+			w.send(HTTPPut{file, "/put"})
+			if answer != nil {
+				w.expectMessage(answer)
+				w.send(Exit{0})
+			}
+			w.expectEnd()
+		}
+	}
+	reply := func(request, answer string) func(*wire) {
+		return func(w *wire) {
+			if got := w.head(); got != request {
+				t.Errorf("request %q, want %q", got, request)
+			}
+			w.send(answer)
+		}
+	}
+	for _, tc := range []struct {
+		name   string
+		args   string
+		peer   []func(*wire)
+		code   int
+		stdout string
+		stderr string
+		dialed string
+		file   string // wanted contents of the file "new"
+	}{
+		{
+			name: "to standard output", args: "x filename=",
+			peer:   []func(*wire){get("", "/ok", OK), reply("GET /ok HTTP/1.0\r\n\r\n", ok+"data")},
+			stdout: "data",
+		},
+		{
+			name: "long head", args: "x f=new",
+			peer: []func(*wire){get("new", "/ok", OK), reply("GET /ok HTTP/1.0\r\n\r\n", "HTTP/1.0 200 Fine\r\nA: "+strings.Repeat("b", 9000)+"\r\n\r\ndata")},
+			file: "data",
+		},
+		{
+			name: "the same file by another path", args: "x f=sub/../new",
+			peer: []func(*wire){get("./new", "/ok", OK), reply("GET /ok HTTP/1.0\r\n\r\n", ok+"data")},
+			file: "data",
+		},
+		{
+			name: "file exists", args: "x f=old",
+			peer: []func(*wire){get("old", "/ok", Failed), reply("GET /ok HTTP/1.0\r\n\r\n", ok+"data")},
+			code: 1, stderr: "Operation failed. Error: Sys_error(\"old: File exists\")\n",
+		},
+		{
+			name: "no such directory", args: "x f=no/new",
+			peer: []func(*wire){get("no/new", "/ok", Failed), reply("GET /ok HTTP/1.0\r\n\r\n", ok+"data")},
+			code: 1, stderr: "Operation failed. Error: Sys_error(\"no/new: No such file or directory\")\n",
+		},
+		{
+			name: "not permitted", args: "x f=new",
+			peer: []func(*wire){get("/etc/evil", "/ok", nil), reply("GET /ok HTTP/1.0\r\n\r\n", ok+"data")},
+			code: 1, stderr: "File not permitted: Blocked upload/download of the file /etc/evil, which was requested by the server. " +
+				"The file name was not present on the command line\n.\n",
+		},
+		{
+			name: "refused", args: "x f=new",
+			peer: []func(*wire){get("new", "/ok", Failed), reply("GET /ok HTTP/1.0\r\n\r\n", "HTTP/1.1 403 Forbidden\r\n\r\nbody")},
+		},
+		{
+			name: "not HTTP", args: "x f=new",
+			peer: []func(*wire){get("new", "/ok", Failed), reply("GET /ok HTTP/1.0\r\n\r\n", "hello\r\n\r\n")},
+		},
+		{
+			name: "redirect", args: "x f=new --nossl -p 8080",
+			peer: []func(*wire){
+				get("new", "/ok?a=%20b", OK),
+				reply("GET /ok?a=%20b HTTP/1.0\r\n\r\n", "HTTP/1.1 302 Found\r\nlocation: https://other:99/there?a=%20b%3a\r\n\r\n"),
+				reply("GET /there?a= b: HTTP/1.0\r\n\r\n", "HTTP/1.1 302 Found\r\nLocation: /again\r\n\r\n"),
+				reply("GET /again HTTP/1.0\r\n\r\n", ok+"data"),
+			},
+			dialed: "127.0.0.1:8080 127.0.0.1:8080 other:8080 other:8080",
+			file:   "data",
+		},
+		{
+			name: "plain URL is a path", args: "x f=new",
+			peer: []func(*wire){get("new", "http://h/x", OK), reply("GET http://h/x HTTP/1.0\r\n\r\n", ok)},
+			file: "",
+		},
+		{
+			name: "upload", args: "x f=old",
+			peer: []func(*wire){put("old", OK), func(w *wire) {
+				w.expect([]byte("PUT /put HTTP/1.0\r\nContent-length: 4\r\n\r\n"))
+				w.send(ok)
+				w.expect([]byte("1234"))
+				w.expectEnd()
+			}},
+		},
+		{
+			name: "upload of a device", args: "x f=/dev/null",
+			peer: []func(*wire){put("/dev/null", OK), func(w *wire) {
+				w.expect([]byte("PUT /put HTTP/1.0\r\n\r\n"))
+				w.send(ok)
+				w.expectEnd()
+			}},
+		},
+		{
+			name: "upload of nothing", args: "x f=none", peer: []func(*wire){put("none", Failed)},
+			code: 1, stderr: "Operation failed. Error: file 'none' does not exist\n",
+		},
+		{
+			name: "upload not permitted", args: "x f=old", peer: []func(*wire){put("/etc/passwd", nil)},
+			code: 1, stderr: "File not permitted: Blocked upload/download of the file /etc/passwd, which was requested by the server. " +
+				"The file name was not present on the command line\n.\n",
+		},
+		{
+			name: "upload refused", args: "x f=old",
+			peer: []func(*wire){put("old", Failed), reply("PUT /put HTTP/1.0\r\nContent-length: 4\r\n\r\n", "HTTP/1.1 500 Internal Error\r\n\r\n")},
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := newPeer(t, tc.peer...)
+			if err := os.WriteFile(filepath.Join(p.dir, "old"), []byte("1234"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			p.check(p.run(strings.Fields(tc.args)...), tc.code, tc.stdout, tc.stderr)
+			if got := strings.Join(p.dialed, " "); tc.dialed != "" && got != tc.dialed {
+				t.Errorf("connected to %s, want %s", got, tc.dialed)
+			}
+			got, err := os.ReadFile(filepath.Join(p.dir, "new"))
+			if string(got) != tc.file {
+				t.Errorf("file %q, %v, want %q", got, err, tc.file)
+			}
+		})
+	}
+}
+
+// Text from the server appears while a transfer runs.
+func TestProgressDuringTransfer(t *testing.T) {
+	seen := make(chan struct{})
+	p := newPeer(
+		t,
+		func(w *wire) {
+			w.hello()
+			w.send(HTTPGet{"f", "/x"}, PrintStderr{"half"})
+			w.expectMessage(OK)
+			w.send(PrintStderr{" done"}, Exit{0})
+		},
+		func(w *wire) {
+			w.head()
+			w.send("HTTP/1.1 200 OK\r\n\r\n1")
+			<-seen
+			w.send("2")
+		},
+	)
+	p.stderr.written = func(all string) {
+		if all == "half" {
+			close(seen)
+		}
+	}
+	p.check(p.run("x", "f=f"), 0, "", "half done")
+}
+
+// A server that gives up does not wait for the copy, and neither does the client.
+func TestExitDuringTransfer(t *testing.T) {
+	for _, last := range []Message{Exit{1}, nil} {
+		stuck := make(chan struct{})
+		p := newPeer(
+			t,
+			func(w *wire) {
+				w.hello()
+				w.send(HTTPGet{"f", "/x"})
+				<-stuck
+				if last != nil {
+					w.send(last)
+				}
+			},
+			func(w *wire) {
+				w.head()
+				w.send("HTTP/1.1 200 OK\r\n\r\n1")
+				close(stuck)
+				_, _ = io.Copy(io.Discard, w.r)
+			},
+		)
+		stderr := ""
+		if last == nil {
+			stderr = "Lost connection to the server.\n"
+		}
+		p.check(p.run("x", "f=f"), 1, "", stderr)
+	}
+}
+
+func TestHeartbeats(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var got []Message
+		dials := 0
+		env := Env{
+			Stdin: strings.NewReader(""), Stdout: new(bytes.Buffer), Stderr: new(bytes.Buffer), Dir: t.TempDir(),
+			Dial: func(_ context.Context, network, _ string) (net.Conn, error) {
+				if network == "unix" {
+					return nil, os.ErrNotExist
+				}
+				dials++
+				client, server := net.Pipe()
+				w := newWire(t, server)
+				if dials == 1 {
+					go func() {
+						w.hello()
+						w.send(HTTPGet{"f", "/x"})
+						for len(got) == 0 || got[len(got)-1] == Wait {
+							m, err := ReadMessage(w.r, 100)
+							if err != nil {
+								t.Error(err)
+							}
+							got = append(got, m)
+						}
+						w.send(Exit{0})
+					}()
+				} else {
+					go func() {
+						defer server.Close()
+						w.head()
+						w.send("HTTP/1.1 200 OK\r\n\r\nx")
+						time.Sleep(2*heartbeat + time.Second)
+					}()
+				}
+				return client, nil
+			},
+		}
+		if code := Run(t.Context(), env, []string{"x", "f=f"}); code != 0 {
+			t.Errorf("exit %d, %s", code, env.Stderr)
+		}
+		if len(got) != 3 || got[0] != Wait || got[1] != Wait || got[2] != OK {
+			t.Errorf("messages %v, want two heartbeats and OK", got)
+		}
+	})
+}
+
+func TestConsole(t *testing.T) {
+	p := newPeer(
+		t,
+		func(w *wire) {
+			w.hello()
+			w.send(HTTPConnect{"/console"})
+			w.expectMessage(OK)
+			w.send(Exit{0})
+		},
+		func(w *wire) {
+			w.expect([]byte("CONNECT /console HTTP/1.0\r\ncontent-length: 0\r\n\r\n"))
+			w.send("HTTP/1.1 200 OK\r\n\r\nlogin: ")
+			w.expect([]byte("root"))
+			w.expectEnd()
+		},
+	)
+	p.stdin = "root\x1dnot sent"
+	p.check(p.run("console", "vm=x"), 0, "login: ", "")
+}
