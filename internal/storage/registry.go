@@ -12,8 +12,13 @@ type Driver struct {
 	// Config lists the device-config keys it understands, with what they mean.
 	Config map[string]string
 	// Open opens the repo that config names, creating it when create is set
-	// and it does not exist.
+	// and it does not exist; without create that is ErrNoRepo. ErrLocked
+	// when it is open already, ErrInvalid for a bad config.
 	Open func(ctx context.Context, config map[string]string, create bool) (Repo, error)
+	// Destroy removes the repo that config names with all its volumes. It must
+	// be closed, or the error is ErrLocked; ErrNoRepo when there is none. A
+	// Destroy that was cut short can be repeated.
+	Destroy func(ctx context.Context, config map[string]string) error
 	// Features are those of any repo of the type, as Features computes them.
 	Features []string
 }

@@ -18,11 +18,14 @@
 // # Open volumes
 //
 // [Repo.Open] may be called any number of times for the same volume. A
-// Volume opened with [Live] sees every write; one opened with [Pinned] sees
-// the contents of the instant it was opened, for as long as it stays open,
-// even after the volume is written, reverted or deleted. Volumes are safe for
-// concurrent use. Closing a Repo fails every later call on its volumes with
-// [ErrClosed].
+// Volume opened with [Live] sees every write, revert and resize; one opened
+// with [Pinned] sees the contents of the instant it was opened, for as long as
+// it stays open, even after the volume is written, reverted, resized or
+// deleted. Volumes are safe for concurrent use. A closed Volume, and every
+// Volume of a closed Repo, fails with [ErrClosed].
+//
+// An ID may be used again once its volume is deleted; what was open of the
+// old volume never shows the new one.
 //
 // # Durability
 //
@@ -34,9 +37,14 @@
 //
 // # Cancellation
 //
-// A cancelled context makes a call return early with the context's cause. A
-// mutating call is then either done completely or not at all; which of the
-// two Stat tells.
+// A cancelled context makes a call return early with an error that matches the
+// context's cause. A mutating call is then either done completely or not at
+// all; which of the two Stat tells. A call that starts with a cancelled
+// context does nothing.
+//
+// # Writing over contents
+//
+// [Overlay] writes a stream over a volume and touches only what changes.
 package storage
 
 import (
@@ -49,29 +57,93 @@ import (
 // ID names a volume inside one Repo: a lower-case UUID chosen by the caller.
 type ID string
 
-// MaxAttrs is the largest attribute blob of a volume, in bytes.
-const MaxAttrs = 64 << 10
+const (
+	// Unit is what sizes are multiples of, in bytes, and what drivers map,
+	// share and compare.
+	Unit = 4096
+	// MaxSize is the largest size of a volume, in bytes.
+	MaxSize = 2 << 50
+	// MaxAttrs is the largest attribute blob of a volume, in bytes.
+	MaxAttrs = 64 << 10
+)
+
+// Valid tells whether the ID is a UUID in lower case.
+func (id ID) Valid() bool {
+	if len(id) != 36 {
+		return false
+	}
+	for i := range len(id) {
+		switch c := id[i]; {
+		case i == 8 || i == 13 || i == 18 || i == 23:
+			if c != '-' {
+				return false
+			}
+		case '0' <= c && c <= '9' || 'a' <= c && c <= 'f':
+		default:
+			return false
+		}
+	}
+	return true
+}
 
 // Spec describes a volume to create.
 type Spec struct {
 	ID    ID
-	Size  int64  // bytes, a multiple of 4096; contents are zero
+	Size  int64  // bytes, a positive multiple of Unit, at most MaxSize; contents are zero
 	Attrs []byte // opaque to drivers, at most MaxAttrs
+}
+
+// Validate returns an error that matches ErrInvalid when no driver could
+// create the volume.
+func (s Spec) Validate() error {
+	if err := ValidateSize(s.Size); err != nil {
+		return err
+	}
+	return validate(s.ID, s.Attrs)
+}
+
+// ValidateSize returns an error that matches ErrInvalid for a size, in bytes,
+// that no volume can have.
+func ValidateSize(size int64) error {
+	if size <= 0 || size%Unit != 0 || size > MaxSize {
+		return fmt.Errorf("%w: size %d is not a multiple of %d from %[3]d to %d", ErrInvalid, size, Unit, int64(MaxSize))
+	}
+	return nil
+}
+
+func validate(id ID, attrs []byte) error {
+	if !id.Valid() {
+		return fmt.Errorf("%w: volume ID %q is not a lower-case UUID", ErrInvalid, id)
+	}
+	return ValidateAttrs(attrs)
+}
+
+// ValidateAttrs returns an error that matches ErrInvalid when the attribute
+// blob is too large.
+func ValidateAttrs(attrs []byte) error {
+	if len(attrs) > MaxAttrs {
+		return fmt.Errorf("%w: %d bytes of attributes, at most %d", ErrInvalid, len(attrs), MaxAttrs)
+	}
+	return nil
 }
 
 // Derived names what a snapshot or clone makes.
 type Derived struct {
 	Source ID
 	ID     ID
-	Attrs  []byte
+	Attrs  []byte // of the new volume; nothing is inherited
 }
+
+// Validate returns an error that matches ErrInvalid when no driver could
+// make the volume.
+func (d Derived) Validate() error { return validate(d.ID, d.Attrs) }
 
 // Info is what a driver knows about a volume.
 type Info struct {
 	ID       ID
 	Size     int64 // bytes
 	ReadOnly bool  // a snapshot: never writable
-	Parent   ID    // the volume its contents descend from, "" when none
+	Parent   ID    // the read-only volume its contents descend from, "" when none
 	Used     int64 // bytes of data it maps, shared or not
 	Attrs    []byte
 }
@@ -96,9 +168,16 @@ const (
 
 // Repo is one storage repository. It is safe for concurrent use; no method
 // holds another up for longer than a metadata commit takes.
+//
+// Parents follow the data: a snapshot takes the parent of its source and, when
+// that is writable, becomes the source's parent; what is derived from a
+// read-only volume has that as parent, a clone of a writable one has its
+// source's; a revert makes the read-only volume it went to the parent, or takes
+// the parent of a writable one; what a deleted volume was parent of gets the
+// parent it had.
 type Repo interface {
 	// Create makes a zero-filled writable volume. ErrExists when the ID is
-	// taken, ErrInvalid for a bad size, a *SpaceError when there is no room.
+	// taken, ErrInvalid for a bad spec, a *SpaceError when there is no room.
 	Create(ctx context.Context, spec Spec) (Info, error)
 
 	// Stat describes one volume; ErrNotFound when there is none.
@@ -112,10 +191,12 @@ type Repo interface {
 	Open(ctx context.Context, id ID, m Mode) (Volume, error)
 
 	// Snapshot makes a read-only volume with the contents of d.Source as
-	// they are at one instant during the call.
+	// they are at one instant during the call. ErrNotFound when there is no
+	// source, ErrExists when the ID is taken. The source may be read-only.
 	Snapshot(ctx context.Context, d Derived) (Info, error)
 
-	// Clone makes a writable volume with the contents of d.Source.
+	// Clone makes a writable volume with the contents of d.Source. Errors as
+	// for Snapshot.
 	Clone(ctx context.Context, d Derived) (Info, error)
 
 	// Delete removes the name at once. Pinned volumes stay readable until
@@ -126,14 +207,16 @@ type Repo interface {
 	// Usage tells the space of the repo.
 	Usage(ctx context.Context) (Usage, error)
 
-	// Close flushes everything and releases the repo.
+	// Close flushes everything and releases the repo. Calls that run are
+	// waited for or fail with ErrClosed. A second Close does nothing.
 	Close() error
 }
 
 // Volume is an open volume. Offsets and lengths are bytes and need no
-// alignment.
+// alignment; a range that is not within the volume is ErrInvalid, except for
+// ReadAt. Writes to a read-only or Pinned volume are ErrReadOnly.
 type Volume interface {
-	// Size returns the size in bytes.
+	// Size returns the size in bytes: the current one of a Live volume.
 	Size() int64
 
 	// ReadAt fills p from off. A read that goes past the end returns io.EOF
@@ -142,17 +225,21 @@ type Volume interface {
 	ReadAt(p []byte, off int64) (int, error)
 
 	// WriteAt stores p at off. Past the end nothing is written and the
-	// error matches ErrInvalid.
+	// error matches ErrInvalid; a *SpaceError when there is no room. After
+	// any error but these two, p may be stored in part.
 	WriteAt(p []byte, off int64) (int, error)
 
 	// Zero makes [off, off+n) read as zero and gives its space back.
 	Zero(ctx context.Context, off, n int64) error
 
-	// Flush makes every write that returned before it durable.
+	// Flush makes every write that returned before it durable. It does
+	// nothing for a volume that cannot be written.
 	Flush(ctx context.Context) error
 
 	// Extents describes [off, off+n) as adjoining extents in ascending order:
 	// Data where there may be data, Hole where all is known to be zero.
+	// Neighbours may be of the same kind. What is written meanwhile may
+	// show or not.
 	Extents(ctx context.Context, off, n int64) iter.Seq2[Extent, error]
 
 	// Close releases the volume; it does not flush.
@@ -170,6 +257,7 @@ func (e Extent) End() int64 { return e.Off + e.Len }
 
 // Errors that drivers return, wrapped with what was being done.
 var (
+	ErrNoRepo       = errors.New("no such repository") // of Driver.Open
 	ErrNotFound     = errors.New("no such volume")
 	ErrExists       = errors.New("volume exists")
 	ErrInvalid      = errors.New("invalid argument")
