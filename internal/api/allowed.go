@@ -1,0 +1,115 @@
+package api
+
+import (
+	"slices"
+
+	"coppice/internal/db"
+	"coppice/internal/xapi"
+)
+
+// refreshAllowed recomputes the allowed_operations of an object, and those of
+// the objects they depend on it, from the same rules that operations check
+// when they begin. It writes only what changed, so that nobody is woken for
+// nothing. An object that is gone, or whose class has no rules, is left alone.
+func (a *API) refreshAllowed(tx *db.Tx, class, ref string) error {
+	switch class {
+	case "VDI":
+		return a.refreshVDI(tx, xapi.Ref[xapi.VDI](ref))
+	case "SR":
+		return a.refreshSR(tx, xapi.Ref[xapi.SR](ref))
+	case "VBD":
+		r := xapi.Ref[xapi.VBD](ref)
+		vbd, err := db.Get(tx, r)
+		if err != nil {
+			return nil
+		}
+		if err := a.refreshVDI(tx, vbd.VDI); err != nil {
+			return err
+		}
+		return a.refreshVM(tx, vbd.VM)
+	case "VM":
+		return a.refreshVM(tx, xapi.Ref[xapi.VM](ref))
+	}
+	return nil
+}
+
+func (a *API) refreshVDI(tx *db.Tx, ref xapi.Ref[xapi.VDI]) error {
+	v, err := db.Get(tx, ref)
+	if err != nil {
+		return nil
+	}
+	allowed := a.allowedVDIOps(tx, ref)
+	if slices.Equal(allowed, v.AllowedOperations) {
+		return nil
+	}
+	return db.Modify(tx, ref, func(v *xapi.VDI) { v.AllowedOperations = allowed })
+}
+
+func (a *API) refreshSR(tx *db.Tx, ref xapi.Ref[xapi.SR]) error {
+	sr, err := db.Get(tx, ref)
+	if err != nil {
+		return nil
+	}
+	allowed := a.allowedSROps(tx, ref)
+	if slices.Equal(allowed, sr.AllowedOperations) {
+		return nil
+	}
+	return db.Modify(tx, ref, func(sr *xapi.SR) { sr.AllowedOperations = allowed })
+}
+
+// refreshDisksOf recomputes an SR and all its disks, for changes that concern
+// each of them, as attaching the SR does.
+func (a *API) refreshDisksOf(tx *db.Tx, ref xapi.Ref[xapi.SR]) error {
+	sr, err := db.Get(tx, ref)
+	if err != nil {
+		return nil
+	}
+	for _, v := range sr.VDIs {
+		if err := a.refreshVDI(tx, v); err != nil {
+			return err
+		}
+	}
+	return a.refreshSR(tx, ref)
+}
+
+func (a *API) refreshVM(tx *db.Tx, ref xapi.Ref[xapi.VM]) error {
+	vm, err := db.Get(tx, ref)
+	if err != nil {
+		return nil
+	}
+	allowed := a.allowedVMOps(tx, ref)
+	if slices.Equal(allowed, vm.AllowedOperations) {
+		return nil
+	}
+	return db.Modify(tx, ref, func(vm *xapi.VM) { vm.AllowedOperations = allowed })
+}
+
+// refreshAll recomputes every object, at start-up: allowed_operations do not
+// survive a restart.
+func (a *API) refreshAll(tx *db.Tx) error {
+	var srs []xapi.Ref[xapi.SR]
+	for ref := range db.All[xapi.SR](tx) {
+		srs = append(srs, ref)
+	}
+	for _, ref := range srs {
+		if err := a.refreshDisksOf(tx, ref); err != nil {
+			return err
+		}
+	}
+	var vms []xapi.Ref[xapi.VM]
+	for ref := range db.All[xapi.VM](tx) {
+		vms = append(vms, ref)
+	}
+	for _, ref := range vms {
+		if err := a.refreshVM(tx, ref); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// otherOperation is the error of an object that is busy with something
+// incompatible; Claim waits for the object it names.
+func otherOperation(class, ref, op, task string) error {
+	return xapi.NewError(xapi.ErrOtherOperationInProgress, class, ref, op, task)
+}

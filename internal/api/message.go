@@ -1,0 +1,164 @@
+package api
+
+import (
+	"context"
+	"time"
+
+	"coppice/internal/db"
+	"coppice/internal/xapi"
+)
+
+func messageMethods() map[string]any {
+	return map[string]any{
+		"message.create":                (*API).messageCreate,
+		"message.destroy":               (*API).messageDestroy,
+		"message.destroy_many":          (*API).messageDestroyMany,
+		"message.get":                   (*API).messageGet,
+		"message.get_since":             (*API).messageGetSince,
+		"message.get_all":               (*API).messageGetAll,
+		"message.get_all_records":       (*API).messageGetAllRecords,
+		"message.get_all_records_where": (*API).messageGetAllRecordsWhere,
+		"message.get_by_uuid":           (*API).messageGetByUUID,
+		"message.get_record":            (*API).messageGetRecord,
+	}
+}
+
+// messages is what a set of messages is on the wire.
+type messages = map[xapi.Ref[xapi.Message]]*xapi.Message
+
+// maxMessages is how many messages are kept; the oldest make room for new
+// ones. They live in memory and are gone after a restart.
+const maxMessages = 10_000
+
+// messageClasses are the classes of objects that messages can be about.
+var messageClasses = map[xapi.Cls]string{
+	xapi.ClsVM: "VM", xapi.ClsHost: "host", xapi.ClsSR: "SR", xapi.ClsPool: "pool", xapi.ClsVMPP: "VMPP",
+	xapi.ClsVMSS: "VMSS", xapi.ClsPVSProxy: "PVS_proxy", xapi.ClsVDI: "VDI", xapi.ClsCertificate: "Certificate",
+}
+
+// objectExists is UUID_INVALID unless there is an object that a message can
+// be about.
+func (a *API) objectExists(tx *db.Tx, cls xapi.Cls, uuid string) error {
+	class := a.model.Classes[messageClasses[cls]]
+	if class != nil {
+		if _, ok := tx.UUID(class, uuid); ok {
+			return nil
+		}
+	}
+	return xapi.NewError(xapi.ErrUUIDInvalid, string(cls), uuid)
+}
+
+func (a *API) messageCreate(ctx context.Context, c *Call, name string, priority int64, cls xapi.Cls, uuid, body string) (ref xapi.Ref[xapi.Message], err error) {
+	err = a.db.Update(ctx, func(tx *db.Tx) (err error) {
+		if err := a.objectExists(tx, cls, uuid); err != nil {
+			return err
+		}
+		if tx.Count(xapi.ClassOf[xapi.Message]()) >= maxMessages {
+			if err := dropOldestMessage(tx); err != nil {
+				return err
+			}
+		}
+		m := xapi.New[xapi.Message]()
+		m.Name, m.Priority, m.Cls, m.ObjUUID, m.Body = name, priority, cls, uuid, body
+		m.Timestamp = a.now().Truncate(time.Second)
+		ref, err = db.Insert(tx, m)
+		return err
+	})
+	return ref, err
+}
+
+func dropOldestMessage(tx *db.Tx) error {
+	var oldest xapi.Ref[xapi.Message]
+	var at time.Time
+	for ref, m := range db.All[xapi.Message](tx) {
+		if oldest == "" || m.Timestamp.Before(at) {
+			oldest, at = ref, m.Timestamp
+		}
+	}
+	return db.Delete(tx, oldest)
+}
+
+func (a *API) messageDestroy(ctx context.Context, c *Call, ref xapi.Ref[xapi.Message]) error {
+	return a.db.Update(ctx, func(tx *db.Tx) error { return db.Delete(tx, ref) })
+}
+
+// messageDestroyMany destroys all of them, or none when one does not exist.
+func (a *API) messageDestroyMany(ctx context.Context, c *Call, refs []xapi.Ref[xapi.Message]) error {
+	return a.db.Update(ctx, func(tx *db.Tx) error {
+		for _, ref := range refs {
+			if err := db.Delete(tx, ref); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// messagesWhere returns the messages that want says.
+func (a *API) messagesWhere(want func(xapi.Ref[xapi.Message], *xapi.Message) bool) (messages, error) {
+	found := messages{}
+	err := a.db.View(func(tx *db.Tx) error {
+		for ref, m := range db.All[xapi.Message](tx) {
+			if want(ref, m) {
+				found[ref] = m
+			}
+		}
+		return nil
+	})
+	return found, err
+}
+
+func (a *API) messageGet(ctx context.Context, c *Call, cls xapi.Cls, uuid string, since time.Time) (messages, error) {
+	err := a.db.View(func(tx *db.Tx) error { return a.objectExists(tx, cls, uuid) })
+	if err != nil {
+		return nil, err
+	}
+	return a.messagesWhere(func(_ xapi.Ref[xapi.Message], m *xapi.Message) bool {
+		return m.Cls == cls && m.ObjUUID == uuid && m.Timestamp.After(since)
+	})
+}
+
+func (a *API) messageGetSince(ctx context.Context, c *Call, since time.Time) (messages, error) {
+	return a.messagesWhere(func(_ xapi.Ref[xapi.Message], m *xapi.Message) bool { return m.Timestamp.After(since) })
+}
+
+func (a *API) messageGetAll(ctx context.Context, c *Call) ([]xapi.Ref[xapi.Message], error) {
+	refs := []xapi.Ref[xapi.Message]{}
+	err := a.db.View(func(tx *db.Tx) error {
+		for ref := range db.All[xapi.Message](tx) {
+			refs = append(refs, ref)
+		}
+		return nil
+	})
+	return refs, err
+}
+
+func (a *API) messageGetAllRecords(ctx context.Context, c *Call) (messages, error) {
+	return a.messagesWhere(func(xapi.Ref[xapi.Message], *xapi.Message) bool { return true })
+}
+
+// messageGetAllRecordsWhere is lenient about fields that messages do not
+// have: nothing matches them.
+func (a *API) messageGetAllRecordsWhere(ctx context.Context, c *Call, expr string) (messages, error) {
+	cond, err := parseWhere(xapi.ClassOf[xapi.Message](), expr, true)
+	if err != nil {
+		return nil, err
+	}
+	return a.messagesWhere(func(ref xapi.Ref[xapi.Message], m *xapi.Message) bool { return cond(string(ref), m) })
+}
+
+func (a *API) messageGetByUUID(ctx context.Context, c *Call, uuid string) (ref xapi.Ref[xapi.Message], err error) {
+	err = a.db.View(func(tx *db.Tx) (err error) {
+		ref, _, err = db.ByUUID[xapi.Message](tx, uuid)
+		return err
+	})
+	return ref, err
+}
+
+func (a *API) messageGetRecord(ctx context.Context, c *Call, ref xapi.Ref[xapi.Message]) (rec *xapi.Message, err error) {
+	err = a.db.View(func(tx *db.Tx) (err error) {
+		rec, err = db.Get(tx, ref)
+		return err
+	})
+	return rec, err
+}

@@ -1,0 +1,63 @@
+package api
+
+import (
+	"context"
+	"fmt"
+
+	"coppice/internal/db"
+	"coppice/internal/xapi"
+)
+
+func networkMethods() map[string]any {
+	return map[string]any{
+		"network.create":  (*API).networkCreate,
+		"network.destroy": (*API).networkDestroy,
+	}
+}
+
+// networkCreate records a network, for VMs to name.
+func (a *API) networkCreate(ctx context.Context, c *Call, args *xapi.Network) (ref xapi.Ref[xapi.Network], err error) {
+	n := args
+	err = a.db.Update(ctx, func(tx *db.Tx) (err error) {
+		bridges := map[string]bool{}
+		for _, other := range db.All[xapi.Network](tx) {
+			bridges[other.Bridge] = true
+		}
+		if n.Bridge == "" {
+			for i := 0; n.Bridge == "" || bridges[n.Bridge]; i++ {
+				n.Bridge = fmt.Sprintf("xapi%d", i)
+			}
+		}
+		ref, err = db.Insert(tx, n)
+		return err
+	})
+	if err != nil {
+		return "", err
+	}
+	return ref, nil
+}
+
+// networkDestroy removes a network that nothing is connected to.
+func (a *API) networkDestroy(ctx context.Context, c *Call, ref xapi.Ref[xapi.Network]) error {
+	return a.db.Update(ctx, func(tx *db.Tx) error {
+		n, err := db.Get(tx, ref)
+		if err != nil {
+			return err
+		}
+		if len(n.PIFs) > 0 {
+			return xapi.NewError(xapi.ErrNetworkContainsPIF, refsText(n.PIFs)...)
+		}
+		if len(n.VIFs) > 0 {
+			return xapi.NewError(xapi.ErrNetworkContainsVIF, refsText(n.VIFs)...)
+		}
+		return db.Delete(tx, ref)
+	})
+}
+
+func refsText[T any](refs []xapi.Ref[T]) []string {
+	text := make([]string, len(refs))
+	for i, r := range refs {
+		text[i] = string(r)
+	}
+	return text
+}

@@ -1,0 +1,172 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"coppice/internal/db"
+	"coppice/internal/storage"
+	"coppice/internal/xapi"
+)
+
+// openStorage opens the repositories of all SRs that were attached when the
+// server stopped, and brings records and volumes back in line: both are
+// durable on their own, and a crash can have come between the two commits of
+// an operation.
+//
+//   - A volume without a record is the rest of a creation that was never
+//     acknowledged, or of a deletion that was; it is reclaimed and reported.
+//     Only what VDI.forget left is kept.
+//   - A record without a volume cannot come from a crash. It is kept, marked
+//     missing, and reported: its SR may have been tampered with.
+//   - Sizes are read again.
+//
+// An SR that cannot be opened is left detached and reported; the others
+// work.
+func (a *API) openStorage(ctx context.Context) error {
+	var attached []xapi.Ref[xapi.PBD]
+	err := a.db.View(func(tx *db.Tx) error {
+		for ref, pbd := range db.All[xapi.PBD](tx) {
+			if pbd.CurrentlyAttached {
+				attached = append(attached, ref)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, ref := range attached {
+		if err := a.reopen(ctx, ref); err != nil {
+			return err
+		}
+	}
+	if err := a.db.Update(ctx, a.refreshAll); err != nil {
+		return err
+	}
+	a.background.Go(a.watchUsage)
+	return nil
+}
+
+// reopen opens the repository of an attached PBD and reconciles it, unless it
+// is open already.
+func (a *API) reopen(ctx context.Context, ref xapi.Ref[xapi.PBD]) error {
+	var pbd *xapi.PBD
+	var sr *xapi.SR
+	err := a.db.View(func(tx *db.Tx) (err error) {
+		if pbd, err = db.Get(tx, ref); err != nil {
+			return err
+		}
+		sr, err = db.Get(tx, pbd.SR)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if _, err := a.repos.get(pbd.SR); err == nil {
+		return nil
+	}
+	r, err := a.openDriver(ctx, sr.Type, pbd.DeviceConfig)
+	if err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		a.log.Error("an SR cannot be opened and is left detached", "sr", sr.UUID, "name", sr.NameLabel, "err", err)
+		return a.db.Update(ctx, func(tx *db.Tx) error {
+			return db.Modify(tx, ref, func(p *xapi.PBD) { p.CurrentlyAttached = false })
+		})
+	}
+	repo := newRepository(pbd.SR, r)
+	a.repos.put(repo)
+	if err := a.reconcile(ctx, repo); err != nil {
+		return fmt.Errorf("reconcile SR %s: %w", sr.UUID, err)
+	}
+	return nil
+}
+
+func (a *API) openDriver(ctx context.Context, typ string, config map[string]string) (storage.Repo, error) {
+	drv, err := a.driver(typ)
+	if err != nil {
+		return nil, err
+	}
+	return drv.Open(ctx, config, false)
+}
+
+// reconcile does for one repository what openStorage says.
+func (a *API) reconcile(ctx context.Context, repo *repository) error {
+	inv, err := takeInventory(ctx, repo)
+	if err != nil {
+		return err
+	}
+	defer inv.end()
+	var unowned []storage.Info
+	err = a.db.Update(ctx, func(tx *db.Tx) (err error) {
+		unowned, err = a.compareWith(tx, inv, markMissing)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := a.reclaim(ctx, repo, unowned); err != nil {
+		// Garbage is a nuisance, not a reason to keep users from their disks.
+		a.log.Error("reclaiming is incomplete", "sr", repo.sr, "err", err)
+	}
+	a.refreshAttrs(ctx, inv)
+	return nil
+}
+
+// closeStorage closes every repository.
+func (a *API) closeStorage() error { return a.repos.closeAll() }
+
+// usageInterval is how often the sizes of SRs are compared with what their
+// storage says: space also changes in the background.
+const usageInterval = 30 * time.Second
+
+// watchUsage keeps the sizes of SRs up to date until the server stops.
+func (a *API) watchUsage() {
+	tick := time.NewTicker(usageInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-a.ctx.Done():
+			return
+		case <-tick.C:
+			if err := a.refreshUsage(a.ctx); err != nil && a.ctx.Err() == nil {
+				a.log.Warn("sizes of SRs are out of date", "err", err)
+			}
+		}
+	}
+}
+
+// refreshUsage writes the sizes of the attached SRs, where they have changed.
+func (a *API) refreshUsage(ctx context.Context) error {
+	var errs []error
+	for _, repo := range a.repos.all() {
+		usage, err := repo.Usage(ctx)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("SR %s: %w", repo.sr, err))
+			continue
+		}
+		stale := false
+		err = a.db.View(func(tx *db.Tx) error {
+			sr, err := db.Get(tx, repo.sr)
+			stale = err == nil && (sr.PhysicalSize != usage.Total || sr.PhysicalUtilisation != usage.Used)
+			return nil
+		})
+		if err != nil || !stale {
+			errs = append(errs, err)
+			continue
+		}
+		errs = append(errs, a.db.Update(ctx, func(tx *db.Tx) error {
+			if _, err := db.Get(tx, repo.sr); err != nil {
+				return nil // forgotten meanwhile
+			}
+			return db.Modify(tx, repo.sr, func(sr *xapi.SR) {
+				sr.PhysicalSize, sr.PhysicalUtilisation = usage.Total, usage.Used
+			})
+		}))
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,216 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+
+	"coppice/internal/storage"
+	"coppice/internal/xapi"
+)
+
+// repository is the open storage of one attached SR. It embeds the driver's
+// Repo and keeps what the API layer needs to know about volumes whose record
+// and storage are momentarily out of step.
+//
+// Creating a disk puts the volume into storage before its record into the
+// database, deleting takes the record away first. In between, SR.scan would
+// take the volume for one that nobody knows. [repository.reserve] marks the
+// volume until both agree.
+type repository struct {
+	storage.Repo
+	sr xapi.Ref[xapi.SR]
+
+	attrs sync.Mutex // held while an attribute blob is made and written
+
+	mu struct { // guards everything in it
+		sync.Mutex
+		reserved map[storage.ID]int      // number of operations in flight
+		scans    int                     // scans running now
+		touched  map[storage.ID]struct{} // reserved at some time during a scan
+		doomed   map[storage.ID]struct{} // record is gone, deletion failed: retried by scan
+	}
+}
+
+func newRepository(sr xapi.Ref[xapi.SR], r storage.Repo) *repository {
+	rp := &repository{Repo: r, sr: sr}
+	rp.mu.reserved = map[storage.ID]int{}
+	rp.mu.touched = map[storage.ID]struct{}{}
+	rp.mu.doomed = map[storage.ID]struct{}{}
+	return rp
+}
+
+// reserve keeps scans away from a volume until done is called.
+func (r *repository) reserve(id storage.ID) (done func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.mu.reserved[id]++
+	if r.mu.scans > 0 {
+		r.mu.touched[id] = struct{}{}
+	}
+	return sync.OnceFunc(func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.mu.reserved[id]--; r.mu.reserved[id] == 0 {
+			delete(r.mu.reserved, id)
+		}
+	})
+}
+
+// beginScan opens a window in which reserved volumes are remembered, so that
+// a list of volumes read in the window can be told from operations that ran
+// beside it. settled reports whether no operation touched the volume since.
+func (r *repository) beginScan() (settled func(storage.ID) bool, end func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.mu.scans++
+	for id := range r.mu.reserved {
+		r.mu.touched[id] = struct{}{}
+	}
+	settled = func(id storage.ID) bool {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		_, busy := r.mu.touched[id]
+		return !busy
+	}
+	return settled, sync.OnceFunc(func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.mu.scans--; r.mu.scans == 0 {
+			clear(r.mu.touched)
+		}
+	})
+}
+
+// remove deletes a volume whose record is gone. When that fails the volume is
+// remembered, so that a scan tries again instead of giving it a record.
+func (r *repository) remove(ctx context.Context, id storage.ID) error {
+	err := r.Delete(ctx, id)
+	if errors.Is(err, storage.ErrNotFound) {
+		err = nil
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err != nil {
+		r.mu.doomed[id] = struct{}{}
+	} else {
+		delete(r.mu.doomed, id)
+	}
+	return err
+}
+
+// isDoomed tells whether the volume should have been deleted already.
+func (r *repository) isDoomed(id storage.ID) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	_, yes := r.mu.doomed[id]
+	return yes
+}
+
+// repoTable holds the repositories of attached SRs, and which disks the
+// server itself has open. The zero value is empty.
+type repoTable struct {
+	mu   sync.RWMutex // guards open
+	open map[xapi.Ref[xapi.SR]]*repository
+	uses diskUses
+}
+
+// get returns the repository of an SR; SR_HAS_NO_PBDS when it is not attached.
+func (t *repoTable) get(sr xapi.Ref[xapi.SR]) (*repository, error) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	if r := t.open[sr]; r != nil {
+		return r, nil
+	}
+	return nil, xapi.NewError(xapi.ErrSRHasNoPBDs, string(sr))
+}
+
+func (t *repoTable) put(r *repository) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.open == nil {
+		t.open = map[xapi.Ref[xapi.SR]]*repository{}
+	}
+	t.open[r.sr] = r
+}
+
+// take removes the repository of an SR from the table and returns it, nil
+// when there is none.
+func (t *repoTable) take(sr xapi.Ref[xapi.SR]) *repository {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r := t.open[sr]
+	delete(t.open, sr)
+	return r
+}
+
+// all returns the open repositories.
+func (t *repoTable) all() []*repository {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return slices.Collect(maps.Values(t.open))
+}
+
+// closeAll closes every repository.
+func (t *repoTable) closeAll() error {
+	t.mu.Lock()
+	open := t.open
+	t.open = nil
+	t.mu.Unlock()
+	var errs []error
+	for sr, r := range open {
+		if err := r.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("close the storage of SR %s: %w", sr, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// diskUse says what the server itself does with a disk it has open: a copy
+// or an export reads a pinned version, an import or a copy into it writes.
+type diskUse int
+
+const (
+	reading diskUse = iota
+	writing
+)
+
+// diskUses counts the disks the server has open. Writers count as attached
+// read-write in the rules; readers hold pinned versions and hinder nobody,
+// except that their SR cannot be detached. The zero value is empty.
+type diskUses struct {
+	mu sync.Mutex // guards n
+	n  map[xapi.Ref[xapi.VDI]][2]int
+}
+
+// add notes a use; drop takes it back.
+func (u *diskUses) add(v xapi.Ref[xapi.VDI], how diskUse) (drop func()) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.n == nil {
+		u.n = map[xapi.Ref[xapi.VDI]][2]int{}
+	}
+	n := u.n[v]
+	n[how]++
+	u.n[v] = n
+	return sync.OnceFunc(func() {
+		u.mu.Lock()
+		defer u.mu.Unlock()
+		n := u.n[v]
+		if n[how]--; n == [2]int{} {
+			delete(u.n, v)
+		} else {
+			u.n[v] = n
+		}
+	})
+}
+
+// count returns how many uses of a kind a disk has now.
+func (u *diskUses) count(v xapi.Ref[xapi.VDI], how diskUse) int {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.n[v][how]
+}

@@ -1,0 +1,261 @@
+package api
+
+import (
+	"maps"
+	"slices"
+
+	"coppice/internal/db"
+	"coppice/internal/xapi"
+)
+
+// vdiOpFeature names the SM feature without which an operation is refused.
+// Operations that are not listed need none.
+var vdiOpFeature = map[xapi.VDIOperations]string{
+	xapi.VDIOperationsSnapshot:          "VDI_SNAPSHOT",
+	xapi.VDIOperationsDestroy:           "VDI_DELETE",
+	xapi.VDIOperationsResize:            "VDI_RESIZE",
+	xapi.VDIOperationsResizeOnline:      "VDI_RESIZE_ONLINE",
+	xapi.VDIOperationsUpdate:            "VDI_UPDATE",
+	xapi.VDIOperationsGenerateConfig:    "VDI_GENERATE_CONFIG",
+	xapi.VDIOperationsClone:             "VDI_CLONE",
+	xapi.VDIOperationsRevertTo:          "VDI_REVERT",
+	xapi.VDIOperationsRevertFrom:        "VDI_REVERT",
+	xapi.VDIOperationsMirror:            "VDI_MIRROR",
+	xapi.VDIOperationsEnableCBT:         "VDI_CONFIG_CBT",
+	xapi.VDIOperationsDisableCBT:        "VDI_CONFIG_CBT",
+	xapi.VDIOperationsDataDestroy:       "VDI_CONFIG_CBT",
+	xapi.VDIOperationsListChangedBlocks: "VDI_CONFIG_CBT",
+	xapi.VDIOperationsSetOnBoot:         "VDI_RESET_ON_BOOT",
+}
+
+// publishedVDIOps are the operations that allowed_operations may list; the
+// others are valid or not without being advertised.
+var publishedVDIOps = []xapi.VDIOperations{
+	xapi.VDIOperationsClone, xapi.VDIOperationsCopy, xapi.VDIOperationsResize,
+	xapi.VDIOperationsResizeOnline, xapi.VDIOperationsSnapshot, xapi.VDIOperationsDestroy,
+	xapi.VDIOperationsForget, xapi.VDIOperationsUpdate, xapi.VDIOperationsGenerateConfig,
+}
+
+// Operations by what an attachment of the disk means to them.
+var (
+	vdiOpsWhileAttached = []xapi.VDIOperations{ // never hindered
+		xapi.VDIOperationsSnapshot, xapi.VDIOperationsClone, xapi.VDIOperationsResizeOnline,
+		xapi.VDIOperationsRevertTo, xapi.VDIOperationsMirror, xapi.VDIOperationsEnableCBT,
+		xapi.VDIOperationsDisableCBT, xapi.VDIOperationsDataDestroy, xapi.VDIOperationsBlocked,
+	}
+	vdiOpsOnCBTMetadata = []xapi.VDIOperations{ // possible without data
+		xapi.VDIOperationsDataDestroy, xapi.VDIOperationsDestroy, xapi.VDIOperationsListChangedBlocks,
+		xapi.VDIOperationsForget, xapi.VDIOperationsGenerateConfig, xapi.VDIOperationsUpdate,
+		xapi.VDIOperationsForceUnlock, xapi.VDIOperationsBlocked,
+	}
+	vdiOpsWhileMissing = []xapi.VDIOperations{ // possible without a volume
+		xapi.VDIOperationsDestroy, xapi.VDIOperationsForget, xapi.VDIOperationsUpdate,
+	}
+	vdiOpsOnRecord = []xapi.VDIOperations{ // never reach the storage
+		xapi.VDIOperationsForget, xapi.VDIOperationsBlocked, xapi.VDIOperationsForceUnlock,
+	}
+)
+
+// vdiAllows says whether an operation may begin on a disk now: nil, or the
+// error of the first rule that forbids it. It is both what operations check
+// before they start and what allowed_operations is computed from. Only
+// OTHER_OPERATION_IN_PROGRESS is worth waiting for.
+func (a *API) vdiAllows(tx *db.Tx, ref xapi.Ref[xapi.VDI], op xapi.VDIOperations) error {
+	v, err := db.Get(tx, ref)
+	if err != nil {
+		return err
+	}
+	if !v.Managed {
+		return xapi.NewError(xapi.ErrVDINotManaged, string(ref))
+	}
+	for _, task := range slices.Sorted(maps.Keys(v.CurrentOperations)) {
+		if cur := v.CurrentOperations[task]; cur != xapi.VDIOperationsCopy {
+			return otherOperation("VDI", string(ref), string(cur), task)
+		}
+	}
+	if !slices.Contains(vdiOpsOnRecord, op) && !srAttached(tx, v.SR) {
+		return xapi.NewError(xapi.ErrSRHasNoPBDs, string(v.SR))
+	}
+	if err := a.vdiAttachmentAllows(tx, ref, v, op); err != nil {
+		return err
+	}
+	if f := vdiOpFeature[op]; f != "" && !srHasFeature(tx, v.SR, f) {
+		return xapi.NewError(xapi.ErrSROperationNotSupported, string(v.SR))
+	}
+	if v.Type == xapi.VDITypeCBTMetadata && !slices.Contains(vdiOpsOnCBTMetadata, op) {
+		return xapi.NewError(xapi.ErrVDIIncompatibleType, string(ref), string(v.Type))
+	}
+	if v.CBTEnabled && (op == xapi.VDIOperationsMirror || op == xapi.VDIOperationsSetOnBoot) {
+		return xapi.NewError(xapi.ErrVDICBTEnabled, string(ref))
+	}
+	if v.Missing && !slices.Contains(vdiOpsWhileMissing, op) {
+		return xapi.NewError(xapi.ErrVDIMissing, string(v.SR), string(ref))
+	}
+	return vdiOpSpecific(tx, ref, v, op)
+}
+
+// vdiAttachmentAllows applies the rules about attached disks and about
+// operations on their VBDs. A disk that the server itself writes counts as
+// attached read-write.
+func (a *API) vdiAttachmentAllows(tx *db.Tx, ref xapi.Ref[xapi.VDI], v *xapi.VDI, op xapi.VDIOperations) error {
+	inUse := a.repos.uses.count(ref, writing) > 0
+	inUseRW, onlySnapshots := inUse, !inUse
+	for _, b := range v.VBDs {
+		vbd, err := db.Get(tx, b)
+		if err != nil || !vbd.CurrentlyAttached && !vbd.Reserved {
+			continue
+		}
+		inUse = true
+		inUseRW = inUseRW || vbd.Mode == xapi.VBDModeRW
+		vm, err := db.Get(tx, vbd.VM)
+		onlySnapshots = onlySnapshots && err == nil && vm.IsASnapshot
+	}
+	switch {
+	case slices.Contains(vdiOpsWhileAttached, op):
+	case op == xapi.VDIOperationsCopy && !inUseRW:
+	case op == xapi.VDIOperationsListChangedBlocks && onlySnapshots:
+	case inUse:
+		return xapi.NewError(xapi.ErrVDIInUse, string(ref), string(op))
+	}
+	if op == xapi.VDIOperationsDataDestroy {
+		return nil
+	}
+	for _, b := range v.VBDs {
+		vbd, err := db.Get(tx, b)
+		if err != nil {
+			continue
+		}
+		for _, task := range slices.Sorted(maps.Keys(vbd.CurrentOperations)) {
+			return otherOperation("VDI", string(ref), string(vbd.CurrentOperations[task]), task)
+		}
+	}
+	return nil
+}
+
+// vdiOpSpecific applies the rules that concern one operation only.
+func vdiOpSpecific(tx *db.Tx, ref xapi.Ref[xapi.VDI], v *xapi.VDI, op xapi.VDIOperations) error {
+	sr, err := db.Get(tx, v.SR)
+	if err != nil {
+		return err
+	}
+	switch op {
+	case xapi.VDIOperationsDestroy, xapi.VDIOperationsDataDestroy, xapi.VDIOperationsRevertFrom:
+		switch {
+		case sr.IsToolsSR:
+			return xapi.NewError(xapi.ErrSROperationNotSupported, string(v.SR))
+		case v.Type == xapi.VDITypeRRD:
+			return xapi.NewError(xapi.ErrVDIHasRRDs, string(ref))
+		}
+	}
+	switch op {
+	case xapi.VDIOperationsDestroy:
+		if v.Type == xapi.VDITypeHAStatefile || v.Type == xapi.VDITypeRedoLog {
+			for _, p := range db.All[xapi.Pool](tx) {
+				if p.HAEnabled {
+					return xapi.NewError(xapi.ErrHAIsEnabled)
+				}
+			}
+		}
+	case xapi.VDIOperationsSnapshot:
+		switch {
+		case v.Sharable:
+			return xapi.NewError(xapi.ErrVDIIsSharable, string(ref))
+		case v.OnBoot == xapi.OnBootReset:
+			return xapi.NewError(xapi.ErrVDIOnBootModeIncompatibleWithOperation)
+		case len(v.CurrentOperations) > 0: // only copies get this far
+			return xapi.NewError(xapi.ErrOperationNotAllowed, "Snapshot operation not allowed during copy.")
+		}
+	case xapi.VDIOperationsCopy:
+		switch {
+		case v.OnBoot == xapi.OnBootReset:
+			return xapi.NewError(xapi.ErrVDIOnBootModeIncompatibleWithOperation)
+		case v.Type == xapi.VDITypeHAStatefile, v.Type == xapi.VDITypeRedoLog:
+			return xapi.NewError(xapi.ErrOperationNotAllowed, "VDIs of type "+string(v.Type)+" cannot be copied.")
+		}
+	case xapi.VDIOperationsResize, xapi.VDIOperationsResizeOnline:
+		if v.IsASnapshot {
+			return xapi.NewError(xapi.ErrVDIReadonly, string(ref))
+		}
+	case xapi.VDIOperationsRevertTo:
+		if !v.IsASnapshot {
+			return xapi.NewError(xapi.ErrRevertOnlyAllowedOnSnapshot)
+		}
+	case xapi.VDIOperationsRevertFrom:
+		if v.IsASnapshot || v.ReadOnly {
+			return xapi.NewError(xapi.ErrVDIReadonly, string(ref))
+		}
+	}
+	return nil
+}
+
+// vdiWritable says whether the server may write into a disk for an import or
+// a copy, which it does like a VM that has the disk attached read-write.
+func (a *API) vdiWritable(tx *db.Tx, ref xapi.Ref[xapi.VDI], what string) error {
+	v, err := db.Get(tx, ref)
+	if err != nil {
+		return err
+	}
+	if !v.Managed {
+		return xapi.NewError(xapi.ErrVDINotManaged, string(ref))
+	}
+	if v.ReadOnly || v.IsASnapshot {
+		return xapi.NewError(xapi.ErrVDIReadonly, string(ref))
+	}
+	if v.Type == xapi.VDITypeCBTMetadata {
+		return xapi.NewError(xapi.ErrVDIIncompatibleType, string(ref), string(v.Type))
+	}
+	for _, task := range slices.Sorted(maps.Keys(v.CurrentOperations)) {
+		switch cur := v.CurrentOperations[task]; cur {
+		case xapi.VDIOperationsSnapshot, xapi.VDIOperationsClone, xapi.VDIOperationsCopy:
+			// All of them read one instant; a writer does not disturb them.
+		default:
+			return otherOperation("VDI", string(ref), string(cur), task)
+		}
+	}
+	if !srAttached(tx, v.SR) {
+		return xapi.NewError(xapi.ErrSRHasNoPBDs, string(v.SR))
+	}
+	if a.repos.uses.count(ref, writing) > 0 {
+		return xapi.NewError(xapi.ErrVDIInUse, string(ref), what)
+	}
+	for _, b := range v.VBDs {
+		if vbd, err := db.Get(tx, b); err == nil && (vbd.CurrentlyAttached || vbd.Reserved) {
+			return xapi.NewError(xapi.ErrVDIInUse, string(ref), what)
+		}
+	}
+	if v.Missing {
+		return xapi.NewError(xapi.ErrVDIMissing, string(v.SR), string(ref))
+	}
+	return nil
+}
+
+// vdiReadable says whether the server may read a disk for an export or a
+// copy's base: always while it has contents and its SR is attached, because a
+// reader gets the version of one instant.
+func (a *API) vdiReadable(tx *db.Tx, ref xapi.Ref[xapi.VDI]) error {
+	v, err := db.Get(tx, ref)
+	switch {
+	case err != nil:
+		return err
+	case !v.Managed:
+		return xapi.NewError(xapi.ErrVDINotManaged, string(ref))
+	case v.Type == xapi.VDITypeCBTMetadata:
+		return xapi.NewError(xapi.ErrVDIIncompatibleType, string(ref), string(v.Type))
+	case !srAttached(tx, v.SR):
+		return xapi.NewError(xapi.ErrSRHasNoPBDs, string(v.SR))
+	case v.Missing:
+		return xapi.NewError(xapi.ErrVDIMissing, string(v.SR), string(ref))
+	}
+	return nil
+}
+
+// allowedVDIOps lists the published operations that may begin on a disk now.
+func (a *API) allowedVDIOps(tx *db.Tx, ref xapi.Ref[xapi.VDI]) []xapi.VDIOperations {
+	allowed := []xapi.VDIOperations{}
+	for _, op := range publishedVDIOps {
+		if a.vdiAllows(tx, ref, op) == nil {
+			allowed = append(allowed, op)
+		}
+	}
+	return allowed
+}
