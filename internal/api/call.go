@@ -47,6 +47,17 @@ type heldClaim struct{ Claim }
 // not end it.
 func (c *Call) Context() context.Context { return c.ctx }
 
+// attended derives from ctx a context that also ends when the client goes
+// away, for calls whose only point is to answer.
+func (c *Call) attended(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	unlink := context.AfterFunc(c.client, func() { cancel(context.Cause(c.client)) })
+	return ctx, func() {
+		unlink()
+		cancel(nil)
+	}
+}
+
 // Task returns the reference under which the call appears in
 // current_operations. Only Async calls and transfers have a row in the
 // database behind it, but any can be cancelled by it.
@@ -134,6 +145,7 @@ func (c *Call) end(res Result, err error) *xapi.Error {
 	}
 	c.cancel(nil)
 	if c.Session != nil {
+		c.Session.active.Store(a.now().UnixNano())
 		c.Session.running.Add(-1)
 	}
 	a.running.leave()

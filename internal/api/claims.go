@@ -304,17 +304,12 @@ func (a *API) setOperation(tx *db.Tx, class, ref string, task xapi.Ref[xapi.Task
 	f := cl.Field("current_operations")
 	err := tx.ModifyAny(cl, ref, func(rec any) {
 		ops := reflect.ValueOf(f.Get(rec))
-		next := reflect.MakeMapWithSize(ops.Type(), ops.Len()+1)
-		for k, v := range ops.Seq2() {
-			next.SetMapIndex(k, v)
-		}
 		key := reflect.ValueOf(string(task)).Convert(ops.Type().Key())
 		if op == "" {
-			next.SetMapIndex(key, reflect.Value{})
+			ops.SetMapIndex(key, reflect.Value{})
 		} else {
-			next.SetMapIndex(key, reflect.ValueOf(op).Convert(ops.Type().Elem()))
+			ops.SetMapIndex(key, reflect.ValueOf(op).Convert(ops.Type().Elem()))
 		}
-		f.Set(rec, next.Interface())
 	})
 	if err != nil {
 		return err

@@ -19,7 +19,7 @@ func sessionMethods() map[string]any {
 		"session.login_with_password":             (*API).sessionLoginWithPassword,
 		"session.logout":                          (*API).sessionLogout,
 		"session.slave_local_login_with_password": (*API).sessionSlaveLocalLogin,
-		"session.local_logout":                    (*API).sessionLogout,
+		"session.local_logout":                    (*API).sessionLocalLogout,
 		"session.change_password":                 (*API).sessionChangePassword,
 		"session.get_all_subject_identifiers":     (*API).sessionGetAllSubjectIdentifiers,
 	}
@@ -234,13 +234,17 @@ func (a *API) collect() {
 func (a *API) sessionLoginWithPassword(ctx context.Context, c *Call, user, password, _ /* version */, originator string) (xapi.Ref[xapi.Session], error) {
 	o := c.Origin
 	o.Originator = cmp.Or(originator, o.Originator)
-	return a.Login(c.client, o, user, password)
+	ctx, done := c.attended(ctx)
+	defer done()
+	return a.Login(ctx, o, user, password)
 }
 
 // sessionSlaveLocalLogin opens an emergency session: it is valid for every
 // call, but has no record.
 func (a *API) sessionSlaveLocalLogin(ctx context.Context, c *Call, user, password string) (xapi.Ref[xapi.Session], error) {
-	s, err := a.authenticate(c.client, c.Origin, user, password)
+	ctx, done := c.attended(ctx)
+	defer done()
+	s, err := a.authenticate(ctx, c.Origin, user, password)
 	if err != nil {
 		return xapi.NullRef, err
 	}
@@ -249,6 +253,14 @@ func (a *API) sessionSlaveLocalLogin(ctx context.Context, c *Call, user, passwor
 }
 
 func (a *API) sessionLogout(ctx context.Context, c *Call) error {
+	return a.Logout(c.Session.ref)
+}
+
+// sessionLocalLogout ends an emergency session, and no other.
+func (a *API) sessionLocalLogout(ctx context.Context, c *Call) error {
+	if !c.Session.local {
+		return errSessionInvalid(c.Session.ref)
+	}
 	return a.Logout(c.Session.ref)
 }
 
