@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"time"
 
 	"coppice/internal/xapi"
 )
@@ -55,8 +56,8 @@ var headlines = map[int][2]string{
 }
 
 // fail answers r with a small HTML page that names err. The connection ends
-// after it: part of the request may still be unread, and the client may be
-// waiting for this answer before it sends the rest.
+// soon after it: part of the request may still be unread, and the client may
+// be waiting for this answer before it sends the rest.
 func (s *Server) fail(w http.ResponseWriter, r *request, err error) {
 	status := statusOf(err)
 	h := w.Header()
@@ -70,6 +71,7 @@ func (s *Server) fail(w http.ResponseWriter, r *request, err error) {
 	h.Set("Content-Length", fmt.Sprint(len(page)))
 	w.WriteHeader(status)
 	fmt.Fprint(w, page)
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(lingerLimit))
 }
 
 // errorPage is the body of an error reply.

@@ -24,13 +24,22 @@ func newRequest(r *http.Request) *request {
 	return &request{
 		Request: r,
 		origin: api.Origin{
-			Peer:       r.RemoteAddr,
+			Peer:       peerName(r.RemoteAddr),
 			Trusted:    trusted(r.Context()),
 			UserAgent:  r.UserAgent(),
 			Originator: r.Header.Get("Originator"),
 		},
 		params: parseParams(r),
 	}
+}
+
+// peerName names the other end of a connection; those through the Unix socket
+// have no address.
+func peerName(addr string) string {
+	if addr == "" || addr == "@" {
+		return "unix"
+	}
+	return addr
 }
 
 // params are the parameters of a request. They may come in the query, in the
@@ -126,8 +135,10 @@ func (s *Server) session(r *request) (session string, release func(), err error)
 	}
 	user, password, ok := r.BasicAuth()
 	if !ok {
-		return "", nil, &statusError{http.StatusInternalServerError,
-			errors.New("only Basic credentials are understood in the Authorization header")}
+		return "", nil, &statusError{
+			http.StatusInternalServerError,
+			errors.New("only Basic credentials are understood in the Authorization header"),
+		}
 	}
 	ref, err := s.api.Login(r.Context(), r.origin, user, password)
 	if err != nil {

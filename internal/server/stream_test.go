@@ -1,0 +1,133 @@
+package server
+
+import (
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// takeover runs handle on a connection taken over from net/http, and returns
+// the client's end after it has sent a request with extra bytes behind it.
+func takeover(t *testing.T, idle time.Duration, handle func(*stream)) net.Conn {
+	t.Helper()
+	s := New(Config{})
+	ts := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		c, err := s.hijack(w, idle)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		handle(c)
+		if n := len(s.streams.mu.open); n != 0 {
+			t.Errorf("%d connections are still listed", n)
+		}
+	}))
+	t.Cleanup(ts.Close)
+	conn, err := net.Dial("tcp", ts.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	if _, err := io.WriteString(conn, "PUT / HTTP/1.0\r\n\r\nbody without a length"); err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
+// TestStreamReadsToTheEnd: the body of an HTTP/1.0 PUT without a length ends
+// when the client says so, and starts with what net/http had read ahead.
+func TestStreamReadsToTheEnd(t *testing.T) {
+	got := make(chan string, 1)
+	conn := takeover(t, time.Minute, func(c *stream) {
+		b, err := io.ReadAll(c)
+		if err != nil {
+			t.Error(err)
+		}
+		got <- string(b)
+		c.Close()
+	})
+	if _, err := io.WriteString(conn, ", in two parts"); err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if want := "body without a length, in two parts"; <-got != want {
+		t.Errorf("want %q", want)
+	}
+}
+
+// TestStreamCloseDelivers: what was written arrives although input is left.
+func TestStreamCloseDelivers(t *testing.T) {
+	answer := strings.Repeat("x", 1<<20)
+	conn := takeover(t, 0, func(c *stream) {
+		if _, err := io.WriteString(c, answer); err != nil {
+			t.Error(err)
+		}
+		c.Close()
+	})
+	go func() { _, _ = io.WriteString(conn, strings.Repeat("unread", 1000)) }()
+	b, err := io.ReadAll(conn)
+	if err != nil || string(b) != answer {
+		t.Errorf("got %d bytes and %v, want %d", len(b), err, len(answer))
+	}
+}
+
+// TestStreamAbort: a client that was cut off cannot take what it got for all.
+func TestStreamAbort(t *testing.T) {
+	conn := takeover(t, 0, func(c *stream) {
+		_, _ = io.WriteString(c, "the beginning")
+		c.Abort()
+	})
+	if _, err := io.ReadAll(conn); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("got %v, want a reset", err)
+	}
+}
+
+func TestStreamIdle(t *testing.T) {
+	done := make(chan struct{})
+	takeover(t, time.Millisecond, func(c *stream) {
+		defer close(done)
+		_, err := io.Copy(io.Discard, c)
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("got %v, want a deadline", err)
+		}
+		c.Abort()
+	})
+	<-done
+}
+
+func TestActivityWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var a activity
+		if !a.wait(t.Context()) {
+			t.Error("nothing runs, yet wait says otherwise")
+		}
+		a.enter()
+		a.enter()
+		waited := make(chan bool)
+		for range 2 {
+			go func() { waited <- a.wait(t.Context()) }()
+		}
+		synctest.Wait()
+		a.leave()
+		synctest.Wait()
+		select {
+		case <-waited:
+			t.Error("wait ended with a handler still running")
+		default:
+		}
+		a.leave()
+		if !<-waited || !<-waited {
+			t.Error("wait gave up")
+		}
+	})
+}
