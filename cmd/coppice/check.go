@@ -122,11 +122,11 @@ func (d dataDir) locations(ctx context.Context) (paths []string, err error) {
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, store.Close()) }()
 	objects, err := db.Open(ctx, xapi.Datamodel(), store)
 	if err != nil {
 		return nil, err
 	}
+	defer func() { err = errors.Join(err, objects.Close()) }()
 	err = objects.View(func(tx *db.Tx) error {
 		for _, pbd := range db.All[xapi.PBD](tx) {
 			if path := pbd.DeviceConfig["location"]; path != "" {

@@ -41,10 +41,13 @@ func (ep endpoint) hostPort() (host, port string) {
 // endpoints is the set of open listeners.
 type endpoints []endpoint
 
+// close closes those that a server has not closed already.
 func (eps endpoints) close() error {
 	var errs []error
 	for _, ep := range eps {
-		errs = append(errs, ep.Close())
+		if err := ep.Close(); !errors.Is(err, net.ErrClosed) {
+			errs = append(errs, err)
+		}
 	}
 	return errors.Join(errs...)
 }

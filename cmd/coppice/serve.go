@@ -178,11 +178,11 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 	if err != nil {
 		return nil, data.explain(err)
 	}
-	opened(store.Close)
 	objects, err := db.Open(ctx, xapi.Datamodel(), store)
 	if err != nil {
 		return nil, fmt.Errorf("object database %s: %w", data.database(), err)
 	}
+	opened(objects.Close)
 	build := readBuild()
 	a, err := api.New(ctx, api.Config{
 		DB:           objects,
