@@ -209,3 +209,43 @@ func BenchmarkGetField(b *testing.B) {
 		}
 	}
 }
+
+func TestRead(t *testing.T) {
+	c := newCore(t)
+	secret := xapi.New[xapi.Secret]()
+	secret.Value = "s"
+	ref := insert(c, secret)
+	pools, secrets := c.model.Classes["pool"], c.model.Classes["secret"]
+	for _, tt := range []struct {
+		session xapi.Ref[xapi.Session]
+		sees    bool
+	}{{c.root, true}, {c.as("pool-operator"), true}, {c.as("vm-power-admin"), false}} {
+		err := c.Read(tt.session, func(v View) error {
+			if rec, ok := v.Lookup(pools, string(c.pool)); !ok || rec.(*xapi.Pool).Master != c.host {
+				t.Errorf("pool: %v", rec)
+			}
+			if class, ok := v.ClassOf(string(c.pool)); !ok || class != pools {
+				t.Errorf("class of the pool: %v", class)
+			}
+			_, found := v.Lookup(secrets, string(ref))
+			_, byUUID := v.UUID(secrets, record(c, ref).UUID)
+			n := 0
+			for range v.Each(secrets) {
+				n++
+			}
+			if found != tt.sees || byUUID != tt.sees || n > 0 != tt.sees {
+				t.Errorf("secret: %v, %v, %d; want %v", found, byUUID, n, tt.sees)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	if err := c.Read("OpaqueRef:x", nil); code(err) != xapi.ErrSessionInvalid {
+		t.Errorf("no session: %v", err)
+	}
+	if err := c.Read(c.root, func(View) error { return errors.New("no") }); description(err) != "INTERNAL_ERROR|no" {
+		t.Errorf("error of the function: %v", err)
+	}
+}
