@@ -3,8 +3,8 @@
 // does. Besides the standard commands of testscript they have
 //
 //	serve [FLAG…]            start a server on free ports, data in $WORK/data, and wait until it is ready
-//	stop                     stop it with SIGTERM; it must exit with 0
-//	kill                     stop it with SIGKILL
+//	shutdown                 stop it with SIGTERM; it must exit with 0
+//	crash                    end it with SIGKILL
 //	coppice ARG…             run coppice; ! for exit code 1 or 2
 //	xe ARG…                  run xe against the server
 //	login NAME               set $NAME to a new session of root

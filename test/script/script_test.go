@@ -63,15 +63,15 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"serve":   cmdServe,
-			"stop":    cmdStop,
-			"kill":    cmdKill,
-			"coppice": program("coppice"),
-			"xe":      program("xe"),
-			"login":   cmdLogin,
-			"set":     cmdSet,
-			"http":    cmdHTTP,
-			"raw":     cmdRaw,
+			"serve":    cmdServe,
+			"shutdown": cmdShutdown,
+			"crash":    cmdCrash,
+			"coppice":  program("coppice"),
+			"xe":       program("xe"),
+			"login":    cmdLogin,
+			"set":      cmdSet,
+			"http":     cmdHTTP,
+			"raw":      cmdRaw,
 		},
 		Condition: func(cond string) (bool, error) {
 			_, err := exec.LookPath(cond)
@@ -181,20 +181,20 @@ func (f *fixture) end(sig syscall.Signal) error {
 	return f.err
 }
 
-func cmdStop(ts *testscript.TestScript, neg bool, args []string) {
+func cmdShutdown(ts *testscript.TestScript, neg bool, args []string) {
 	f := fixtureOf(ts)
 	if f.server == nil {
-		ts.Fatalf("stop: no server runs")
+		ts.Fatalf("shutdown: no server runs")
 	}
 	if err := f.end(syscall.SIGTERM); err != nil {
-		ts.Fatalf("stop: %v", err)
+		ts.Fatalf("shutdown: %v", err)
 	}
 }
 
-func cmdKill(ts *testscript.TestScript, neg bool, args []string) {
+func cmdCrash(ts *testscript.TestScript, neg bool, args []string) {
 	f := fixtureOf(ts)
 	if f.server == nil {
-		ts.Fatalf("kill: no server runs")
+		ts.Fatalf("crash: no server runs")
 	}
 	_ = f.end(syscall.SIGKILL) // that is its exit status
 }
