@@ -95,6 +95,13 @@ func (sf *spaceFiles) write(p []byte, addr uint64) error {
 	return nil
 }
 
+// writeBehind has the host start writing n units back.
+func (sf *spaceFiles) writeBehind(addr uint64, n int) {
+	if f, off := sf.at(addr); f != nil {
+		f.WriteBehind(off, int64(n)*int64(sf.geo.UnitSize))
+	}
+}
+
 // allocate has the host provide the space of a region, creating its file if
 // it is the first one there.
 func (sf *spaceFiles) allocate(region int) error {

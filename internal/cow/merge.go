@@ -1,5 +1,7 @@
 package cow
 
+import "errors"
+
 // treeWriter changes trees and counters on behalf of one checkpoint. It is
 // the only code that does, and it knows two operations: merge takes over one
 // reference to an old root and yields one to the new root; reap gives up the
@@ -306,42 +308,44 @@ func (w *treeWriter) unmap(e entry) error {
 	return nil
 }
 
-// reapOne gives up the reference on top of the queue.
-func (w *treeWriter) reapOne() error {
+// reapOne gives up the reference on top of the queue. When it refers to a
+// page that cannot be read, nothing is changed and readable is false.
+func (w *treeWriter) reapOne() (readable bool, err error) {
 	e := w.queue.ents[len(w.queue.ents)-1]
 	if e.kind == kindPage {
 		c, err := w.space.count(e.addr)
 		if err != nil {
-			return err
+			return false, err
 		}
 		if c == 1 { // nobody else refers to it: what it refers to goes as well
 			b, err := w.readPage(e)
-			if err != nil {
-				return err
+			if errors.Is(err, ErrCorrupt) {
+				return false, nil
+			} else if err != nil {
+				return false, err
 			}
 			w.queue.pop()
 			for i := range w.geo.Fanout {
-				c := getEntry(b[i*entrySize:])
-				switch c.kind {
+				switch c := getEntry(b[i*entrySize:]); c.kind {
 				case kindData:
 					if err := w.space.sub(c.addr); err != nil {
-						return err
+						return true, err
 					}
 				case kindPage:
 					w.queue.push(c)
 				}
 			}
-			return w.space.sub(e.addr)
+			return true, w.space.sub(e.addr)
 		}
 	}
 	w.queue.pop()
-	return w.space.sub(e.addr)
+	return true, w.space.sub(e.addr)
 }
 
 // saveQueue writes those blocks of the queue that have changed.
 func (w *treeWriter) saveQueue() error {
 	q, per := w.queue, w.geo.linksPerUnit()
-	if !q.changed() {
+	if !q.changed(per) {
 		return nil
 	}
 	keep := q.stable / per // full blocks that stay as they are

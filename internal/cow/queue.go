@@ -26,8 +26,10 @@ func (q *reapQueue) bury(e entry) {
 	q.stable = 0
 }
 
-// changed reports whether the chain has to be written.
-func (q *reapQueue) changed() bool { return q.stable != len(q.ents) }
+// changed reports whether the chain of blocks of per entries has to be written.
+func (q *reapQueue) changed(per int) bool {
+	return q.stable != len(q.ents) || len(q.blocks) != (len(q.ents)+per-1)/per
+}
 
 // top is the entry of the newest block.
 func (q *reapQueue) top() entry {

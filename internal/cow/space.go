@@ -382,18 +382,16 @@ func (s *space) unback() []int {
 	return out
 }
 
-// punch gives the host the space of regions that unback returned.
-func (s *space) punch(regions []int) error {
+// punch gives the host the space of regions that unback returned. A host that
+// fails to take it costs space, not data.
+func (s *space) punch(regions []int) {
 	for _, i := range regions {
 		first := uint64(i)*uint64(s.geo.regionUnits()) + uint64(s.geo.metaUnits())
-		if err := s.files.punch(first, s.geo.dataUnits()); err != nil {
-			return fmt.Errorf("punching region %d: %w", i, err)
-		}
+		_ = s.files.punch(first, s.geo.dataUnits())
 		s.mu.Lock()
 		s.regions[i].punching = false
 		s.mu.Unlock()
 	}
-	return nil
 }
 
 // usage returns the state of the space in units.

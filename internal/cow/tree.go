@@ -1,9 +1,6 @@
 package cow
 
-import (
-	"errors"
-	"fmt"
-)
+import "fmt"
 
 // tree is the map of a volume as some checkpoint left it.
 type tree struct {
@@ -109,16 +106,6 @@ func (r *pageReader) fill(root entry, chunk uint64, lo int, out []slot) error {
 		}
 	}
 	return nil
-}
-
-// inVolume adds the place in a volume to a corruption error.
-func inVolume(err error, id ID, off int64) error {
-	if ce, ok := errors.AsType[*CorruptError](err); ok && ce.Volume == (ID{}) {
-		c := *ce
-		c.Volume, c.Off = id, off
-		return &c
-	}
-	return err
 }
 
 // errShape reports a tree that cannot be.

@@ -1,0 +1,257 @@
+package cow
+
+import (
+	"context"
+	"fmt"
+	"iter"
+)
+
+const (
+	// diffExtents and diffPages bound what one step of a walk gathers and
+	// reads before it lets go of the views.
+	diffExtents = 512
+	diffPages   = 2048
+)
+
+// Diff yields, in ascending order from byte off on, the ranges of to that may
+// differ from from; what from does not have counts as zero. A range that
+// reads as zero in to has Hole set. Both disks are of this store, related or
+// not. The walk goes in short steps, each of which looks at the disks as they
+// are then: for a diff of one instant both are pinned or read-only. A caller
+// may stop and continue at the end of the last extent.
+//
+// It costs in proportion to what differs, for disks that share their past.
+// The grain is the unit: a unit written with equal bytes in a small write
+// counts as different.
+func (s *Store) Diff(ctx context.Context, from, to *Disk, off int64) iter.Seq2[Extent, error] {
+	return func(yield func(Extent, error) bool) {
+		if from.s != s || to.s != s || off < 0 {
+			yield(Extent{}, fmt.Errorf("%w: diff", ErrInvalid))
+			return
+		}
+		s.walkDiff(ctx, from, to, off, MaxSize, yield)
+	}
+}
+
+// Extents describes n bytes from off as adjoining extents: data where there
+// may be some, holes where all is zero. What lies past the end is left out.
+func (d *Disk) Extents(ctx context.Context, off, n int64) iter.Seq2[Extent, error] {
+	return func(yield func(Extent, error) bool) {
+		if off < 0 || n < 0 {
+			yield(Extent{}, fmt.Errorf("%w: extents", ErrInvalid))
+			return
+		}
+		end := off + min(n, MaxSize)
+		ok := d.s.walkDiff(ctx, nil, d, off, end, func(e Extent, err error) bool {
+			if err == nil && e.Off > off && !yield(Extent{Off: off, Len: e.Off - off, Hole: true}, nil) {
+				return false
+			}
+			off = e.End()
+			return yield(e, err)
+		})
+		if end = min(end, d.Size()); ok && off < end {
+			yield(Extent{Off: off, Len: end - off, Hole: true}, nil)
+		}
+	}
+}
+
+// walkDiff yields what differs in [off, end); a nil from is all zero. It
+// reports whether it came to the end.
+func (s *Store) walkDiff(ctx context.Context, from, to *Disk, off, end int64, yield func(Extent, error) bool) bool {
+	var hold Extent // the last extent, which the next one may continue
+	for off < end {
+		batch, next, err := s.diffStep(ctx, from, to, off, end)
+		for _, e := range batch {
+			if hold.Len > 0 && hold.End() == e.Off && hold.Hole == e.Hole {
+				hold.Len += e.Len
+				continue
+			}
+			if hold.Len > 0 && !yield(hold, nil) {
+				return false
+			}
+			hold = e
+		}
+		if err != nil {
+			if hold.Len == 0 || yield(hold, nil) {
+				yield(Extent{}, err)
+			}
+			return false
+		}
+		off = next
+	}
+	return hold.Len == 0 || yield(hold, nil)
+}
+
+// diffStep gathers some differences from off on and says where to go on.
+func (s *Store) diffStep(ctx context.Context, from, to *Disk, off, end int64) ([]Extent, int64, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, 0, context.Cause(ctx)
+	}
+	if from != nil && from.closed.Load() {
+		return nil, 0, ErrClosed
+	}
+	if err := to.begin(false); err != nil {
+		return nil, 0, err
+	}
+	defer s.end()
+	e := s.eras.enter()
+	defer e.leave()
+	if err := to.alive(); err != nil {
+		return nil, 0, err
+	}
+	a := &view{}
+	s.mu.Lock() // both views of one generation: equal addresses mean equal contents
+	b := to.v.view.Load()
+	if from != nil {
+		a = from.v.view.Load()
+	}
+	s.mu.Unlock()
+	if from != nil {
+		if err := from.alive(); err != nil {
+			return nil, 0, err
+		}
+	}
+	u := int64(s.geo.UnitSize)
+	w := &diffWalk{
+		pageReader: s.pageReader, a: a, b: b, first: off, end: min(end, b.size),
+		old: make([]slot, s.geo.Fanout), now: make([]slot, s.geo.Fanout),
+	}
+	w.layers = differingLayers(a, b)
+	level := max(1, int(a.base.root.level), int(b.base.root.level), s.geo.height(s.geo.units(w.end)))
+	if off < w.end {
+		if err := w.walk(a.base.root, b.base.root, level, 0); err != nil {
+			id := to.id
+			if w.inOld {
+				id = from.id
+			}
+			if ce, ok := damagedAt(err, int64(w.at)*u).(*CorruptError); ok {
+				ce.Volume, err = id, ce
+			}
+			return w.out, 0, err
+		}
+	}
+	if w.stopped {
+		return w.out, int64(w.next) * u, nil
+	}
+	return w.out, end, nil
+}
+
+// differingLayers returns the layers that only one of two views has.
+func differingLayers(a, b *view) []*layer {
+	seen := map[*layer]int{}
+	for _, v := range []*view{a, b} {
+		v.chain(func(l *layer) bool {
+			seen[l]++
+			return true
+		})
+	}
+	var out []*layer
+	for l, n := range seen {
+		if n == 1 {
+			out = append(out, l)
+		}
+	}
+	return out
+}
+
+// diffWalk compares two views by walking their trees together.
+type diffWalk struct {
+	*pageReader
+	a, b       *view
+	layers     []*layer // in one view only: a reason to descend
+	first, end int64    // bytes
+	old, now   []slot
+
+	out     []Extent
+	pages   int
+	next    uint64 // unit to go on at
+	stopped bool
+	at      uint64 // unit being looked at, for errors
+	inOld   bool   // an error is in a
+}
+
+// walk compares the subtrees x of a and y of b, seen as pages of the given
+// level that begin at unit lo.
+func (w *diffWalk) walk(x, y entry, level int, lo uint64) error {
+	n := w.geo.span(level)
+	firstUnit := uint64(w.first / int64(w.geo.UnitSize))
+	if w.stopped || lo >= w.geo.units(w.end) || lo+n <= firstUnit {
+		return nil
+	}
+	w.at = lo
+	if x.sameContent(y) && !w.touched(lo/uint64(w.geo.Fanout), n/uint64(w.geo.Fanout)) {
+		return nil
+	}
+	if w.pages >= diffPages || len(w.out) >= diffExtents {
+		w.stopped, w.next = true, max(lo, firstUnit)
+		return nil
+	}
+	w.pages++
+	if level == 1 {
+		return w.leaf(lo)
+	}
+	for i := range w.geo.Fanout {
+		w.at = lo
+		cx, err := w.childOf(x, level, i)
+		if err != nil {
+			w.inOld = true
+			return err
+		}
+		cy, err := w.childOf(y, level, i)
+		if err != nil {
+			return err
+		}
+		if err := w.walk(cx, cy, level-1, lo+uint64(i)*w.geo.span(level-1)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// childOf returns child i of e seen as a page of the given level: a lower
+// tree is entry 0 of a higher one.
+func (w *diffWalk) childOf(e entry, level, i int) (entry, error) {
+	if e.isHole() || int(e.level) == level {
+		return w.child(e, i)
+	}
+	if i == 0 {
+		return e, nil
+	}
+	return hole(0), nil
+}
+
+func (w *diffWalk) touched(chunk, n uint64) bool {
+	for _, l := range w.layers {
+		if l.touches(chunk, chunk+n) {
+			return true
+		}
+	}
+	return false
+}
+
+// leaf compares one chunk unit by unit.
+func (w *diffWalk) leaf(lo uint64) error {
+	chunk := lo / uint64(w.geo.Fanout)
+	if err := w.resolve(w.a, chunk, 0, w.old); err != nil {
+		w.inOld = true
+		return err
+	}
+	if err := w.resolve(w.b, chunk, 0, w.now); err != nil {
+		return err
+	}
+	u := int64(w.geo.UnitSize)
+	for i := range w.now {
+		from := max(w.first, int64(lo+uint64(i))*u)
+		to := min(w.end, int64(lo+uint64(i)+1)*u)
+		if from >= to || w.now[i].same(w.old[i]) {
+			continue
+		}
+		e := Extent{Off: from, Len: to - from, Hole: w.now[i].state == slotZero}
+		if k := len(w.out) - 1; k >= 0 && w.out[k].End() == e.Off && w.out[k].Hole == e.Hole {
+			w.out[k].Len += e.Len
+		} else {
+			w.out = append(w.out, e)
+		}
+	}
+	return nil
+}

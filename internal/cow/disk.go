@@ -1,0 +1,349 @@
+package cow
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+)
+
+// Disk is an open volume. It is safe for concurrent use; offsets and lengths
+// are bytes and need no alignment.
+type Disk struct {
+	s      *Store
+	v      *volume // of a pinned disk, the pin
+	id     ID      // as opened
+	pinned bool
+	closed atomic.Bool
+}
+
+// OpenDisk opens a volume any number of times. See [Mode].
+func (s *Store) OpenDisk(ctx context.Context, id ID, m Mode) (*Disk, error) {
+	if m == Live {
+		if err := s.begin(); err != nil {
+			return nil, err
+		}
+		defer s.end()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		v, err := s.lookup(id)
+		if err != nil {
+			return nil, err
+		}
+		return &Disk{s: s, v: v, id: id}, nil
+	}
+	if err := s.begin(); err != nil {
+		return nil, err
+	}
+	defer s.end()
+	for {
+		s.mu.Lock()
+		v, err := s.lookup(id)
+		if err != nil {
+			s.mu.Unlock()
+			return nil, err
+		}
+		if len(v.view.Load().sealed) < s.limits.Chain || s.failure() != nil {
+			v.gate.Lock()
+			pin := s.derive(v, id, flagReadOnly|flagPin, nil)
+			s.epoch++
+			v.gate.Unlock()
+			s.mu.Unlock()
+			return &Disk{s: s, v: pin, id: id, pinned: true}, nil
+		}
+		s.mu.Unlock()
+		if err := s.sync(ctx); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// ID is the name under which the disk was opened.
+func (d *Disk) ID() ID { return d.id }
+
+// Size returns the size in bytes, at this moment for a Live disk.
+func (d *Disk) Size() int64 { return d.v.view.Load().size }
+
+// Close releases the disk; it does not flush.
+func (d *Disk) Close() error {
+	if d.closed.Swap(true) {
+		return ErrClosed
+	}
+	if !d.pinned {
+		return nil
+	}
+	s := d.s
+	if err := s.begin(); err != nil {
+		return nil // the store has been closed; the next open removes the pin
+	}
+	defer s.end()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	d.v.gate.Lock()
+	defer d.v.gate.Unlock()
+	d.v.gone.Store(true)
+	s.unregister(d.v)
+	return nil
+}
+
+// begin starts a call on the disk; s.end ends it.
+func (d *Disk) begin(write bool) error {
+	if d.closed.Load() {
+		return ErrClosed
+	}
+	if write {
+		if err := d.s.beginWrite(); err != nil {
+			return err
+		}
+		if d.v.readOnly() {
+			d.s.end()
+			return fmt.Errorf("%w: %v", ErrReadOnly, d.id)
+		}
+	} else if err := d.s.begin(); err != nil {
+		return err
+	}
+	if err := d.alive(); err != nil {
+		d.s.end()
+		return err
+	}
+	return nil
+}
+
+// alive fails when the volume has been deleted. A read asks inside its era.
+func (d *Disk) alive() error {
+	if !d.v.gone.Load() {
+		return nil
+	}
+	if d.pinned {
+		return ErrClosed
+	}
+	return fmt.Errorf("%w: %v", ErrNotFound, d.id)
+}
+
+// Flush makes every write to the volume that returned before it durable.
+// After an error nothing is known about them, and the store has failed unless
+// the error is the context's.
+func (d *Disk) Flush(ctx context.Context) error {
+	if err := d.begin(false); err != nil {
+		return err
+	}
+	defer d.s.end()
+	if err := d.s.failure(); err != nil {
+		return err
+	}
+	if w := d.v.view.Load(); (w.top == nil || w.top.empty()) && len(w.sealed) == 0 {
+		return nil
+	}
+	return d.s.sync(ctx)
+}
+
+const (
+	// readWindow is how much of one ReadAt is looked up and read at a time.
+	readWindow = 4 << 20
+	// readPiece is how much is read from a file and verified at a time, so
+	// that the bytes are still in the processor's cache.
+	readPiece = 256 << 10
+	// readWorkers is how many reads of scattered pieces run at a time.
+	readWorkers = 32
+)
+
+// ReadAt fills p from off as [io.ReaderAt] says. Every byte has been verified
+// against its checksum; a unit that fails it twice is a *CorruptError. The
+// bytes of one call may come from different moments when others write.
+func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
+	if err := d.begin(false); err != nil {
+		return 0, err
+	}
+	defer d.s.end()
+	if off < 0 {
+		return 0, fmt.Errorf("%w: negative offset", ErrInvalid)
+	}
+	done := 0
+	for done < len(p) {
+		n := min(len(p)-done, readWindow)
+		k, err := d.readWindow(p[done:done+n], off+int64(done))
+		done += k
+		if err != nil {
+			return done, err
+		}
+	}
+	return done, nil
+}
+
+func (d *Disk) readWindow(p []byte, off int64) (int, error) {
+	e := d.s.eras.enter()
+	defer e.leave()
+	if err := d.alive(); err != nil {
+		return 0, err
+	}
+	w := d.v.view.Load()
+	if off >= w.size {
+		return 0, io.EOF
+	}
+	var end error
+	if n := w.size - off; n < int64(len(p)) {
+		p, end = p[:n], io.EOF
+	}
+	if err := d.s.readView(w, p, off); err != nil {
+		if ce, ok := errors.AsType[*CorruptError](err); ok {
+			c := *ce
+			c.Volume = d.id
+			return int(max(0, c.Off-off)), &c
+		}
+		return 0, err
+	}
+	return len(p), end
+}
+
+// piece is adjoining units of the space files that go to adjoining bytes.
+type piece struct {
+	off   int64 // byte in the volume
+	units []slot
+}
+
+// scratch is the memory of one read.
+type scratch struct {
+	slots  []slot
+	pieces []piece
+}
+
+var scratches = sync.Pool{New: func() any { return new(scratch) }}
+
+// readView fills p from off of a view. The range is within its size, and the
+// caller in an era. Errors of damage carry the offset, not the volume.
+func (r *pageReader) readView(w *view, p []byte, off int64) error {
+	u := int64(r.geo.UnitSize)
+	first, last := uint64(off/u), uint64((off+int64(len(p))-1)/u)
+	sc := scratches.Get().(*scratch)
+	defer func() {
+		clear(sc.slots)
+		clear(sc.pieces)
+		scratches.Put(sc)
+	}()
+	n := int(last - first + 1)
+	if cap(sc.slots) < n {
+		sc.slots = make([]slot, n)
+	}
+	slots := sc.slots[:n]
+	sc.slots = slots
+	fan := uint64(r.geo.Fanout)
+	for at := first; at <= last; {
+		end := min(last+1, (at/fan+1)*fan)
+		if err := r.resolve(w, at/fan, int(at%fan), slots[at-first:end-first]); err != nil {
+			return damagedAt(err, max(off, int64(at)*u))
+		}
+		at = end
+	}
+	pieces := sc.pieces[:0]
+	for i := 0; i < n; {
+		at := int64(first+uint64(i)) * u
+		switch s := slots[i]; s.state {
+		case slotAddr:
+			j := i + 1
+			for j < n && slots[j].state == slotAddr && slots[j].addr == s.addr+uint64(j-i) && r.files.contiguous(s.addr, j-i+1) {
+				j++
+			}
+			pieces = append(pieces, piece{at, slots[i:j]})
+			i = j
+			continue
+		case slotBuf:
+			copy(p[max(0, at-off):], s.buf[max(0, off-at):])
+		default:
+			clear(p[max(0, at-off):min(int64(len(p)), at+u-off)])
+		}
+		i++
+	}
+	sc.pieces = pieces
+	if len(pieces) <= 1 {
+		for _, pc := range pieces {
+			if err := r.readPiece(pc, p, off); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	return r.readPieces(pieces, p, off)
+}
+
+// readPieces reads several pieces, large ones in turn and scattered ones at
+// the same time. The error is that of the lowest offset.
+func (r *pageReader) readPieces(pieces []piece, p []byte, off int64) error {
+	workers := min(readWorkers, len(pieces)/4)
+	if workers <= 1 {
+		for _, pc := range pieces {
+			if err := r.readPiece(pc, p, off); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	errs := make([]error, len(pieces))
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range workers {
+		wg.Go(func() {
+			for {
+				i := int(next.Add(1)) - 1
+				if i >= len(pieces) {
+					return
+				}
+				errs[i] = r.readPiece(pieces[i], p, off)
+			}
+		})
+	}
+	wg.Wait()
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readPiece reads and verifies one piece. Whole units go straight to p; p may
+// begin and end within a unit.
+func (r *pageReader) readPiece(pc piece, p []byte, off int64) error {
+	u := int64(r.geo.UnitSize)
+	for len(pc.units) > 0 {
+		from := pc.off - off
+		if from < 0 || from+u > int64(len(p)) { // cut by an end of p
+			b := make([]byte, u)
+			if err := r.verified(b, pc.units[0].entry()); err != nil {
+				return damagedAt(err, max(off, pc.off))
+			}
+			copy(p[max(0, from):], b[max(0, -from):])
+			pc = piece{pc.off + u, pc.units[1:]}
+			continue
+		}
+		n := min(int64(len(pc.units)), (int64(len(p))-from)/u, max(1, readPiece/u))
+		dst := p[from : from+n*u]
+		err := r.files.read(dst, pc.units[0].addr)
+		for i := range n {
+			b := dst[i*u : (i+1)*u]
+			if err == nil && checksum(b) == pc.units[i].crc {
+				continue
+			}
+			if err := r.verified(b, pc.units[i].entry()); err != nil {
+				clear(dst[i*u:])
+				return damagedAt(err, pc.off+i*u)
+			}
+		}
+		pc = piece{pc.off + n*u, pc.units[n:]}
+	}
+	return nil
+}
+
+// entry is the slot as a reference to data.
+func (s slot) entry() entry { return entry{addr: s.addr, crc: s.crc, kind: kindData} }
+
+// damagedAt adds the byte of the volume to a corruption error.
+func damagedAt(err error, off int64) error {
+	if ce, ok := errors.AsType[*CorruptError](err); ok {
+		c := *ce
+		c.Off = off
+		return &c
+	}
+	return err
+}

@@ -1,0 +1,160 @@
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"iter"
+
+	"coppice/internal/vfs"
+)
+
+// image is the durable state of a store, as its newest superblock has it.
+type image struct {
+	*pageReader
+	super  *super
+	superF vfs.File
+	space  *space
+}
+
+// readImage reads superblock and region table. Everything is synced before it
+// is read: after a crash of the process, but not of the host, the page cache
+// may show a state that the device does not have, and nothing may be built
+// on that.
+func readImage(dir vfs.FS, o Options) (_ *image, err error) {
+	im := &image{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, im.close())
+		}
+	}()
+	if im.superF, err = dir.Open(superName); errors.Is(err, fs.ErrNotExist) {
+		return nil, ErrNoStore
+	} else if err != nil {
+		return nil, err
+	}
+	if err = settle(im.superF, superName); err != nil {
+		return nil, err
+	}
+	if im.super, err = readSuper(im.superF); err != nil {
+		return nil, err
+	}
+	files, err := openSpace(dir, im.super.geo, int(im.super.regions))
+	if err != nil {
+		return nil, err
+	}
+	im.space = newSpace(files, o)
+	for _, f := range *files.files.Load() {
+		if err = f.Datasync(); err != nil {
+			return nil, fmt.Errorf("syncing space: %w", err)
+		}
+	}
+	for i := range im.space.table.file {
+		name := regionsName(uint64(i))
+		if im.space.table.file[i], err = dir.Open(name); err != nil {
+			return nil, &CorruptError{Detail: "opening " + name, Cause: err}
+		}
+		if err = settle(im.space.table.file[i], name); err != nil {
+			return nil, err
+		}
+	}
+	recs, err := im.space.table.read(im.super.gen, int(im.super.regions), im.super.tableCRC, im.super.geo)
+	if err != nil {
+		return nil, err
+	}
+	im.space.load(recs)
+	return im, nil
+}
+
+// settle makes what the page cache shows of a file and what the device has
+// the same.
+func settle(f vfs.File, name string) error {
+	if err := f.Datasync(); err != nil {
+		return fmt.Errorf("syncing %s: %w", name, err)
+	}
+	f.Evict()
+	return nil
+}
+
+func (im *image) newReader(cache int64) *pageReader {
+	return &pageReader{geo: im.super.geo, files: im.space.files, cache: newPageCache(cache, im.super.geo.UnitSize)}
+}
+
+func (im *image) close() error {
+	var errs []error
+	if im.superF != nil {
+		errs = append(errs, im.superF.Close())
+	}
+	if im.space != nil {
+		errs = append(errs, im.space.table.close(), im.space.files.close())
+	}
+	return errors.Join(errs...)
+}
+
+// records yields the volumes of the table by number. The volume table is an
+// ordinary tree whose units are leaves of records.
+func (im *image) records() iter.Seq2[record, error] {
+	return func(yield func(record, error) bool) {
+		g := im.super.geo
+		root := im.super.table
+		if err := checkRoot(root, g); err != nil {
+			yield(record{}, &CorruptError{Detail: "volume table: " + err.Error()})
+			return
+		}
+		b := make([]byte, g.UnitSize)
+		for u, err := range im.data(root) {
+			if err == nil {
+				err = im.verified(b, u.entry)
+			}
+			if err != nil {
+				yield(record{}, fmt.Errorf("volume table: %w", err))
+				return
+			}
+			for i := range g.recordsPerUnit() {
+				r, err := getRecord(b[i*recordSize:], g)
+				if err == nil && r.num != 0 && r.num != u.index*uint64(g.recordsPerUnit())+uint64(i) {
+					err = fmt.Errorf("volume %d is in the wrong place", r.num)
+				}
+				if err != nil {
+					yield(record{}, &CorruptError{Addr: u.entry.addr, Detail: "volume table: " + err.Error()})
+					return
+				}
+				if r.num != 0 && !yield(r, nil) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// unit is a data unit of a tree.
+type unit struct {
+	index uint64
+	entry entry
+}
+
+// data yields the data units of a tree in order.
+func (r *pageReader) data(root entry) iter.Seq2[unit, error] {
+	return func(yield func(unit, error) bool) {
+		var walk func(e entry, first uint64) bool
+		walk = func(e entry, first uint64) bool {
+			switch {
+			case e.isHole():
+				return true
+			case e.kind == kindData:
+				return yield(unit{first, e}, nil)
+			}
+			b, err := r.page(e)
+			if err != nil {
+				return yield(unit{}, err)
+			}
+			for i := range r.geo.Fanout {
+				if !walk(getEntry(b[i*entrySize:]), first+uint64(i)*r.geo.span(int(e.level)-1)) {
+					return false
+				}
+			}
+			return true
+		}
+		walk(root, 0)
+	}
+}

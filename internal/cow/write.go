@@ -1,0 +1,495 @@
+package cow
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+)
+
+// errRetry says that the volume has changed under a writer in a way that it
+// has to look at again.
+var errRetry = errors.New("volume changed meanwhile")
+
+const (
+	// writeWindow is how much of one WriteAt is worked on at a time.
+	writeWindow = 4 << 20
+	// compareMin is the length of a WriteAt from which units that would not
+	// change are found and left alone.
+	compareMin = 64 << 10
+)
+
+// WriteAt stores p at off. The bytes are visible to reads on return and
+// durable after the next Flush. Units that become zero turn into holes, and
+// in a call of 64 KiB or more those whose bytes would not change are left
+// alone, so that copying an image over its former version changes, for
+// [Store.Diff] as well, no more than what differs.
+//
+// Errors: [ErrInvalid] past the end, and nothing is written; a *SpaceError;
+// a *CorruptError where old contents are needed and damaged; [ErrReadOnly],
+// [ErrFailed]. After an error n bytes are written and any part of the rest
+// may be.
+func (d *Disk) WriteAt(p []byte, off int64) (n int, err error) {
+	if err := d.begin(true); err != nil {
+		return 0, err
+	}
+	defer d.s.end()
+	if err := d.checkRange(off, int64(len(p))); err != nil {
+		return 0, err
+	}
+	w := writer{
+		disk:    d,
+		direct:  int64(len(p)) >= d.s.limits.DirectMin,
+		compare: len(p) >= compareMin,
+	}
+	u := int64(d.s.geo.UnitSize)
+	for n < len(p) {
+		at := off + int64(n)
+		k := min(int64(len(p)-n), writeWindow-writeWindow%u-at%u)
+		switch {
+		case at%u != 0 || k < u:
+			k = min(k, u-at%u)
+			err = w.patch(uint64(at/u), int(at%u), p[n:n+int(k)])
+		default:
+			k -= k % u
+			err = w.units(uint64(at/u), p[n:n+int(k)])
+		}
+		if err != nil {
+			return n, err
+		}
+		n += int(k)
+	}
+	return n, nil
+}
+
+func (d *Disk) checkRange(off, n int64) error {
+	if size := d.Size(); off < 0 || n < 0 || off > size || n > size-off {
+		return fmt.Errorf("%w: %d bytes at %d in a volume of %d", ErrInvalid, n, off, size)
+	}
+	return nil
+}
+
+// Zero makes n bytes from off read as zero and gives their space back. It
+// costs the same for any length.
+func (d *Disk) Zero(ctx context.Context, off, n int64) error {
+	if err := d.begin(true); err != nil {
+		return err
+	}
+	defer d.s.end()
+	if err := d.checkRange(off, n); err != nil {
+		return err
+	}
+	u := int64(d.s.geo.UnitSize)
+	w := writer{disk: d}
+	zeros := make([]byte, u)
+	if head := off % u; head != 0 && n > 0 {
+		k := min(n, u-head)
+		if err := w.patch(uint64(off/u), int(head), zeros[:k]); err != nil {
+			return err
+		}
+		off, n = off+k, n-k
+	}
+	if whole := n / u; whole > 0 {
+		if err := w.zero(ctx, uint64(off/u), uint64(off/u+whole)); err != nil {
+			return err
+		}
+		off, n = off+whole*u, n-whole*u
+	}
+	if n > 0 {
+		return w.patch(uint64(off/u), 0, zeros[:n])
+	}
+	return nil
+}
+
+// writer is one call that changes a disk.
+type writer struct {
+	disk    *Disk
+	direct  bool // write to the space files at once
+	compare bool // leave equal units alone
+}
+
+// units writes whole units from first on.
+func (w *writer) units(first uint64, p []byte) error {
+	s := w.disk.s
+	if err := s.throttle(context.Background()); err != nil {
+		return err
+	}
+	slots, err := w.plan(first, p)
+	if err != nil {
+		return err
+	}
+	data, chunks := 0, 0
+	last := ^uint64(0)
+	for i, sl := range slots {
+		if sl.state == slotNone {
+			continue
+		}
+		if sl.state != slotZero {
+			data++
+		}
+		if c := (first + uint64(i)) / uint64(s.geo.Fanout); c != last {
+			chunks, last = chunks+1, c
+		}
+	}
+	if chunks == 0 {
+		return nil
+	}
+	f := floorWrite
+	if data == 0 {
+		f = floorDiscard
+	}
+	height := w.disk.v.view.Load().height
+	promised := int64(data) + int64(2*chunks*height) + s.tableCost()
+	if err := s.promise(context.Background(), promised, f); err != nil {
+		return err
+	}
+	if w.direct {
+		err = w.store(slots, p, &promised)
+	} else {
+		buf := make([]byte, 0, data*s.geo.UnitSize)
+		for i := range slots {
+			if slots[i].state == slotBuf {
+				buf = append(buf, slots[i].buf...)
+				slots[i].buf = buf[len(buf)-s.geo.UnitSize : len(buf) : len(buf)]
+			}
+		}
+	}
+	if err == nil {
+		err = w.publish(height, promised, first+uint64(len(slots)), func(top *layer) (load, []uint64, error) {
+			d, dropped := w.put(top, first, slots)
+			return d, dropped, nil
+		})
+	} else {
+		s.space.unpromise(promised)
+	}
+	if err == errRetry { // the volume has grown: the path costs more
+		return w.units(first, p)
+	}
+	if err != nil {
+		var lost []uint64
+		for _, sl := range slots {
+			if sl.state == slotAddr {
+				lost = append(lost, sl.addr)
+			}
+		}
+		s.dropUnits(lost)
+	}
+	return err
+}
+
+// plan decides what becomes of each unit of p: slotZero, slotBuf with the
+// bytes in p, or slotNone when it stays as it is.
+func (w *writer) plan(first uint64, p []byte) ([]slot, error) {
+	s := w.disk.s
+	u, fan := s.geo.UnitSize, uint64(s.geo.Fanout)
+	slots := make([]slot, len(p)/u)
+	zeros := false
+	zero := make([]byte, min(u, 4096))
+	for i := range slots {
+		b := p[i*u : (i+1)*u : (i+1)*u]
+		slots[i] = slot{idx: uint16((first + uint64(i)) % fan), state: slotBuf, buf: b}
+		if isZero(b, zero) {
+			slots[i].state, slots[i].buf = slotZero, nil
+			zeros = true
+		} else {
+			slots[i].crc = checksum(b)
+		}
+	}
+	e := s.eras.enter()
+	defer e.leave()
+	if err := w.disk.alive(); err != nil {
+		return nil, err
+	}
+	v := w.disk.v.view.Load()
+	old := make([]slot, min(len(slots), int(fan)))
+	for i := 0; i < len(slots); {
+		at := first + uint64(i)
+		n := min(len(slots)-i, int(fan-at%fan))
+		if !w.compare && !zeros {
+			// A damaged map must fail the write, not the checkpoint.
+			if leaf, err := s.leaf(v.base.root, at/fan); err != nil {
+				return nil, w.damaged(err, at)
+			} else if !leaf.isHole() {
+				if _, err := s.page(leaf); err != nil {
+					return nil, w.damaged(err, at)
+				}
+			}
+			i += n
+			continue
+		}
+		if err := s.resolve(v, at/fan, int(at%fan), old[:n]); err != nil {
+			return nil, w.damaged(err, at)
+		}
+		for j := range n {
+			if s.unchanged(slots[i+j], old[j]) {
+				slots[i+j].state = slotNone
+			}
+		}
+		i += n
+	}
+	return slots, nil
+}
+
+func (w *writer) damaged(err error, unit uint64) error {
+	err = damagedAt(err, int64(unit)*int64(w.disk.s.geo.UnitSize))
+	if ce, ok := err.(*CorruptError); ok {
+		ce.Volume = w.disk.id
+	}
+	return err
+}
+
+// unchanged reports whether a new version of a unit has the bytes of the old
+// one. The checksum is only the first sieve.
+func (s *Store) unchanged(now, old slot) bool {
+	switch {
+	case now.state == slotZero:
+		return old.state == slotZero
+	case old.state == slotZero || now.crc != old.crc:
+		return false
+	case old.state == slotBuf:
+		return bytes.Equal(now.buf, old.buf)
+	}
+	b := make([]byte, s.geo.UnitSize)
+	return s.verified(b, old.entry()) == nil && bytes.Equal(now.buf, b)
+}
+
+func isZero(b, zero []byte) bool {
+	for len(b) > 0 {
+		if !bytes.Equal(b[:len(zero)], zero) {
+			return false
+		}
+		b = b[len(zero):]
+	}
+	return true
+}
+
+// store writes the slotBuf units to the space files, in runs as long as p and
+// the free space have them, and makes them slotAddr.
+func (w *writer) store(slots []slot, p []byte, promised *int64) error {
+	s := w.disk.s
+	u := s.geo.UnitSize
+	for i := 0; i < len(slots); {
+		if slots[i].state != slotBuf {
+			i++
+			continue
+		}
+		n := 1
+		for i+n < len(slots) && slots[i+n].state == slotBuf {
+			n++
+		}
+		addr, got, err := s.space.alloc(classDirect, n, n)
+		if err != nil {
+			return err
+		}
+		*promised -= int64(got)
+		for j := range got {
+			slots[i+j].state, slots[i+j].addr, slots[i+j].buf = slotAddr, addr+uint64(j), nil
+		}
+		if err := s.files.write(p[i*u:(i+got)*u], addr); err != nil {
+			return err
+		}
+		s.files.writeBehind(addr, got)
+		i += got
+	}
+	return nil
+}
+
+// publish changes the top layer of the volume by f, under the shared gate,
+// and settles the promise made for it. height is what the promise assumed;
+// end is the first unit behind the change.
+func (w *writer) publish(height int, promised int64, end uint64, f func(*layer) (load, []uint64, error)) error {
+	s, v := w.disk.s, w.disk.v
+	v.gate.RLock()
+	defer v.gate.RUnlock()
+	view := v.view.Load()
+	err := w.disk.alive()
+	switch {
+	case err != nil:
+	case end > s.geo.units(view.size):
+		err = fmt.Errorf("%w: the volume has shrunk", ErrInvalid)
+	case view.height > height:
+		err = errRetry
+	}
+	if err != nil {
+		s.space.unpromise(promised)
+		return err
+	}
+	view.top.mu.Lock()
+	d, dropped, err := f(view.top)
+	if err == nil && s.markTop(v, view.top) { // the first change takes a path of the volume table, too
+		view.top.load.promised += s.tableCost()
+		d.promised += s.tableCost()
+	}
+	view.top.mu.Unlock()
+	s.entries.Add(d.entries)
+	s.buffers.Add(d.buffers)
+	s.space.unpromise(promised - d.promised)
+	s.dropUnits(dropped)
+	return err
+}
+
+// markTop has the next checkpoint look at v. It reports whether this is the
+// first change of the layer.
+func (s *Store) markTop(v *volume, top *layer) bool {
+	s.changedMu.Lock()
+	defer s.changedMu.Unlock()
+	if top.marked {
+		return false
+	}
+	top.marked = true
+	s.markLocked(v)
+	return true
+}
+
+// put stores slots, those of slotNone left out, as units from first on.
+func (w *writer) put(top *layer, first uint64, slots []slot) (d load, dropped []uint64) {
+	fan := uint64(w.disk.s.geo.Fanout)
+	for i := 0; i < len(slots); {
+		at := first + uint64(i)
+		n := min(len(slots)-i, int(fan-at%fan))
+		run := slots[i : i+n]
+		i += n
+		live, zero := 0, 0
+		for _, sl := range run {
+			if sl.state != slotNone {
+				run[live] = sl
+				live++
+			}
+			if sl.state == slotZero {
+				zero++
+			}
+		}
+		var g load
+		var gone []uint64
+		switch {
+		case live == 0:
+			continue
+		case zero == int(fan):
+			g, gone = top.zeroChunks(at/fan, at/fan+1)
+		default:
+			g, gone = top.putRun(at/fan, run[:live])
+		}
+		d.add(g)
+		dropped = append(dropped, gone...)
+	}
+	return d, dropped
+}
+
+// zero makes whole units [lo, hi) zero.
+func (w *writer) zero(ctx context.Context, lo, hi uint64) error {
+	s := w.disk.s
+	if err := s.throttle(ctx); err != nil {
+		return err
+	}
+	for {
+		height := w.disk.v.view.Load().height
+		promised := int64(4*height) + s.tableCost()
+		if err := s.promise(ctx, promised, floorDiscard); err != nil {
+			return err
+		}
+		err := w.publish(height, promised, hi, func(top *layer) (load, []uint64, error) {
+			d, dropped := top.zeroUnits(lo, hi, uint64(s.geo.Fanout))
+			return d, dropped, nil
+		})
+		if err != errRetry {
+			return err
+		}
+	}
+}
+
+// zeroUnits makes units [lo, hi) zero. l.mu is held.
+func (l *layer) zeroUnits(lo, hi, fan uint64) (d load, dropped []uint64) {
+	do := func(g load, gone []uint64) {
+		d.add(g)
+		dropped = append(dropped, gone...)
+	}
+	for lo < hi {
+		if lo%fan == 0 && hi-lo >= fan {
+			do(l.zeroChunks(lo/fan, hi/fan))
+			lo = hi / fan * fan
+			continue
+		}
+		end := min(hi, (lo/fan+1)*fan)
+		var run []slot
+		for u := lo; u < end; u++ {
+			run = append(run, slot{idx: uint16(u % fan), state: slotZero})
+		}
+		do(l.putRun(lo/fan, run))
+		lo = end
+	}
+	return d, dropped
+}
+
+// patch overwrites b within one unit, from byte at of it on. Two patches of
+// one unit never lose each other's bytes: the new version is published only
+// when the version it was made from is still the current one.
+func (w *writer) patch(unit uint64, at int, b []byte) error {
+	s := w.disk.s
+	u, fan := s.geo.UnitSize, uint64(s.geo.Fanout)
+	if err := s.throttle(context.Background()); err != nil {
+		return err
+	}
+	chunk, idx := unit/fan, int(unit%fan)
+	for {
+		old, buf, err := w.current(unit)
+		if err != nil {
+			return err
+		}
+		if bytes.Equal(buf[at:at+len(b)], b) {
+			return nil
+		}
+		copy(buf[at:], b)
+		sl := slot{idx: uint16(idx), state: slotBuf, buf: buf, crc: checksum(buf)}
+		if isZero(buf, make([]byte, min(u, 4096))) {
+			sl = slot{idx: uint16(idx), state: slotZero}
+		}
+		height := w.disk.v.view.Load().height
+		promised := 1 + int64(height) + s.tableCost()
+		if err := s.promise(context.Background(), promised, floorWrite); err != nil {
+			return err
+		}
+		err = w.publish(height, promised, unit+1, func(top *layer) (load, []uint64, error) {
+			if !w.disk.v.view.Load().version(chunk, idx, top.getLocked(chunk, idx)).same(old) {
+				return load{}, nil, errRetry
+			}
+			d, dropped := top.putRun(chunk, []slot{sl})
+			return d, dropped, nil
+		})
+		if err != errRetry {
+			return err
+		}
+	}
+}
+
+// current reads a unit and tells which version it is. The bytes are the
+// caller's.
+func (w *writer) current(unit uint64) (version, []byte, error) {
+	s := w.disk.s
+	u, fan := s.geo.UnitSize, uint64(s.geo.Fanout)
+	e := s.eras.enter()
+	defer e.leave()
+	if err := w.disk.alive(); err != nil {
+		return version{}, nil, err
+	}
+	v := w.disk.v.view.Load()
+	if unit >= s.geo.units(v.size) {
+		return version{}, nil, fmt.Errorf("%w: the volume has shrunk", ErrInvalid)
+	}
+	ver := v.version(unit/fan, int(unit%fan), v.top.get(unit/fan, int(unit%fan)))
+	buf := make([]byte, u)
+	one := []slot{ver.s}
+	if ver.s.state == slotNone {
+		if err := s.pageReader.fill(ver.root, unit/fan, int(unit%fan), one); err != nil {
+			return ver, nil, w.damaged(err, unit)
+		}
+	}
+	switch one[0].state {
+	case slotBuf:
+		copy(buf, one[0].buf)
+	case slotAddr:
+		if err := s.verified(buf, one[0].entry()); err != nil {
+			return ver, nil, w.damaged(err, unit)
+		}
+	}
+	return ver, buf, nil
+}
