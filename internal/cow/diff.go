@@ -179,7 +179,10 @@ func (w *diffWalk) walk(x, y entry, level int, lo uint64) error {
 		return nil
 	}
 	w.at = lo
-	if x.sameContent(y) && !w.touched(lo/uint64(w.geo.Fanout), n/uint64(w.geo.Fanout)) {
+	chunk, chunks := lo/uint64(w.geo.Fanout), n/uint64(w.geo.Fanout)
+	x, plainX := w.a.under(x, chunk, chunks)
+	y, plainY := w.b.under(y, chunk, chunks)
+	if x.sameContent(y) && (plainX && plainY || !w.touched(chunk, chunks)) {
 		return nil
 	}
 	if w.pages >= diffPages || len(w.out) >= diffExtents {
@@ -206,6 +209,24 @@ func (w *diffWalk) walk(x, y entry, level int, lo uint64) error {
 		}
 	}
 	return nil
+}
+
+// under returns what a view has in n chunks from chunk on, given what its tree
+// has: the same, or a hole when the layers clear the range. It is plain when
+// the layers have nothing more to say there.
+func (v *view) under(e entry, chunk, n uint64) (_ entry, plain bool) {
+	plain = true
+	v.chain(func(l *layer) bool {
+		switch {
+		case l.clears(chunk, chunk+n):
+			e = hole(0)
+			return false
+		case l.touches(chunk, chunk+n):
+			plain = false
+		}
+		return plain
+	})
+	return e, plain
 }
 
 // childOf returns child i of e seen as a page of the given level: a lower

@@ -66,6 +66,27 @@ func (d *Disk) ID() ID { return d.id }
 // Size returns the size in bytes, at this moment for a Live disk.
 func (d *Disk) Size() int64 { return d.v.view.Load().size }
 
+// Version names the contents of a pinned disk: equal versions of one volume
+// stand for equal bytes, across restarts, too. Contents that have not been
+// written yet are made durable first.
+func (d *Disk) Version(ctx context.Context) (string, error) {
+	if !d.pinned {
+		return "", fmt.Errorf("%w: version of a live disk", ErrInvalid)
+	}
+	if err := d.begin(false); err != nil {
+		return "", err
+	}
+	defer d.s.end()
+	if len(d.v.view.Load().sealed) > 0 {
+		if err := d.s.sync(ctx); err != nil {
+			return "", err
+		}
+	}
+	w := d.v.view.Load()
+	r := w.base.root
+	return fmt.Sprintf("%x-%x-%x-%08x", w.size, r.birth, r.addr, r.crc), nil
+}
+
 // Close releases the disk; it does not flush.
 func (d *Disk) Close() error {
 	if d.closed.Swap(true) {

@@ -45,10 +45,31 @@ var opKinds = []struct {
 	kind   string
 	weight int
 }{
-	{"create", 4}, {"write", 22}, {"big", 12}, {"zero", 8}, {"flush", 6}, {"snapshot", 7}, {"group", 2},
-	{"clone", 5}, {"revert", 4}, {"resize", 4}, {"delete", 5}, {"attrs", 3}, {"diff", 5}, {"read", 10},
-	{"pin", 4}, {"unpin", 3}, {"reopen", 1}, {"kill", 1}, {"crash", 2}, {"midcrash", 4}, {"check", 6},
-	{"scrub", 1}, {"list", 2}, {"same", 3}, {"sync", 2},
+	{"create", 4},
+	{"write", 22},
+	{"big", 12},
+	{"zero", 8},
+	{"flush", 6},
+	{"snapshot", 7},
+	{"group", 2},
+	{"clone", 5},
+	{"revert", 4},
+	{"resize", 4},
+	{"delete", 5},
+	{"attrs", 3},
+	{"diff", 5},
+	{"read", 10},
+	{"pin", 4},
+	{"unpin", 3},
+	{"reopen", 1},
+	{"kill", 1},
+	{"crash", 2},
+	{"midcrash", 4},
+	{"check", 6},
+	{"scrub", 1},
+	{"list", 2},
+	{"same", 3},
+	{"sync", 2},
 }
 
 func randomOps(rng *rand.Rand, n int) []op {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -108,19 +107,8 @@ func Create(ctx context.Context, dir vfs.FS, o Options) (*Store, error) {
 				return nil, ErrStoreExists
 			}
 		}
-		var drop []string
-		for i := 0; ; i++ {
-			drop = append(drop, spaceName(i))
-			if f, err := dir.Open(spaceName(i)); err != nil {
-				break
-			} else if err := f.Close(); err != nil {
-				return nil, err
-			}
-		}
-		for _, n := range append(drop, regionsName(0), regionsName(1)) {
-			if err := dir.Remove(n); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return nil, err
-			}
+		if err := removeFiles(dir); err != nil {
+			return nil, err
 		}
 		if err := createFiles(dir, o); err != nil {
 			return nil, fmt.Errorf("creating store: %w", err)

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 
 	"coppice/internal/vfs"
 )
@@ -163,11 +162,8 @@ func writeSuper(f vfs.File, s *super) error {
 
 // createSuper makes the file with its first superblock. The rename is what
 // turns a directory into a store.
-func createSuper(d vfs.FS, s *super) (vfs.File, error) {
-	if err := d.Remove(superTemp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	f, err := d.Create(superTemp)
+func createSuper(dir vfs.FS, s *super) (vfs.File, error) {
+	f, err := dir.Create(superTemp)
 	if err != nil {
 		return nil, err
 	}
@@ -176,13 +172,13 @@ func createSuper(d vfs.FS, s *super) (vfs.File, error) {
 		err = writeSuper(f, s)
 	}
 	if err == nil {
-		err = d.SyncDir()
+		err = dir.SyncDir()
 	}
 	if err == nil {
-		err = d.Rename(superTemp, superName)
+		err = dir.Rename(superTemp, superName)
 	}
 	if err == nil {
-		err = d.SyncDir()
+		err = dir.SyncDir()
 	}
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
