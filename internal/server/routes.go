@@ -28,6 +28,8 @@ func routes() []route {
 		{http.MethodPost, "/jsonrpc", (*Server).jsonRPC},
 		{http.MethodPost, "/json", (*Server).jsonRPC},
 		{http.MethodPost, "/cli", (*Server).cli},
+		{http.MethodGet, "/export_raw_vdi", (*Server).exportRawVDI},
+		{http.MethodPut, "/import_raw_vdi", (*Server).importRawVDI},
 		{http.MethodOptions, "/", (*Server).preflight},
 		{http.MethodGet, "/", (*Server).welcome},
 	}

@@ -1,0 +1,66 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+
+	"coppice/internal/xapi"
+)
+
+// format is an image format of the transfer handlers. A direction that is not
+// built is nil.
+type format struct {
+	name        string // of the parameter, and the extension of a file
+	contentType string // of a download
+
+	// encode plans the image of a disk. Every limit of the format is checked
+	// here, before anything is sent.
+	encode func(ctx context.Context, d *download) (image, error)
+	decode decoder
+}
+
+// image is a planned image of a disk.
+type image interface {
+	// length is the exact length in bytes.
+	length() int64
+
+	// send writes the image to w and reports how many bytes of it are done.
+	send(ctx context.Context, w io.Writer, done func(int64)) error
+}
+
+// formats are all the formats there are.
+func formats() []format {
+	return []format{
+		{name: "raw", contentType: "application/octet-stream", encode: planRaw, decode: readRaw},
+		{name: "vhd", contentType: "application/vhd", encode: planVHD, decode: readVHD},
+		{name: "tar", contentType: "application/x-tar"},
+		{name: "qcow2", contentType: "application/x-qemu-disk"},
+	}
+}
+
+// findFormat returns the format with a name in any case; "" means raw.
+func findFormat(name string) (format, error) {
+	if name == "" {
+		name = "raw"
+	}
+	for _, f := range formats() {
+		if strings.EqualFold(f.name, name) {
+			return f, nil
+		}
+	}
+	return format{}, unknownFormat(fmt.Sprintf("Unknown format %s", name))
+}
+
+// unknownFormat is what a format that the handler does not know, or not in
+// this form, is answered with.
+func unknownFormat(text string) error {
+	return &statusError{http.StatusNotFound, xapi.NewError(xapi.ErrInternalError, text)}
+}
+
+// notBuilt refuses one direction of a known format.
+func notBuilt(what string, f format) error {
+	return &statusError{http.StatusNotImplemented, xapi.NewError(xapi.ErrNotImplemented, what+" in format "+f.name)}
+}

@@ -1,0 +1,704 @@
+package server
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"coppice/internal/vhd"
+	"coppice/internal/xapi"
+)
+
+// depot is a server with a session, for tests of transfers.
+type depot struct {
+	*fixture
+	t       *testing.T
+	session string
+	sr      string
+}
+
+func newDepot(t *testing.T, more ...route) *depot {
+	t.Helper()
+	d := &depot{fixture: start(t, 0, more...), t: t}
+	d.session = d.login(t)
+	d.sr = d.do("SR.get_all", d.session).([]any)[0].(string)
+	return d
+}
+
+// do calls a method that succeeds. The session is a parameter like others.
+func (d *depot) do(method string, params ...any) any {
+	d.t.Helper()
+	v, err := d.call(method, params...)
+	if err != nil {
+		d.t.Fatalf("%s: %v", method, err)
+	}
+	return v
+}
+
+// disk makes a VDI and returns its reference and uuid.
+func (d *depot) disk(size int64) (ref, uuid string) {
+	d.t.Helper()
+	ref = d.do("VDI.create", d.session, map[string]any{
+		"name_label": "disk", "SR": d.sr, "virtual_size": size, "type": "user", "sharable": false, "read_only": false, "other_config": map[string]any{},
+	}).(string)
+	return ref, d.do("VDI.get_uuid", d.session, ref).(string)
+}
+
+// filled makes a VDI with contents.
+func (d *depot) filled(contents []byte) (ref, uuid string) {
+	d.t.Helper()
+	ref, uuid = d.disk(int64(len(contents)))
+	d.upload(ref, "raw", contents)
+	return ref, uuid
+}
+
+func (d *depot) task() string {
+	d.t.Helper()
+	return d.do("task.create", d.session, "transfer", "").(string)
+}
+
+// outcome is the status of a task and what explains it.
+func (d *depot) outcome(task string) []string {
+	d.t.Helper()
+	r := d.do("task.get_record", d.session, task).(map[string]any)
+	all := []string{r["status"].(string)}
+	for _, s := range r["error_info"].([]any) {
+		all = append(all, s.(string))
+	}
+	if s := r["result"].(string); s != "" {
+		all = append(all, s)
+	}
+	return all
+}
+
+// settled waits until a task is not pending any more and returns its outcome.
+func (d *depot) settled(task string) []string {
+	d.t.Helper()
+	token := ""
+	for {
+		if o := d.outcome(task); o[0] != "pending" {
+			return o
+		}
+		batch := d.do("event.from", d.session, []string{"task/" + task}, token, 30.0).(map[string]any)
+		token = batch["token"].(string)
+	}
+}
+
+// url is the path of a transfer. args alternate keys and values.
+func (d *depot) url(path string, args ...string) string {
+	q := path + "?session_id=" + d.session
+	for i := 0; i < len(args); i += 2 {
+		q += "&" + args[i] + "=" + args[i+1]
+	}
+	return q
+}
+
+// download is the body of an export that succeeds.
+func (d *depot) download(vdi, format, base string) []byte {
+	d.t.Helper()
+	args := []string{"vdi", vdi, "format", format, "task_id", d.task()}
+	if base != "" {
+		args = append(args, "base", base)
+	}
+	reply := d.send(d.t, "tcp", "GET "+d.url("/export_raw_vdi", args...)+" HTTP/1.0\r\n\r\n")
+	head, body, _ := strings.Cut(reply, "\r\n\r\n")
+	if !strings.HasPrefix(head, "HTTP/1.1 200 OK\r\n") {
+		d.t.Fatalf("export: %s", reply)
+	}
+	if want := "Content-Length: " + strconv.Itoa(len(body)); !strings.Contains(head+"\r\n", want+"\r\n") {
+		d.t.Fatalf("export of %d bytes says:\n%s", len(body), head)
+	}
+	if o := d.settled(args[5]); !slices.Equal(o, []string{"success"}) {
+		d.t.Fatalf("export: task says %q", o)
+	}
+	return []byte(body)
+}
+
+// upload carries out an import as xe does, which succeeds.
+func (d *depot) upload(vdi, format string, body []byte) {
+	d.t.Helper()
+	task := d.task()
+	reply := d.put(d.url("/import_raw_vdi", "task_id", task, "vdi", vdi, "format", format)+" HTTP/1.0",
+		[]string{fmt.Sprintf("Content-length: %d", len(body))}, string(body), true)
+	if o, want := d.settled(task), []string{"success", "<value>" + vdi + "</value>"}; !slices.Equal(o, want) {
+		d.t.Fatalf("import: task says %q, reply %q", o, reply)
+	}
+}
+
+// put sends the head of a PUT, waits for the head of the reply, sends the body
+// and, when asked for, closes its side. It returns the reply.
+func (d *depot) put(target string, headers []string, body string, end bool) string {
+	d.t.Helper()
+	conn := d.dial(d.t, "tcp")
+	head := "PUT " + target + "\r\n" + strings.Join(append(headers, ""), "\r\n") + "\r\n"
+	if _, err := io.WriteString(conn, head); err != nil {
+		d.t.Fatal(err)
+	}
+	reply := d.untilBlank(conn)
+	if !strings.HasPrefix(reply, "HTTP/1.1 200 OK\r\n") && !strings.HasPrefix(reply, "HTTP/1.1 100 ") {
+		rest, _ := io.ReadAll(conn)
+		return reply + string(rest)
+	}
+	_, err := io.WriteString(conn, body)
+	if err == nil && end {
+		err = conn.(*net.TCPConn).CloseWrite()
+	}
+	rest, _ := io.ReadAll(conn)
+	if err != nil {
+		return reply + string(rest) + err.Error()
+	}
+	return reply + string(rest)
+}
+
+// untilBlank reads the head of a reply.
+func (d *depot) untilBlank(conn net.Conn) string {
+	d.t.Helper()
+	var head []byte
+	for b := make([]byte, 1); !bytes.HasSuffix(head, []byte("\r\n\r\n")); head = append(head, b...) {
+		if _, err := io.ReadFull(conn, b); err != nil {
+			d.t.Fatalf("%v after %q", err, head)
+		}
+	}
+	return string(head)
+}
+
+func TestExportForms(t *testing.T) {
+	d := newDepot(t)
+	contents := random(6*mib, 1, [2]int64{mib, 3 * mib})
+	ref, uuid := d.filled(contents)
+	basic := "Authorization: Basic " + base64.StdEncoding.EncodeToString([]byte("root:secret")) + "\r\n"
+	for name, request := range map[string]string{
+		"the document":     "GET " + d.url("/export_raw_vdi", "task_id", "%s", "vdi", ref, "format", "raw") + " HTTP/1.0\r\nConnection: close\r\n\r\n\r\n",
+		"xe":               "GET " + d.url("/export_raw_vdi", "task_id", "%s", "vdi", ref) + " HTTP/1.0\r\n\r\n",
+		"trailing slash":   "GET " + d.url("/export_raw_vdi/", "format", "raw", "vdi", ref, "task_id", "%s") + " HTTP/1.1\r\nHost: h\r\nConnection: keep-alive\r\n\r\n",
+		"uuid, upper case": "GET " + d.url("/export_raw_vdi", "task_id", "%s", "vdi", uuid, "format", "RAW") + " HTTP/1.1\r\nHost: h\r\n\r\n",
+		"percent-encoded":  "GET " + d.url("/export_raw_vdi", "task_id", "%s", "vdi", strings.ReplaceAll(ref, ":", "%%3A")) + " HTTP/1.1\r\nHost: h\r\n\r\n",
+		"cookie":           "GET /export_raw_vdi?vdi=" + uuid + " HTTP/1.1\r\nHost: h\r\nCookie: session_id=" + d.session + "; task_id=%s\r\n\r\n",
+		"task in a header": "GET " + d.url("/export_raw_vdi", "vdi", uuid) + " HTTP/1.1\r\nHost: h\r\ntask-id: %s\r\n\r\n",
+		"basic":            "GET /export_raw_vdi?vdi=" + uuid + "&task_id=%s HTTP/1.1\r\nHost: h\r\n" + basic + "\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			task := d.task()
+			got := d.send(t, "tcp", fmt.Sprintf(request, task))
+			want := "HTTP/1.1 200 OK\r\nConnection: close\r\nCache-Control: no-cache, no-store\r\ntask-id: " + task +
+				"\r\ncontent-type: application/octet-stream\r\ncontent-disposition: attachment; filename=\"" + uuid + ".raw\"" +
+				"\r\nContent-Length: 6291456\r\n\r\n"
+			head, body, _ := strings.Cut(got, "\r\n\r\n")
+			if head+"\r\n\r\n" != want {
+				t.Fatalf("got:\n%s\nwant:\n%s", head, want)
+			}
+			if body != string(contents) {
+				t.Error("wrong contents")
+			}
+			if o := d.settled(task); !slices.Equal(o, []string{"success"}) {
+				t.Errorf("task says %q", o)
+			}
+		})
+	}
+	t.Run("without a task", func(t *testing.T) {
+		got := d.send(t, "tcp", "GET "+d.url("/export_raw_vdi", "vdi", ref)+" HTTP/1.0\r\n\r\n")
+		_, rest, _ := strings.Cut(got, "task-id: ")
+		task, _, _ := strings.Cut(rest, "\r\n")
+		if o := d.settled(task); !strings.HasSuffix(got, string(contents)) || !slices.Equal(o, []string{"success"}) {
+			t.Errorf("task %s says %q", task, o)
+		}
+	})
+}
+
+func TestImportForms(t *testing.T) {
+	d := newDepot(t)
+	contents := random(4*mib, 1, [2]int64{0, 3 * mib})
+	image := string(imageOf(t, contents, nil))
+	raw := string(contents)
+	chunks := func(s string) string {
+		return fmt.Sprintf("%x\r\n%s\r\n%x;x=y\r\n%s\r\n0\r\n\r\n", 100, s[:100], len(s)-100, s[100:])
+	}
+	length := func(n int) string { return fmt.Sprintf("Content-Length: %d", n) }
+	const unknown = "Content-Length: 1125899906842624"
+	type form struct {
+		version, format string
+		headers         []string
+		body            string
+		end             bool // the client closes when everything is sent
+	}
+	for name, tt := range map[string]form{
+		"the document, vhd":         {"HTTP/1.0", "vhd", []string{"Connection: close"}, "\r\n" + image, true},
+		"the document, raw":         {"HTTP/1.0", "raw", []string{"Connection: close"}, raw, true},
+		"xe, file":                  {"HTTP/1.0", "vhd", []string{length(len(image))}, image, false},
+		"xe, file, closes":          {"HTTP/1.0", "vhd", []string{length(len(image))}, image, true},
+		"xe, pipe":                  {"HTTP/1.0", "vhd", nil, image, true},
+		"xe, raw file":              {"HTTP/1.0", "raw", []string{length(len(raw))}, raw, false},
+		"HTTP/1.1, length":          {"HTTP/1.1", "vhd", []string{"Host: h", length(len(image))}, image, false},
+		"HTTP/1.1, no length":       {"HTTP/1.1", "raw", []string{"Host: h"}, raw, true},
+		"HTTP/1.1, chunked":         {"HTTP/1.1", "vhd", []string{"Host: h", "Transfer-Encoding: chunked"}, chunks(image), false},
+		"HTTP/1.1, chunked raw":     {"HTTP/1.1", "raw", []string{"Host: h", "Transfer-Encoding: chunked"}, chunks(raw), false},
+		"unknown length, vhd":       {"HTTP/1.1", "vhd", []string{"Host: h", unknown}, image, true},
+		"unknown length, raw":       {"HTTP/1.1", "raw", []string{"Host: h", unknown}, raw, true},
+		"expects to be continued":   {"HTTP/1.1", "vhd", []string{"Host: h", "Expect: 100-continue", length(len(image))}, image, false},
+		"length with a CRLF in it":  {"HTTP/1.0", "VHD", []string{length(len(image) + 2)}, "\r\n" + image, false},
+		"private chunks":            {"HTTP/1.0", "raw&chunked", nil, string(frames(piece{data: contents[:mib]}, piece{off: mib, data: contents[mib : 3*mib]}, piece{})), false},
+		"private chunks, in chunks": {"HTTP/1.1", "raw&chunked=1", []string{"Host: h", "Transfer-Encoding: chunked"}, chunks(string(frames(piece{data: contents[:3*mib]}, piece{}))), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ref, uuid := d.disk(4 * mib)
+			task := d.task()
+			reply := d.put(d.url("/import_raw_vdi", "task_id", task, "vdi", uuid, "format", tt.format)+" "+tt.version, tt.headers, tt.body, tt.end)
+			want := "HTTP/1.1 200 OK\r\nConnection: close\r\nCache-Control: no-cache, no-store\r\ntask-id: " + task +
+				"\r\ncontent-type: application/octet-stream\r\n\r\n"
+			if slices.Contains(tt.headers, "Expect: 100-continue") {
+				want = "HTTP/1.1 100 Continue\r\n\r\n" + want
+			}
+			if reply != want {
+				t.Errorf("got:\n%s\nwant:\n%s", reply, want)
+			}
+			if o := d.settled(task); !slices.Equal(o, []string{"success", "<value>" + ref + "</value>"}) {
+				t.Fatalf("task says %q", o)
+			}
+			if !bytes.Equal(d.download(ref, "raw", ""), contents) {
+				t.Error("wrong contents")
+			}
+		})
+	}
+}
+
+// A request that comes in pieces, and whose body follows at once.
+func TestImportWithoutWaiting(t *testing.T) {
+	d := newDepot(t)
+	contents := random(4*mib, 1, [2]int64{0, 4 * mib})
+	ref, _ := d.disk(4 * mib)
+	task := d.task()
+	conn := d.dial(t, "tcp")
+	for _, s := range []string{"PUT " + d.url("/import_raw_vdi/", "vdi", ref, "task_id", task) + " HTTP/1.0\r\n", "Connection: close\r\n", "\r\n" + string(contents[:100]), string(contents[100:])} {
+		if _, err := io.WriteString(conn, s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadAll(conn); err != nil {
+		t.Error(err)
+	}
+	if o := d.settled(task); o[0] != "success" || !bytes.Equal(d.download(ref, "raw", ""), contents) {
+		t.Errorf("task says %q", o)
+	}
+}
+
+// A probe is answered like an import and touches nothing, not even the task
+// of the import that follows at once.
+func TestImportProbe(t *testing.T) {
+	d := newDepot(t)
+	contents := random(2*mib, 1, [2]int64{0, 2 * mib})
+	ref, _ := d.filled(contents)
+	for _, format := range []string{"vhd", "raw"} {
+		probe := "PUT " + d.url("/import_raw_vdi/", "format", format, "vdi", ref) + " HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n"
+		if got := d.send(t, "tcp", probe); !strings.HasPrefix(got, "HTTP/1.1 200 OK\r\n") {
+			t.Errorf("%s: %s", format, got)
+		}
+		if !bytes.Equal(d.download(ref, "raw", ""), contents) {
+			t.Errorf("%s: the disk has changed", format)
+		}
+	}
+	d.upload(ref, "vhd", imageOf(t, contents, nil))
+	bad := "PUT " + d.url("/import_raw_vdi/", "vdi", "OpaqueRef:none") + " HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n"
+	if got := d.send(t, "tcp", bad); !strings.HasPrefix(got, "HTTP/1.1 500 ") || !strings.Contains(got, "HANDLE_INVALID: [ VDI; OpaqueRef:none ]") {
+		t.Errorf("probe of nothing: %s", got)
+	}
+}
+
+func TestImportMakesDisk(t *testing.T) {
+	d := newDepot(t)
+	contents := random(3*mib, 1, [2]int64{0, 3 * mib})
+	task := d.task()
+	d.put(d.url("/import_raw_vdi", "task_id", task, "sr_id", d.sr)+" HTTP/1.0", []string{fmt.Sprintf("Content-Length: %d", len(contents))}, string(contents), false)
+	o := d.settled(task)
+	if len(o) != 2 || o[0] != "success" {
+		t.Fatalf("task says %q", o)
+	}
+	ref := strings.TrimSuffix(strings.TrimPrefix(o[1], "<value>"), "</value>")
+	got := d.do("VDI.get_record", d.session, ref).(map[string]any)
+	if got["name_label"] != "Imported VDI" || got["type"] != "user" || fmt.Sprint(got["virtual_size"]) != "4194304" {
+		t.Errorf("record is %v", got)
+	}
+	if !bytes.Equal(d.download(ref, "raw", ""), append(contents, make([]byte, mib)...)) {
+		t.Error("wrong contents")
+	}
+}
+
+// Everything that is wrong with a request is answered by its status, the code
+// on the page, and the task.
+func TestTransferRefusals(t *testing.T) {
+	d := newDepot(t)
+	contents := random(2*mib, 1, [2]int64{0, 2 * mib})
+	ref, uuid := d.filled(contents)
+	huge, _ := d.disk(vhd.MaxSize + 2*mib)
+	snapshot := d.do("VDI.snapshot", d.session, ref).(string)
+	const export, imp = "GET /export_raw_vdi", "PUT /import_raw_vdi"
+	for name, tt := range map[string]struct {
+		request string // without session and task
+		status  string
+		outcome []string // of the task
+	}{
+		"export, unknown format":    {export + "?vdi=" + ref + "&format=<x>", "404 Not Found", []string{"failure", "INTERNAL_ERROR", "Unknown format <x>"}},
+		"import, unknown format":    {imp + "?vdi=" + ref + "&format=vmdk", "404 Not Found", []string{"failure", "INTERNAL_ERROR", "Unknown format vmdk"}},
+		"export, tar":               {export + "?vdi=" + ref + "&format=tar", "501 Not Implemented", []string{"failure", "NOT_IMPLEMENTED", "export in format tar"}},
+		"import, qcow2":             {imp + "?vdi=" + ref + "&format=qcow2", "501 Not Implemented", []string{"failure", "NOT_IMPLEMENTED", "import in format qcow2"}},
+		"import, chunked vhd":       {imp + "?vdi=" + ref + "&format=vhd&chunked", "404 Not Found", []string{"failure", "INTERNAL_ERROR", "Cannot handle chunked VHD"}},
+		"export, dangling ref":      {export + "?vdi=OpaqueRef:x", "500 Internal Server Error", []string{"failure", "HANDLE_INVALID", "VDI", "OpaqueRef:x"}},
+		"export, wrong uuid":        {export + "?vdi=" + uuid[1:], "500 Internal Server Error", []string{"failure", "UUID_INVALID", "VDI", uuid[1:]}},
+		"export, no vdi":            {export + "?format=raw", "500 Internal Server Error", []string{"failure", "VDI_MISSING"}},
+		"export, dangling base":     {export + "?format=vhd&vdi=" + ref + "&base=OpaqueRef:b", "500 Internal Server Error", []string{"failure", "HANDLE_INVALID", "VDI", "OpaqueRef:b"}},
+		"export, too large":         {export + "?format=vhd&vdi=" + huge, "500 Internal Server Error", []string{"failure", "VDI_TOO_LARGE", huge, "2190433320960"}},
+		"import, no vdi and no SR":  {imp + "?format=raw", "500 Internal Server Error", []string{"failure", "VDI_MISSING"}},
+		"import, longer than disk":  {imp + "?vdi=" + ref + "\x00x\r\nContent-Length: 2097153", "500 Internal Server Error", []string{"failure", "VDI_IO_ERROR", "2097153 bytes do not fit a disk of 2097152 bytes"}},
+		"import, onto a snapshot":   {imp + "?vdi=" + snapshot, "500 Internal Server Error", []string{"failure", "VDI_READONLY", snapshot}},
+		"import, wrong uuid of SR":  {imp + "?sr_uuid=x", "500 Internal Server Error", []string{"failure", "UUID_INVALID", "SR", "x"}},
+		"export, invalid session":   {export + "?session_id=OpaqueRef:s&vdi=" + ref, "401 Unauthorized", []string{"pending"}},
+		"import, invalid session":   {imp + "?session_id=OpaqueRef:s&vdi=" + ref, "401 Unauthorized", []string{"pending"}},
+		"export, nobody logged in":  {export + "?session_id=&vdi=" + ref, "401 Unauthorized", []string{"pending"}},
+		"export, a password, wrong": {export + "?session_id=&vdi=" + ref + "\x00x\r\nAuthorization: Basic eDp5", "401 Unauthorized", []string{"pending"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			task := d.task()
+			target, header, _ := strings.Cut(tt.request, "\x00")
+			target += "&task_id=" + task
+			if !strings.Contains(target, "session_id") {
+				target += "&session_id=" + d.session
+			}
+			got := d.send(t, "tcp", target+" HTTP/1.1\r\nHost: h\r\nX: "+header+"\r\n\r\n")
+			if !strings.HasPrefix(got, "HTTP/1.1 "+tt.status+"\r\n") {
+				t.Errorf("want %s, got:\n%s", tt.status, got)
+			}
+			if o := d.outcome(task); !slices.Equal(o, tt.outcome) {
+				t.Errorf("task says %q, want %q", o, tt.outcome)
+			}
+			if len(tt.outcome) > 1 {
+				if want := escapeHTML(tt.outcome[1] + ": [ " + strings.Join(tt.outcome[2:], "; ") + " ]"); !strings.Contains(got, want) {
+					t.Errorf("the page does not say %q:\n%s", want, got)
+				}
+			}
+		})
+	}
+	if !bytes.Equal(d.download(ref, "raw", ""), contents) {
+		t.Error("the disk has changed")
+	}
+}
+
+// Bodies that are not what they should be fail the task and cut the
+// connection. Where nothing of the body could be used the disk is unchanged.
+func TestImportBadBodies(t *testing.T) {
+	d := newDepot(t)
+	old := random(4*mib, 1, [2]int64{0, 4 * mib})
+	good := imageOf(t, random(4*mib, 2, [2]int64{0, 4 * mib}), nil)
+	flipped := bytes.Clone(good)
+	flipped[12] ^= 1
+	for name, tt := range map[string]struct {
+		format    string
+		headers   []string
+		body      []byte
+		reason    string
+		unchanged bool
+	}{
+		"raw as vhd":             {"vhd", nil, old, "footer cookie", true},
+		"flipped bit":            {"vhd", nil, flipped, "footer checksum", true},
+		"disk too small":         {"vhd", nil, imageOf(t, random(8*mib, 1, [2]int64{7 * mib, 4096}), nil), "the disk ends at 4194304", true},
+		"cut vhd":                {"vhd", nil, good[:3*mib], "unexpected EOF", false},
+		"cut vhd, known length":  {"vhd", []string{fmt.Sprintf("Content-Length: %d", len(good))}, good[:3*mib], "unexpected EOF", false},
+		"cut raw, known length":  {"raw", []string{"Content-Length: 4194304"}, good[:mib], "body ends after 1048576 of 4194304 bytes", false},
+		"raw too long":           {"raw", nil, append(bytes.Clone(old), 1), "more bytes than the disk has", true},
+		"empty vhd":              {"vhd", []string{"Content-Length: 0"}, nil, "stream ends at byte 0", true},
+		"chunk behind the disk":  {"raw&chunked", nil, frames(piece{off: 4 * mib, data: old[:1]}), "does not fit a disk of 4194304", true},
+		"chunks without the end": {"raw&chunked", nil, frames(piece{data: old[:7]}), "unexpected EOF", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ref, _ := d.filled(old)
+			task := d.task()
+			d.put(d.url("/import_raw_vdi", "task_id", task, "vdi", ref, "format", tt.format)+" HTTP/1.0", tt.headers, string(tt.body), true)
+			if o := d.settled(task); len(o) != 3 || o[0] != "failure" || o[1] != "VDI_IO_ERROR" || !strings.Contains(o[2], tt.reason) {
+				t.Errorf("task says %q, want a VDI_IO_ERROR with %q", o, tt.reason)
+			}
+			if tt.unchanged && !bytes.Equal(d.download(ref, "raw", ""), old) {
+				t.Error("the disk has changed")
+			}
+			d.upload(ref, "raw", old) // nothing is left behind: it may simply be repeated
+		})
+	}
+}
+
+// stall begins a transfer whose client then does nothing: it neither sends a
+// body nor takes one.
+func (d *depot) stall(request, task string) *net.TCPConn {
+	d.t.Helper()
+	conn := d.dial(d.t, "tcp").(*net.TCPConn)
+	if _, err := io.WriteString(conn, request+"&task_id="+task+" HTTP/1.0\r\n\r\n"); err != nil {
+		d.t.Fatal(err)
+	}
+	d.untilBlank(conn)
+	return conn
+}
+
+// A cancelled task ends a transfer whose client is silent, and frees the disk.
+func TestCancelStalled(t *testing.T) {
+	d := newDepot(t)
+	contents := random(64*mib, 1, [2]int64{0, 64 * mib})
+	ref, _ := d.filled(contents)
+	for name, request := range map[string]string{
+		"export, raw": "GET " + d.url("/export_raw_vdi", "vdi", ref),
+		"export, vhd": "GET " + d.url("/export_raw_vdi", "vdi", ref, "format", "vhd"),
+		"import, raw": "PUT " + d.url("/import_raw_vdi", "vdi", ref),
+		"import, vhd": "PUT " + d.url("/import_raw_vdi", "vdi", ref, "format", "vhd"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			task := d.task()
+			conn := d.stall(request, task)
+			d.do("task.cancel", d.session, task)
+			if o := d.settled(task); !slices.Equal(o, []string{"cancelled", "TASK_CANCELLED", task}) {
+				t.Errorf("task says %q", o)
+			}
+			if _, err := io.Copy(io.Discard, conn); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("the connection ends with %v, want a reset", err)
+			}
+			d.upload(ref, "raw", contents[:mib])
+		})
+	}
+}
+
+// A client that goes away ends its transfer, and frees the disk.
+func TestClientGoesAway(t *testing.T) {
+	d := newDepot(t)
+	contents := random(64*mib, 1, [2]int64{0, 64 * mib})
+	ref, _ := d.filled(contents)
+	for name, tt := range map[string]struct{ request, code string }{
+		"export, raw": {"GET " + d.url("/export_raw_vdi", "vdi", ref), "CLIENT_ERROR"},
+		"export, vhd": {"GET " + d.url("/export_raw_vdi", "vdi", ref, "format", "vhd"), "CLIENT_ERROR"},
+		"import, vhd": {"PUT " + d.url("/import_raw_vdi", "vdi", ref, "format", "vhd"), "VDI_IO_ERROR"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			task := d.task()
+			conn := d.stall(tt.request, task)
+			if err := conn.SetLinger(0); err != nil {
+				t.Fatal(err)
+			}
+			if err := conn.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if o := d.settled(task); o[0] != "failure" || o[1] != tt.code {
+				t.Errorf("task says %q, want %s", o, tt.code)
+			}
+			d.upload(ref, "raw", contents[:mib])
+		})
+	}
+}
+
+// ended is a transfer without an API behind it.
+type ended struct {
+	ctx context.Context
+	err error
+}
+
+func (e *ended) Context() context.Context { return e.ctx }
+func (e *ended) Progress(int64, int64)    {}
+func (e *ended) Finish(err error) error   { e.err = err; return err }
+
+// A transfer that fails after its 200 resets the connection, so that nobody
+// takes what has arrived for the whole.
+func TestFailureResets(t *testing.T) {
+	for name, work := range map[string]func(*stream) error{
+		"at once":      func(*stream) error { return errTest },
+		"in the midst": func(c *stream) error { _, err := c.Write([]byte("half")); return cmpOr(err, errTest) },
+		"succeeding":   func(c *stream) error { _, err := c.Write([]byte("all")); return err },
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := &ended{ctx: t.Context()}
+			d := newDepot(t, route{http.MethodGet, "/test", func(s *Server, w http.ResponseWriter, r *request) {
+				s.run(e.ctx, w, r, e, func(_ context.Context, c *stream) error { return work(c) })
+			}})
+			conn := d.dial(t, "tcp")
+			if _, err := io.WriteString(conn, "GET /test HTTP/1.0\r\n\r\n"); err != nil {
+				t.Fatal(err)
+			}
+			_, err := io.ReadAll(conn)
+			if reset := errors.Is(err, syscall.ECONNRESET); reset != (name != "succeeding") {
+				t.Errorf("the connection ends with %v", err)
+			}
+		})
+	}
+}
+
+func cmpOr(a, b error) error {
+	if a != nil {
+		return a
+	}
+	return b
+}
+
+// The walk-through of the document: full, delta, restore of both.
+func TestIncrementalBackup(t *testing.T) {
+	d := newDepot(t)
+	const size = 24 << 30
+	disk, _ := d.disk(size)
+	one := random(40*mib, 1, [2]int64{0, 9 * mib}, [2]int64{20 * mib, 12 * mib})
+	d.upload(disk, "raw", one)
+	full := d.do("VDI.snapshot", d.session, disk).(string)
+	fullImage := d.download(full, "vhd", "")
+
+	two := bytes.Clone(one)
+	copy(two[5*mib:], "changed")
+	clear(two[30*mib:][:mib])
+	d.upload(disk, "raw", two) // only what differs is written
+	delta := d.do("VDI.snapshot", d.session, disk).(string)
+	deltaImage := d.download(delta, "vhd", d.do("VDI.get_uuid", d.session, full).(string))
+
+	if got, want := blocksOf(t, fullImage), []int64{0, 1, 2, 3, 4, 10, 11, 12, 13, 14, 15}; !slices.Equal(got, want) {
+		t.Errorf("full has blocks %v, want %v", got, want)
+	}
+	if got, want := blocksOf(t, deltaImage), []int64{2, 15}; !slices.Equal(got, want) {
+		t.Errorf("delta has blocks %v, want %v", got, want)
+	}
+	if same := d.download(full, "vhd", ""); !bytes.Equal(same, fullImage) {
+		t.Error("a second export of the same snapshot gives other bytes")
+	}
+	if none := d.download(delta, "vhd", delta); len(blocksOf(t, none)) != 0 {
+		t.Error("a delta against itself has blocks")
+	}
+	if live := d.download(disk, "vhd", delta); len(blocksOf(t, live)) != 0 {
+		t.Error("a delta of the disk against its newest snapshot has blocks")
+	}
+	if back := d.download(full, "vhd", delta); !slices.Equal(blocksOf(t, back), []int64{2, 15}) {
+		t.Error("a delta backwards has other blocks")
+	}
+
+	restored, _ := d.disk(size)
+	d.upload(restored, "vhd", fullImage)
+	if d.digest(restored, int64(len(one))) != sha256.Sum256(one) {
+		t.Error("the restored full differs")
+	}
+	d.upload(restored, "vhd", deltaImage)
+	if d.digest(restored, int64(len(two))) != sha256.Sum256(two) {
+		t.Error("the restored delta differs")
+	}
+	if used := d.do("VDI.get_physical_utilisation", d.session, restored); fmt.Sprint(used) > "40000000" && len(fmt.Sprint(used)) > 7 {
+		t.Errorf("the restored disk is not sparse: %v bytes", used)
+	}
+}
+
+func blocksOf(t *testing.T, b []byte) []int64 {
+	t.Helper()
+	_, _, blocks := readBlocks(t, b, 40*mib)
+	return blocks
+}
+
+// digest is the SHA-256 of the first n bytes of a VDI.
+func (d *depot) digest(vdi string, n int64) [32]byte {
+	d.t.Helper()
+	conn := d.dial(d.t, "tcp")
+	if _, err := io.WriteString(conn, "GET "+d.url("/export_raw_vdi", "vdi", vdi)+" HTTP/1.0\r\n\r\n"); err != nil {
+		d.t.Fatal(err)
+	}
+	d.untilBlank(conn)
+	b := make([]byte, n)
+	if _, err := io.ReadFull(conn, b); err != nil {
+		d.t.Fatal(err)
+	}
+	return sha256.Sum256(b)
+}
+
+// A live disk is exported as of one instant, whatever happens to it meanwhile.
+func TestExportIsOneInstant(t *testing.T) {
+	d := newDepot(t)
+	contents := random(64*mib, 1, [2]int64{0, 64 * mib})
+	ref, _ := d.filled(contents)
+	conn := d.stall("GET "+d.url("/export_raw_vdi", "vdi", ref), d.task())
+	d.upload(ref, "raw", random(64*mib, 2, [2]int64{0, 64 * mib}))
+	d.do("VDI.destroy", d.session, ref)
+	got, err := io.ReadAll(conn)
+	if err != nil || !bytes.Equal(got, contents) {
+		t.Errorf("%d bytes, error %v: not the contents when the export began", len(got), err)
+	}
+}
+
+// What the wide-spread tool makes of our images.
+func TestQemuReadsExports(t *testing.T) {
+	qemu, err := exec.LookPath("qemu-img")
+	if err != nil {
+		if os.Getenv("CI") != "" {
+			t.Fatal("qemu-img is not installed; CI needs it")
+		}
+		t.Skip("qemu-img is not installed (Debian package qemu-utils)")
+	}
+	d := newDepot(t)
+	contents := random(9*mib, 1, [2]int64{0, 3 * mib}, [2]int64{8 * mib, mib})
+	ref, _ := d.filled(contents)
+	dir := t.TempDir()
+	raw, image := filepath.Join(dir, "disk.raw"), filepath.Join(dir, "disk.vhd")
+	for file, format := range map[string]string{raw: "raw", image: "vhd"} {
+		if err := os.WriteFile(file, d.download(ref, format, ""), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out, err := exec.Command(qemu, "compare", "-f", "raw", "-F", "vpc", raw, image).CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+	again := filepath.Join(dir, "again.vhd")
+	if out, err := exec.Command(qemu, "convert", "-f", "raw", "-O", "vpc", "-o", "force_size=on", raw, again).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	b, err := os.ReadFile(again)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, _ := d.disk(10 * mib)
+	d.upload(other, "vhd", b)
+	if !bytes.Equal(d.download(other, "raw", ""), d.download(ref, "raw", "")) {
+		t.Error("an image of qemu-img gives other contents")
+	}
+}
+
+func TestMeter(t *testing.T) {
+	n, last := 0, int64(-1)
+	m := meter{report: func(done, total int64) {
+		n++
+		last = done
+		if total != 1000 {
+			t.Errorf("total is %d", total)
+		}
+	}}
+	for i := int64(1); i <= 1000; i++ {
+		m.set(i, 1000)
+	}
+	if n > 201 || n < 190 || last < 990 {
+		t.Errorf("%d reports, the last of %d", n, last)
+	}
+}
+
+func TestAPIError(t *testing.T) {
+	for _, tt := range []struct {
+		err  error
+		code string
+	}{
+		{badBody("x"), xapi.ErrVDIIOError},
+		{fmt.Errorf("y: %w", &bodyError{io.ErrUnexpectedEOF}), xapi.ErrVDIIOError},
+		{&clientError{syscall.EPIPE}, xapi.ErrClientError},
+	} {
+		if got, ok := errors.AsType[*xapi.Error](apiError(tt.err)); !ok || got.Code != tt.code || !errors.Is(got, tt.err) {
+			t.Errorf("apiError(%v) = %v", tt.err, got)
+		}
+	}
+	if got := apiError(errTest); got != errTest {
+		t.Errorf("apiError(%v) = %v", errTest, got)
+	}
+}

@@ -1,0 +1,168 @@
+package server
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"coppice/internal/storage"
+	"coppice/internal/vhd"
+)
+
+const (
+	// writeBehind is how many buffers of an upload are received before they
+	// are stored, and uploadChunk the size of each in bytes.
+	writeBehind = 4
+	uploadChunk = 1 << 20
+)
+
+// upload is a disk to be written.
+type upload struct {
+	size    int64 // of the disk in bytes
+	overlay *storage.Overlay
+	done    func(done, total int64) // told after each write
+
+	// interrupt makes reading from the body fail at once.
+	interrupt func()
+}
+
+// bodyError is a fault of what the client sends: not an image, not for this
+// disk, not complete.
+type bodyError struct{ err error }
+
+func (e *bodyError) Error() string { return e.err.Error() }
+func (e *bodyError) Unwrap() error { return e.err }
+
+func badBody(format string, args ...any) error { return &bodyError{fmt.Errorf(format, args...)} }
+
+// piece is a range of a disk on its way from the client to the volume.
+type piece struct {
+	off         int64
+	data        []byte
+	done, total int64 // progress when it is stored
+}
+
+// receive stores the pieces that read cuts out of the body, each one while
+// the next is being received. read gets buffers of uploadChunk bytes and
+// reslices them.
+func (u *upload) receive(ctx context.Context, read func(next func() (*piece, error), send func(*piece)) error) error {
+	buffers := make([]*piece, writeBehind)
+	for i := range buffers {
+		buffers[i] = &piece{data: make([]byte, uploadChunk)}
+	}
+	produce := func(ctx context.Context, next func() (*piece, error), send func(*piece)) error {
+		// When a write fails, the client may be sending nothing for long.
+		defer context.AfterFunc(ctx, u.interrupt)()
+		return read(func() (*piece, error) {
+			p, err := next()
+			if err == nil {
+				p.data = p.data[:uploadChunk]
+			}
+			return p, err
+		}, send)
+	}
+	return relay(ctx, buffers, produce, func(p *piece) error {
+		if err := u.overlay.WriteAt(ctx, p.data, p.off); err != nil {
+			return err
+		}
+		u.done(p.done, p.total)
+		return nil
+	})
+}
+
+// readRaw writes the body from the start of the disk on. What lies behind the
+// end of a shorter body stays as it is; a longer one is a fault.
+func readRaw(ctx context.Context, body io.Reader, length int64, u *upload) error {
+	total := length
+	if length < 0 {
+		total = u.size
+	}
+	return u.receive(ctx, func(next func() (*piece, error), send func(*piece)) error {
+		for off := int64(0); off < u.size; {
+			p, err := next()
+			if err != nil {
+				return err
+			}
+			n, err := io.ReadFull(body, p.data[:min(uploadChunk, u.size-off)])
+			if n > 0 {
+				p.off, p.data = off, p.data[:n]
+				off += int64(n)
+				p.done, p.total = off, total
+				send(p)
+			}
+			switch {
+			case err == io.EOF, err == io.ErrUnexpectedEOF: // of ReadFull: the body has its end here
+				return nil
+			case err != nil:
+				return &bodyError{err}
+			}
+		}
+		switch n, err := io.ReadFull(body, make([]byte, 1)); {
+		case n > 0:
+			return badBody("more bytes than the disk has, which are %d", u.size)
+		case err != io.EOF:
+			return &bodyError{err}
+		}
+		return nil
+	})
+}
+
+// readVHD writes the sectors that a VHD holds and leaves all others as they
+// are. Whether the image is a delta makes no difference, and neither does the
+// size of its disk as long as no sector lies behind the end of this one.
+func readVHD(ctx context.Context, body io.Reader, length int64, u *upload) error {
+	body, length, err := skipLineEnd(body, length)
+	if err != nil {
+		return &bodyError{err}
+	}
+	r, err := vhd.NewReader(body, vhd.ReaderOptions{Length: length})
+	if err != nil {
+		return &bodyError{err}
+	}
+	if r.LastBlock() >= u.size {
+		return badBody("the image has data at byte %d, the disk ends at %d", r.LastBlock(), u.size)
+	}
+	return u.receive(ctx, func(next func() (*piece, error), send func(*piece)) error {
+		for {
+			run, err := r.Next()
+			switch {
+			case err == io.EOF:
+				return nil
+			case err != nil:
+				return &bodyError{err}
+			case run.Off+run.Len > u.size:
+				return badBody("the image has data up to byte %d, the disk ends at %d", run.Off+run.Len, u.size)
+			}
+			for run.Len > 0 {
+				p, err := next()
+				if err != nil {
+					return err
+				}
+				p.off, p.data = run.Off, p.data[:min(uploadChunk, run.Len)]
+				if _, err := io.ReadFull(r, p.data); err != nil {
+					return &bodyError{err}
+				}
+				run.Off += int64(len(p.data))
+				run.Len -= int64(len(p.data))
+				p.done, p.total = int64(r.Done()), int64(r.Blocks())
+				send(p)
+			}
+		}
+	})
+}
+
+// skipLineEnd drops one CRLF in front of a VHD: a request that ends in an
+// empty line too many puts one there, and a VHD never begins like that.
+func skipLineEnd(body io.Reader, length int64) (io.Reader, int64, error) {
+	var start [2]byte
+	n, err := io.ReadFull(body, start[:])
+	if err != nil && err != io.EOF && !errors.Is(err, io.ErrUnexpectedEOF) {
+		return nil, 0, err
+	}
+	if string(start[:n]) != "\r\n" {
+		return io.MultiReader(bytes.NewReader(start[:n]), body), length, nil
+	}
+	return body, max(length-2, -1), nil
+}
