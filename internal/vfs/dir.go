@@ -70,12 +70,47 @@ func mkdirDurable(path string) error {
 	if err != nil {
 		return err
 	}
+	return syncParent(path)
+}
+
+// syncParent makes the existence of path, or its absence, durable.
+func syncParent(path string) error {
 	parent, err := os.Open(filepath.Dir(path))
 	if err != nil {
 		return err
 	}
-	defer parent.Close()
-	return parent.Sync()
+	return errors.Join(parent.Sync(), parent.Close())
+}
+
+// RemoveDir removes a directory that holds nothing but perhaps a lock file
+// that nobody has locked, durably. A directory with anything else in it, or
+// in use, stays.
+func RemoveDir(path string) error {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return err
+	}
+	d, err := OpenDir(path)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	names, err := d.List()
+	if err != nil || len(names) > 0 {
+		return err
+	}
+	lock, err := d.Lock()
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := d.root.Remove(lockName); err != nil {
+		return err
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, unix.ENOTEMPTY) {
+		return err
+	}
+	return syncParent(path)
 }
 
 // Path returns the path the directory was opened with.
@@ -141,6 +176,22 @@ func (d *Dir) SyncDir() error {
 		return err
 	}
 	return errors.Join(f.Sync(), f.Close())
+}
+
+// Free returns how many bytes the host has left for this directory.
+func (d *Dir) Free() (int64, error) {
+	f, err := d.root.Open(".")
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var st unix.Statfs_t
+	err = control(raw, "statfs", ".", func(fd int) error { return unix.Fstatfs(fd, &st) })
+	return int64(st.Bavail) * st.Bsize, err
 }
 
 // Lock is a flock(2) on the file LOCK of the directory.

@@ -51,6 +51,15 @@ func (m *Mem) Used() int64 {
 	return m.used
 }
 
+// Free returns how many bytes may still be written or allocated: the capacity
+// less what is used, or 1 PiB when there is none.
+func (m *Mem) Free() (int64, error) {
+	if m.capacity == 0 {
+		return 1 << 50, nil
+	}
+	return m.capacity - m.Used(), nil
+}
+
 // dirOp is one change of the directory: name now means node (nil: nothing),
 // and old, if any, no longer does.
 type dirOp struct {

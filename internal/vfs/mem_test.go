@@ -247,6 +247,9 @@ func TestMemCapacity(t *testing.T) {
 	if got := m.Used(); got != 2*4096 {
 		t.Errorf("Used = %d", got)
 	}
+	if free, err := m.Free(); free != 2*4096 || err != nil {
+		t.Errorf("Free = %d, %v", free, err)
+	}
 	fails(t, f.Allocate(0, 5*4096), syscall.ENOSPC)
 	if size, err := f.Size(); size != 4097 || err != nil {
 		t.Errorf("Size = %d, %v after a failed Allocate", size, err)

@@ -328,6 +328,23 @@ func TestDirErrors(t *testing.T) {
 	fails(t, err, syscall.ENOTDIR)
 }
 
+func TestRemoveDir(t *testing.T) {
+	d := newDir(t)
+	ok(t, create(t, d, "f").Close())
+	ok(t, vfs.RemoveDir(d.Path()))
+	if got := list(t, d); len(got) != 1 {
+		t.Errorf("a directory that is not empty holds %v after RemoveDir", got)
+	}
+	ok(t, d.Remove("f"))
+	l, err := d.Lock()
+	ok(t, err)
+	fails(t, vfs.RemoveDir(d.Path()), vfs.ErrLocked)
+	ok(t, l.Close())
+	ok(t, vfs.RemoveDir(d.Path()))
+	_, err = os.Stat(d.Path())
+	fails(t, err, fs.ErrNotExist)
+}
+
 // TestDirSpace checks that Allocate takes host space and PunchHole gives it
 // back, where the file system can.
 func TestDirSpace(t *testing.T) {
@@ -338,6 +355,9 @@ func TestDirSpace(t *testing.T) {
 		var st syscall.Stat_t
 		ok(t, syscall.Stat(filepath.Join(d.Path(), "f"), &st))
 		return st.Blocks * 512
+	}
+	if free, err := d.Free(); free <= 0 || err != nil {
+		t.Fatalf("Free = %d, %v", free, err)
 	}
 	ok(t, f.Allocate(0, 1<<20))
 	if got := blocks(); got < 1<<20 {

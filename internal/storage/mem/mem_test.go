@@ -31,3 +31,5 @@ func open(t storagetest.TB) *storagetest.Fixture {
 
 func TestSuite(t *testing.T) { storagetest.Run(t, open) }
 func TestModel(t *testing.T) { storagetest.Model(t, open) }
+
+func BenchmarkDriver(b *testing.B) { storagetest.Bench(b, open) }

@@ -334,6 +334,31 @@ func testCloseUnderLoad(s *suite) {
 		}
 		return nil
 	})
+	use(func(n int) error { // writes while it goes through the extents
+		for e, err := range v.Extents(s.ctx, 0, mib) {
+			if err != nil {
+				return err
+			}
+			if _, err := v.WriteAt(noise(n, 10), e.Off); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if r, ok := s.Repo.(storage.Differ); ok {
+		use(func(n int) error {
+			for e, err := range r.Diff(s.ctx, v, v, 0) {
+				if err != nil {
+					return err
+				}
+				if _, err := v.ReadAt(make([]byte, 10), e.Off); err != nil {
+					return err
+				}
+			}
+			_, err := s.Repo.Stat(s.ctx, id)
+			return err
+		})
+	}
 	started.Wait()
 	s.must(s.Repo.Close())
 	wg.Wait()
