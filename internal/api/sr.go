@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"encoding/xml"
+	"errors"
 	"fmt"
 	"maps"
 	"path/filepath"
@@ -185,38 +186,99 @@ func (a *API) srIntroduce(ctx context.Context, c *Call, id, label, description, 
 // srForget removes the records of an SR, its PBDs and its disks. The storage
 // is not touched: introduced again, the SR has its disks back.
 func (a *API) srForget(ctx context.Context, c *Call, ref xapi.Ref[xapi.SR]) error {
-	return a.removeSR(ctx, c, ref, xapi.StorageOperationsForget)
-}
-
-// srDestroy is srForget for an SR that has no disks any more. Its empty store
-// stays where it is.
-func (a *API) srDestroy(ctx context.Context, c *Call, ref xapi.Ref[xapi.SR]) error {
-	return a.removeSR(ctx, c, ref, xapi.StorageOperationsDestroy)
-}
-
-func (a *API) removeSR(ctx context.Context, c *Call, ref xapi.Ref[xapi.SR], op xapi.StorageOperations) error {
+	op := xapi.StorageOperationsForget
 	release, err := c.Claim(ctx, func(tx *db.Tx) error { return a.srAllows(tx, ref, op) }, claimOn(ref, op))
 	if err != nil {
 		return err
 	}
 	defer release()
-	return a.db.Update(ctx, func(tx *db.Tx) error {
+	return a.db.Update(ctx, func(tx *db.Tx) error { return a.removeSRRecord(tx, ref) })
+}
+
+// srDestroy is srForget for an SR without disks, and removes its storage too:
+// the records first, so that a crash leaves at worst an empty store. Volumes
+// that VDI.forget left count as disks.
+func (a *API) srDestroy(ctx context.Context, c *Call, ref xapi.Ref[xapi.SR]) error {
+	op := xapi.StorageOperationsDestroy
+	release, err := c.Claim(ctx, func(tx *db.Tx) error { return a.srAllows(tx, ref, op) }, claimOn(ref, op))
+	if err != nil {
+		return err
+	}
+	defer release()
+	var typ string
+	var configs []map[string]string
+	err = a.db.View(func(tx *db.Tx) error {
 		sr, err := db.Get(tx, ref)
 		if err != nil {
 			return err
 		}
-		for _, v := range slices.Clone(sr.VDIs) {
-			if err := a.removeDiskRecord(tx, v); err != nil {
-				return err
+		typ = sr.Type
+		for _, p := range sr.PBDs {
+			if pbd, err := db.Get(tx, p); err == nil {
+				configs = append(configs, pbd.DeviceConfig)
 			}
 		}
-		for _, p := range slices.Clone(sr.PBDs) {
-			if err := db.Delete(tx, p); err != nil {
-				return err
-			}
-		}
-		return db.Delete(tx, ref)
+		return nil
 	})
+	if err != nil {
+		return err
+	}
+	drv, err := a.driver(typ)
+	if err != nil {
+		return err
+	}
+	for _, config := range configs {
+		if err := storeEmpty(ctx, drv, config); err != nil {
+			return err
+		}
+	}
+	if err := a.db.Update(ctx, func(tx *db.Tx) error { return a.removeSRRecord(tx, ref) }); err != nil {
+		return err
+	}
+	for _, config := range configs {
+		err := drv.Destroy(context.WithoutCancel(ctx), config)
+		if err != nil && !errors.Is(err, storage.ErrNoRepo) {
+			return fmt.Errorf("destroy the storage of SR %s: %w", ref, err)
+		}
+	}
+	return nil
+}
+
+// storeEmpty is SR_NOT_EMPTY when there is a volume in a store. A store that
+// does not exist is empty.
+func storeEmpty(ctx context.Context, drv storage.Driver, config map[string]string) error {
+	r, err := drv.Open(ctx, config, false)
+	switch {
+	case errors.Is(err, storage.ErrNoRepo):
+		return nil
+	case err != nil:
+		return fmt.Errorf("look into the storage: %w", err)
+	}
+	err = nil
+	for _, e := range r.List(ctx) {
+		if err = e; err == nil {
+			err = xapi.NewError(xapi.ErrSRNotEmpty)
+		}
+		break
+	}
+	return cmpErr(err, r.Close())
+}
+
+// removeSRRecord removes the records of an SR, its disks and its PBDs.
+func (a *API) removeSRRecord(tx *db.Tx, ref xapi.Ref[xapi.SR]) error {
+	sr, err := db.Get(tx, ref)
+	if err != nil {
+		return err
+	}
+	for _, v := range slices.Clone(sr.VDIs) {
+		if err := a.removeDiskRecord(tx, v); err != nil {
+			return err
+		}
+	}
+	if err := deleteEach(tx, sr.PBDs); err != nil {
+		return err
+	}
+	return db.Delete(tx, ref)
 }
 
 // srScan brings the records in line with the storage: unknown volumes get
@@ -292,13 +354,12 @@ func (a *API) srUpdate(ctx context.Context, c *Call, ref xapi.Ref[xapi.SR]) erro
 
 // srList is what SR.probe answers.
 type srList struct {
-	XMLName xml.Name `xml:"SRlist"`
-	SRs     []srEntry
+	XMLName xml.Name  `xml:"SRlist"`
+	SRs     []srEntry `xml:"SR"`
 }
 
 type srEntry struct {
-	XMLName xml.Name `xml:"SR"`
-	UUID    string   `xml:"UUID"`
+	UUID string `xml:"UUID"`
 }
 
 // srProbe lists, as XML, the SRs that a device configuration leads to: those

@@ -81,8 +81,6 @@ func (a *API) srAllows(tx *db.Tx, ref xapi.Ref[xapi.SR], op xapi.StorageOperatio
 	switch op {
 	case xapi.StorageOperationsPlug, xapi.StorageOperationsPBDCreate:
 		return nil
-	case xapi.StorageOperationsUnplug:
-		return a.srUnused(tx, sr)
 	case xapi.StorageOperationsDestroy, xapi.StorageOperationsForget, xapi.StorageOperationsPBDDestroy:
 		if attached {
 			return xapi.NewError(xapi.ErrSRHasPBD, string(ref))
@@ -109,8 +107,10 @@ func (a *API) srAllows(tx *db.Tx, ref xapi.Ref[xapi.SR], op xapi.StorageOperatio
 	return nil
 }
 
-// srUnused says whether an SR can be detached: VDI_IN_USE names the first
-// disk that is attached to a VM, under an operation or open in a transfer.
+// srUnused says whether nothing keeps an SR from being detached: VDI_IN_USE
+// names the first disk that is attached to a VM, under an operation or open in
+// a transfer. It looks at every disk, so it is asked only by PBD.unplug and
+// not for allowed_operations, which are recomputed all the time.
 func (a *API) srUnused(tx *db.Tx, sr *xapi.SR) error {
 	for _, v := range sr.VDIs {
 		vdi, err := db.Get(tx, v)

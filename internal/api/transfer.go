@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"iter"
 	"strings"
 
 	"github.com/google/uuid"
@@ -39,7 +38,7 @@ type Export struct {
 	Repo    storage.Repo
 	BaseRef xapi.Ref[xapi.VDI] // null without base
 	BaseVDI *xapi.VDI          // nil without base
-	Base    storage.Volume     // nil without base
+	Base    storage.Volume     // nil without base; of the same Repo
 
 	call      *Call
 	src, base *openDisk
@@ -84,6 +83,9 @@ func (a *API) openExport(c *Call, r TransferRequest) (*Export, error) {
 	if x.base, err = a.openReader(c.Context(), c, base, nil); err != nil {
 		return nil, errors.Join(err, x.src.close())
 	}
+	if x.base.repo != x.src.repo { // the difference is one of maps, which share nothing here
+		return nil, errors.Join(xapi.NewError(xapi.ErrSROperationNotSupported, string(x.base.repo.sr)), x.base.close(), x.src.close())
+	}
 	x.BaseRef, x.BaseVDI, x.Base = base, x.base.rec, x.base.Volume
 	return x, nil
 }
@@ -96,19 +98,10 @@ func (x *Export) Context() context.Context { return x.call.Context() }
 // for every chunk.
 func (x *Export) Progress(done, total int64) { x.call.Progress(done, total) }
 
-// Extents yields, in ascending order, the ranges of the disk that have to be
-// sent: without a base those with data, and with holes between them; with a
-// base those that differ from it, where a Hole is zero now.
-func (x *Export) Extents(ctx context.Context) iter.Seq2[storage.Extent, error] {
-	if x.base == nil {
-		return x.Volume.Extents(ctx, 0, x.Volume.Size())
-	}
-	return changed(ctx, x.base.repo.Repo, x.Base, x.Repo, x.Volume)
-}
-
 // Finish releases the disks and completes the task: with success when err is
-// nil, and no result.
-func (x *Export) Finish(err error) {
+// nil, and no result. It returns what the task ended with: nil for success,
+// else an *xapi.Error.
+func (x *Export) Finish(err error) error {
 	closing := x.src.close()
 	if x.base != nil {
 		closing = errors.Join(closing, x.base.close())
@@ -116,13 +109,14 @@ func (x *Export) Finish(err error) {
 	if closing != nil {
 		x.call.api.log.Warn("closing an exported disk failed", "vdi", x.Ref, "err", closing)
 	}
-	_ = x.call.finish(Result{}, err) // the task has it
+	return x.call.finish(Result{}, err)
 }
 
 // Import is a disk that is being filled by a client. A disk made for the
 // import gets its record when it is complete; until then nobody sees it.
 type Import struct {
 	Task   xapi.Ref[xapi.Task]
+	Ref    xapi.Ref[xapi.VDI] // null while the disk has no record
 	VDI    *xapi.VDI
 	Volume storage.Volume // Live; written by the caller
 	Repo   storage.Repo
@@ -184,7 +178,7 @@ func (a *API) CheckImport(ctx context.Context, o Origin, r TransferRequest) erro
 }
 
 func (a *API) openImport(c *Call, r TransferRequest) (*Import, error) {
-	x := &Import{Task: c.Task(), call: c}
+	x := &Import{Task: c.Task(), Ref: xapi.NullRef, call: c}
 	if r.VDI == "" {
 		return x, a.openNewDisk(x, r)
 	}
@@ -195,7 +189,7 @@ func (a *API) openImport(c *Call, r TransferRequest) (*Import, error) {
 	if x.dst, err = a.openWriter(c.Context(), c, ref, importOp); err != nil {
 		return nil, err
 	}
-	x.VDI, x.Volume, x.Repo = x.dst.rec, x.dst.Volume, x.dst.repo.Repo
+	x.Ref, x.VDI, x.Volume, x.Repo = ref, x.dst.rec, x.dst.Volume, x.dst.repo.Repo
 	return x, nil
 }
 
@@ -255,7 +249,7 @@ func (a *API) openNewDisk(x *Import, r TransferRequest) (err error) {
 		}
 		rec.VirtualSize, rec.PhysicalUtilisation = info.Size, info.Used
 		ref, err := a.recordDisk(ctx, repo, rec)
-		if err == nil {
+		if err == nil || unsettled(err) {
 			x.undo.disarm()
 			done()
 		}
@@ -273,13 +267,13 @@ func (x *Import) Progress(done, total int64) { x.call.Progress(done, total) }
 // Finish makes what was written durable, releases the disk and completes the
 // task: when err is nil, with the reference of the disk as its result. After
 // an error an existing disk keeps what was written, a new one is deleted. It
-// returns what the task says: nil for success.
+// returns what the task ended with: nil for success, else an *xapi.Error.
 func (x *Import) Finish(err error) error {
 	a, ctx := x.call.api, context.WithoutCancel(x.call.Context())
 	if flush := x.Volume.Flush(ctx); err == nil && flush != nil {
 		err = fmt.Errorf("flush VDI %s: %w", x.VDI.UUID, flush)
 	}
-	ref := x.dst.ref
+	ref := x.Ref
 	if x.record == nil {
 		a.noteWritten(ctx, x.dst)
 	}

@@ -201,11 +201,18 @@ func (a *API) addDisk(ctx context.Context, repo *repository, rec *xapi.VDI, make
 	}
 	rec.VirtualSize, rec.PhysicalUtilisation = info.Size, info.Used
 	ref, err := a.recordDisk(ctx, repo, rec)
-	if err != nil {
-		return "", err
+	if err == nil || unsettled(err) {
+		undo.disarm()
 	}
-	undo.disarm()
-	return ref, nil
+	return ref, err
+}
+
+// unsettled says that a commit failed in a way that leaves open whether it
+// happened. Only the next start knows, and puts right whatever it finds, so
+// nothing may be undone now.
+func unsettled(err error) bool {
+	_, yes := errors.AsType[*db.StoreError](err)
+	return yes
 }
 
 // recordDisk adds the record of a disk whose volume exists.
