@@ -3,84 +3,126 @@ package db
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
+	"io"
 	"maps"
+	"reflect"
 	"slices"
+	"strconv"
 
 	"coppice/internal/xapi"
 )
 
-// encodeRow writes the persistent fields of an object as a JSON object by field name. Computed sides are
-// left out, fields that the model does not know are kept.
-func encodeRow(c *xapi.Class, o *object) ([]byte, error) {
-	var b bytes.Buffer
-	b.WriteByte('{')
+// codec reads and writes the rows of a class: JSON objects of the persistent fields by field name. Computed
+// sides are not stored.
+type codec struct {
+	class  *xapi.Class
+	fields []*xapi.Field
+	shape  reflect.Type // a struct of pointers to the fields, with their names as JSON tags
+
+	// preset are the maps whose default has members. encoding/json adds to a map that is there.
+	preset []*xapi.Field
+}
+
+func newCodec(c *xapi.Class) *codec {
+	k := &codec{class: c}
+	var shape []reflect.StructField
 	for _, f := range c.Fields {
 		if !f.Persist || f.Computed {
 			continue
 		}
-		value, err := json.Marshal(f.Pointer(o.rec))
-		if err != nil {
-			return nil, fmt.Errorf("db: %s of %s: %w", f, o.ref, err)
+		shape = append(shape, reflect.StructField{
+			Name: "F" + strconv.Itoa(len(shape)),
+			Type: reflect.PointerTo(f.Type.GoType()),
+			Tag:  reflect.StructTag(`json:"` + f.Name + `"`),
+		})
+		k.fields = append(k.fields, f)
+		if f.Type.Kind == xapi.KindMap && reflect.ValueOf(f.Default).Len() > 0 {
+			k.preset = append(k.preset, f)
 		}
-		putMember(&b, f.Name, value)
+	}
+	k.shape = reflect.StructOf(shape)
+	return k
+}
+
+// view returns a pointer to a struct that points to the stored fields of rec.
+func (k *codec) view(rec any) any {
+	v := reflect.New(k.shape)
+	for i, f := range k.fields {
+		v.Elem().Field(i).Set(reflect.ValueOf(f.Pointer(rec)))
+	}
+	return v.Interface()
+}
+
+// encode writes an object. Fields that the model does not know are kept.
+func (k *codec) encode(o *object) ([]byte, error) {
+	data, err := json.Marshal(k.view(o.rec))
+	if err != nil {
+		return nil, fmt.Errorf("db: %s %s: %w", k.class.Name, o.ref, err)
 	}
 	for _, name := range slices.Sorted(maps.Keys(o.unknown)) {
-		putMember(&b, name, o.unknown[name])
-	}
-	b.WriteByte('}')
-	return b.Bytes(), nil
-}
-
-func putMember(b *bytes.Buffer, name string, value []byte) {
-	if b.Len() > 1 {
-		b.WriteByte(',')
-	}
-	key, _ := json.Marshal(name) // a string cannot fail
-	b.Write(key)
-	b.WriteByte(':')
-	b.Write(value)
-}
-
-var errNotObject = errors.New("not a JSON object")
-
-// decodeRow reads what encodeRow wrote. Fields that are missing get their default; those that the model does
-// not know are returned beside the record.
-func decodeRow(c *xapi.Class, row Row) (rec any, unknown map[string]json.RawMessage, err error) {
-	corrupt := func(field string, err error) error {
-		return &CorruptError{Class: row.Class, Ref: row.Ref, Field: field, Err: err}
-	}
-	d := json.NewDecoder(bytes.NewReader(row.Data))
-	if t, err := d.Token(); err != nil || t != json.Delim('{') {
-		return nil, nil, corrupt("", errNotObject)
-	}
-	rec = c.New()
-	for d.More() {
-		t, err := d.Token()
-		if err != nil {
-			return nil, nil, corrupt("", err)
+		comma := ","
+		if len(data) == len("{}") {
+			comma = ""
 		}
-		name, _ := t.(string)
-		if f := c.Field(name); f != nil && !f.Computed {
-			if err := d.Decode(f.Pointer(rec)); err != nil {
-				return nil, nil, corrupt(name, err)
-			}
+		key, _ := json.Marshal(name) // a string cannot fail
+		data = fmt.Appendf(data[:len(data)-1], "%s%s:%s}", comma, key, o.unknown[name])
+	}
+	return data, nil
+}
+
+// decode reads what encode wrote. Fields that are missing get their default; those that the model does not
+// know are returned beside the record.
+func (k *codec) decode(row Row) (rec any, unknown map[string]json.RawMessage, err error) {
+	rec = k.blank()
+	d := json.NewDecoder(bytes.NewReader(row.Data))
+	d.DisallowUnknownFields()
+	if d.Decode(k.view(rec)) == nil {
+		if _, err := d.Token(); err == io.EOF {
+			return k.defaults(rec), nil, nil
+		}
+	}
+	return k.decodeMembers(row)
+}
+
+// decodeMembers is the slow way, one field after the other: it keeps what is not known and finds what is
+// wrong.
+func (k *codec) decodeMembers(row Row) (rec any, unknown map[string]json.RawMessage, err error) {
+	if err := json.Unmarshal(row.Data, &unknown); err != nil {
+		return nil, nil, &CorruptError{Class: row.Class, Ref: row.Ref, Err: err}
+	}
+	rec = k.blank()
+	for _, f := range k.fields {
+		value, ok := unknown[f.Name]
+		if !ok {
 			continue
 		}
-		var value json.RawMessage
-		if err := d.Decode(&value); err != nil {
-			return nil, nil, corrupt(name, err)
-		}
-		if c.Field(name) == nil {
-			if unknown == nil {
-				unknown = make(map[string]json.RawMessage)
-			}
-			unknown[name] = value
+		delete(unknown, f.Name)
+		if err := json.Unmarshal(value, f.Pointer(rec)); err != nil {
+			return nil, nil, &CorruptError{Class: row.Class, Ref: row.Ref, Field: f.Name, Err: err}
 		}
 	}
-	if _, err := d.Token(); err != nil {
-		return nil, nil, corrupt("", err)
+	for _, f := range k.class.Fields {
+		delete(unknown, f.Name) // not stored by this program
 	}
-	return rec, unknown, nil
+	return k.defaults(rec), unknown, nil
+}
+
+// blank returns a record to decode into.
+func (k *codec) blank() any {
+	rec := k.class.New()
+	for _, f := range k.preset {
+		reflect.ValueOf(f.Pointer(rec)).Elem().SetZero()
+	}
+	return rec
+}
+
+// defaults gives the fields that blank has cleared, and decoding has not set, their default.
+func (k *codec) defaults(rec any) any {
+	for _, f := range k.preset {
+		if reflect.ValueOf(f.Pointer(rec)).Elem().IsNil() {
+			f.Set(rec, f.Get(k.class.New()))
+		}
+	}
+	return rec
 }

@@ -77,7 +77,7 @@ func open(ctx context.Context, m *xapi.Model, s Store) (*DB, error) {
 		if c == nil {
 			continue
 		}
-		rec, unknown, err := decodeRow(c, row)
+		rec, unknown, err := tx.table(c).codec.decode(row)
 		if err != nil {
 			return nil, err
 		}

@@ -27,6 +27,7 @@ type object struct {
 // visible never changes, the writer works on a copy that shares all nodes it does not touch.
 type table struct {
 	class *xapi.Class
+	codec *codec
 	uuid  *xapi.Field // nil when the class has no such field
 	label *xapi.Field
 
@@ -64,6 +65,7 @@ func newTable(c *xapi.Class, floor uint64) *table {
 	noLocks := btree.Options{NoLocks: true}
 	return &table{
 		class:   c,
+		codec:   newCodec(c),
 		uuid:    c.Field("uuid"),
 		label:   c.Field("name_label"),
 		byLabel: btree.NewBTreeGOptions(lessLabel, noLocks),
@@ -76,7 +78,7 @@ func newTable(c *xapi.Class, floor uint64) *table {
 // clone returns a table that can be changed without changing t. Only the writer may call it.
 func (t *table) clone() *table {
 	return &table{
-		class: t.class, uuid: t.uuid, label: t.label, floor: t.floor,
+		class: t.class, codec: t.codec, uuid: t.uuid, label: t.label, floor: t.floor,
 		objects: *t.objects.Copy(),
 		byUUID:  *t.byUUID.Copy(),
 		byLabel: t.byLabel.Copy(),

@@ -239,7 +239,7 @@ func (tx *Tx) rows() ([]Row, error) {
 		t := tx.tables[key.class]
 		row := Row{Class: t.class.Name, Ref: key.ref}
 		if o, ok := t.objects.Get(key.ref); ok {
-			data, err := encodeRow(t.class, o)
+			data, err := t.codec.encode(o)
 			if err != nil {
 				return nil, err
 			}

@@ -1,0 +1,69 @@
+package db
+
+import (
+	"errors"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"coppice/internal/xapi"
+)
+
+// FuzzDecode reads rows of any content: each is refused with a *CorruptError, or is a record that can be
+// written and read back.
+func FuzzDecode(f *testing.F) {
+	for _, s := range []string{
+		`{}`, `[]`, `{"uuid":"a","virtual_size":5}`, `{"tags":null,"x":[{}]}`, `{"snapshot_time":"2026-01-31T23:59:59.5Z"}`,
+		`{"sm_config":{"a":"b"},"sm_config":{"c":"d"}}`, `{"name_label":"\ud800"}`, `{"uuid":"a"} junk`, `null`,
+	} {
+		f.Add(s)
+	}
+	c := xapi.ClassOf[xapi.VDI]()
+	k := newCodec(c)
+	f.Fuzz(func(t *testing.T, s string) {
+		rec, unknown, err := k.decode(Row{Class: "VDI", Ref: "r", Data: []byte(s)})
+		if err != nil {
+			if _, ok := errors.AsType[*CorruptError](err); !ok {
+				t.Fatalf("error is a %T", err)
+			}
+			return
+		}
+		c.Normalize(rec)
+		data, err := k.encode(&object{rec: rec, unknown: unknown})
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, kept, err := k.decode(Row{Data: data})
+		if err != nil {
+			t.Fatalf("%s: %v", data, err)
+		}
+		for _, field := range c.Fields {
+			if !field.Persist {
+				field.Set(rec, field.Get(again)) // not stored
+			}
+		}
+		c.CopyComputed(rec, again)
+		if diff := cmp.Diff(rec, again); diff != "" || len(kept) != len(unknown) {
+			t.Errorf("(-first +again)\n%s%d and %d unknown fields", diff, len(unknown), len(kept))
+		}
+	})
+}
+
+// TestDefaultsAreNotMixedIn stores a map that has fewer members than its default, and one that is missing.
+func TestDefaultsAreNotMixedIn(t *testing.T) {
+	k := newCodec(xapi.ClassOf[xapi.Host]())
+	for data, want := range map[string]map[string]string{
+		`{}`:                      {"address": "localhost", "port": "27000"},
+		`{"license_server":null}`: {"address": "localhost", "port": "27000"},
+		`{"license_server":{}}`:   {},
+		`{"license_server":{"port":"1"},"future":1}`: {"port": "1"},
+	} {
+		rec, _, err := k.decode(Row{Data: []byte(data)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, rec.(*xapi.Host).LicenseServer); diff != "" {
+			t.Errorf("%s (-want +got)\n%s", data, diff)
+		}
+	}
+}

@@ -1,0 +1,474 @@
+package db_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"pgregory.net/rapid"
+
+	"coppice/internal/db"
+	"coppice/internal/db/bolt"
+	"coppice/internal/xapi"
+)
+
+var errInjected = errors.New("injected")
+
+// faultyStore fails the commit after the next few ones, with or without applying it.
+type faultyStore struct {
+	db.Store
+	left  int // commits until the failure; negative: never
+	apply bool
+	fired bool
+}
+
+func (s *faultyStore) Commit(ctx context.Context, b db.Batch) error {
+	if s.left != 0 {
+		s.left--
+		return s.Store.Commit(ctx, b)
+	}
+	s.fired = true
+	if s.apply {
+		if err := s.Store.Commit(ctx, b); err != nil {
+			return err
+		}
+	}
+	return errInjected
+}
+
+// records is a whole database as plain maps: record by class and reference.
+type records map[string]map[string]any
+
+// modelClasses are the classes that the test uses: persistent ones, one without persistent fields that matter,
+// and one in memory only.
+var modelClasses = []string{"SR", "VBD", "VDI", "VM", "VM_group", "task"}
+
+func class(name string) *xapi.Class { return xapi.Datamodel().Classes[name] }
+
+func (r records) clone() records {
+	out := make(records)
+	for name, objects := range r {
+		out[name] = make(map[string]any)
+		for ref, rec := range objects {
+			out[name][ref] = class(name).Clone(rec)
+		}
+	}
+	return out
+}
+
+// complete returns the records with their computed sides, each found by looking at every object.
+func (r records) complete() records {
+	out := r.clone()
+	for name, objects := range out {
+		for _, rec := range objects {
+			class(name).CopyComputed(rec, nil)
+		}
+	}
+	for _, rel := range xapi.Datamodel().Relations {
+		for ref, rec := range r[rel.From.Class.Name] {
+			targets := rel.From.AppendRefs(nil, rec)
+			slices.Sort(targets)
+			for _, target := range slices.Compact(targets) {
+				if t := out[rel.To.Class.Name][target]; t != nil {
+					rel.To.AddRef(t, ref)
+				}
+			}
+		}
+	}
+	return out.sorted()
+}
+
+// sorted orders the members of the computed sides, which have no order of their own.
+func (r records) sorted() records {
+	for name, objects := range r {
+		for _, f := range class(name).Fields {
+			if !f.Computed {
+				continue
+			}
+			for _, rec := range objects {
+				refs := f.AppendRefs(nil, rec)
+				slices.Sort(refs)
+				f.Set(rec, f.Type.Zero())
+				for _, ref := range refs {
+					f.AddRef(rec, ref)
+				}
+			}
+		}
+	}
+	return r
+}
+
+// actual reads the same from the database.
+func actual(tx *db.Tx) records {
+	out := make(records)
+	for _, name := range modelClasses {
+		out[name] = make(map[string]any)
+		for ref, rec := range tx.Each(class(name)) {
+			out[name][ref] = class(name).Clone(rec)
+		}
+	}
+	return out.clone().sorted()
+}
+
+// diffRecords is cmp.Diff with a short cut, because it is called all the time.
+func diffRecords(want, got records) string {
+	if reflect.DeepEqual(want, got) {
+		return ""
+	}
+	return cmp.Diff(want, got)
+}
+
+type stamp struct{ created, modified uint64 }
+
+// touch holds the revisions at which an object was last written to in any way, and last inserted.
+type touch struct{ written, inserted uint64 }
+
+// dbModel is the database and the model that it must equal.
+type dbModel struct {
+	store *faultyStore
+	base  func() db.Store // opens the same store again
+	db    *db.DB
+
+	now     records
+	touched map[string]touch // when an object was written to, by reference
+	changed map[string]stamp // revisions of creation and last real change
+	deleted map[string]stamp // modified: revision of the deletion
+	opened  uint64           // revision at the last open
+}
+
+func (m *dbModel) open(t *rapid.T) {
+	m.store = &faultyStore{Store: m.base(), left: -1}
+	d, err := db.Open(context.Background(), xapi.Datamodel(), m.store)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.db, m.opened = d, d.Revision()
+}
+
+// reopen closes and opens the database: what is in memory only is gone, and everything is newer than before.
+func (m *dbModel) reopen(t *rapid.T) {
+	last, idle := m.db.Revision(), m.db.Revision() == m.opened
+	if err := m.db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	m.open(t)
+	if m.opened < last || m.opened == last && !idle {
+		t.Fatalf("revision %d after %d", m.opened, last)
+	}
+	m.touched, m.changed, m.deleted = map[string]touch{}, map[string]stamp{}, map[string]stamp{}
+	for _, name := range modelClasses {
+		c := class(name)
+		if !c.Persist {
+			clear(m.now[name])
+		}
+		for ref, rec := range m.now[name] {
+			for _, f := range c.Fields {
+				if !f.Persist {
+					f.Set(rec, f.Get(c.New()))
+				}
+			}
+			m.changed[ref] = stamp{m.opened, m.opened}
+		}
+	}
+}
+
+// refs draws a reference to one of a few objects of a class, which may exist or not.
+func refs(class string) *rapid.Generator[string] {
+	return rapid.Custom(func(t *rapid.T) string {
+		return fmt.Sprintf("OpaqueRef:%s-%d", class, rapid.IntRange(0, 2).Draw(t, class))
+	})
+}
+
+// fill assigns random values to the fields of a record that matter for relations, indexes and persistence.
+func fill(t *rapid.T, rec any) {
+	c := xapi.Datamodel().ClassOfRecord(rec)
+	for _, f := range c.Fields {
+		if f.Computed || f.Name == "uuid" || rapid.Bool().Draw(t, f.Name) {
+			continue
+		}
+		switch {
+		case f.Type.Kind == xapi.KindRef && slices.Contains(modelClasses, f.Type.Class):
+			ref := xapi.NullRef
+			if rapid.Bool().Draw(t, "set") {
+				ref = refs(f.Type.Class).Draw(t, f.Name)
+			}
+			v, err := f.Type.Parse(ref)
+			if err != nil {
+				t.Fatal(err)
+			}
+			f.Set(rec, v)
+		case f.Type.Kind == xapi.KindSet && f.Type.Elem.Class == "VM_group":
+			f.Set(rec, f.Type.Zero())
+			for _, ref := range rapid.SliceOfN(refs("VM_group"), 0, 3).Draw(t, f.Name) {
+				f.AddRef(rec, ref)
+			}
+		case f.Name == "name_label":
+			f.Set(rec, rapid.SampledFrom([]string{"", "a", "ab", "é\x00\"<"}).Draw(t, "label"))
+		case f.Name == "other_config":
+			f.Set(rec, map[string]string{"k": rapid.SampledFrom([]string{"1", "2"}).Draw(t, "value")})
+		case f.Name == "virtual_size" || f.Name == "user_version":
+			f.Set(rec, rapid.Int64().Draw(t, f.Name))
+		case f.Name == "current_operations":
+			v, err := f.Type.Parse(map[string]any{"t": f.Type.Elem.Values()[0]})
+			if err != nil {
+				t.Fatal(err)
+			}
+			f.Set(rec, v)
+		}
+	}
+}
+
+// step makes one random change to both sides, or checks that it is refused.
+func step(t *rapid.T, tx *db.Tx, now records, written map[string]touch) {
+	name := rapid.SampledFrom(modelClasses).Draw(t, "class")
+	c, ref := class(name), refs(name).Draw(t, "ref")
+	old := now[name][ref]
+	write := func(ref string) { written[ref] = touch{tx.Revision(), written[ref].inserted} }
+	touchAll := func(rec any) {
+		write(ref)
+		for _, r := range c.Forward {
+			for _, target := range r.From.AppendRefs(nil, rec) {
+				write(target)
+			}
+		}
+	}
+	switch rapid.SampledFrom([]string{"insert", "modify", "modify", "delete", "touch"}).Draw(t, "op") {
+	case "insert":
+		rec := c.New()
+		c.Field("uuid").Set(rec, "uuid of "+ref)
+		fill(t, rec)
+		want := c.Clone(rec)
+		switch err := tx.InsertAny(c, ref, rec); {
+		case old == nil && err == nil:
+			now[name][ref] = want
+			touchAll(want)
+			written[ref] = touch{tx.Revision(), tx.Revision()}
+		case old == nil || !errors.Is(err, db.ErrExists):
+			t.Fatalf("insert %s, exists %v: %v", ref, old != nil, err)
+		}
+	case "modify":
+		var want any
+		err := tx.ModifyAny(c, ref, func(rec any) { fill(t, rec); want = c.Clone(rec) })
+		if old != nil && err == nil {
+			touchAll(old)
+			touchAll(want)
+			now[name][ref] = want
+		} else if old != nil || !errors.Is(err, xapi.NewError(xapi.ErrHandleInvalid, name, ref)) {
+			t.Fatalf("modify %s, exists %v: %v", ref, old != nil, err)
+		}
+	case "delete":
+		if err := tx.DeleteAny(c, ref); (err == nil) != (old != nil) {
+			t.Fatalf("delete %s, exists %v: %v", ref, old != nil, err)
+		}
+		if old != nil {
+			touchAll(old)
+			delete(now[name], ref)
+		}
+	case "touch":
+		if err := tx.Touch(c, ref); (err == nil) != (old != nil) {
+			t.Fatalf("touch %s, exists %v: %v", ref, old != nil, err)
+		}
+		write(ref)
+	}
+}
+
+// update runs a few steps in one transaction, which may be given up or meet a failing store.
+func (m *dbModel) update(t *rapid.T) {
+	if rapid.IntRange(0, 9).Draw(t, "fault") == 0 {
+		m.store.left, m.store.apply = rapid.IntRange(0, 2).Draw(t, "left"), rapid.Bool().Draw(t, "apply")
+	}
+	before := m.db.Revision()
+	next, written := m.now.clone(), maps.Clone(m.touched)
+	giveUp := errors.New("give up")
+	err := m.db.Update(context.Background(), func(tx *db.Tx) error {
+		for range rapid.IntRange(1, 4).Draw(t, "steps") {
+			step(t, tx, next, written)
+			if diff := diffRecords(next.complete(), actual(tx)); diff != "" {
+				t.Fatalf("inside the transaction (-want +got)\n%s", diff)
+			}
+		}
+		if rapid.IntRange(0, 4).Draw(t, "give up") == 0 {
+			return giveUp
+		}
+		return nil
+	})
+	if err != nil && m.db.Revision() != before {
+		t.Fatalf("a failed update made revision %d", m.db.Revision())
+	}
+	switch {
+	case err == nil:
+		if got := m.db.Revision(); got > before+1 {
+			t.Fatalf("one update made revision %d after %d", got, before)
+		}
+		m.commit(next, written)
+	case errors.Is(err, errInjected):
+		if _, ok := errors.AsType[*db.StoreError](err); !ok || !m.store.fired {
+			t.Fatalf("store failure reported as %T", err)
+		}
+		if err := m.db.Update(context.Background(), func(*db.Tx) error { return nil }); !errors.Is(err, errInjected) {
+			t.Fatalf("update after a store failure: %v", err)
+		}
+		m.check(t)
+		if m.store.apply {
+			m.now = next
+		}
+		m.reopen(t)
+	case !errors.Is(err, giveUp):
+		t.Fatal(err)
+	}
+}
+
+// commit takes over what an update has made and notes which objects really changed.
+func (m *dbModel) commit(next records, written map[string]touch) {
+	revision := m.db.Revision()
+	was, is := m.now.complete(), next.complete()
+	for _, name := range modelClasses {
+		for ref := range was[name] {
+			if is[name][ref] == nil {
+				m.deleted[ref] = stamp{m.changed[ref].created, revision}
+				delete(m.changed, ref)
+			}
+		}
+		for ref, rec := range is[name] {
+			s := m.changed[ref]
+			if was[name][ref] == nil || written[ref].inserted == revision {
+				s.created = revision
+				delete(m.deleted, ref)
+			}
+			if s.created == revision || !reflect.DeepEqual(was[name][ref], rec) {
+				s.modified = revision
+			}
+			m.changed[ref] = s
+		}
+	}
+	m.now, m.touched = next, written
+}
+
+func (m *dbModel) check(t *rapid.T) {
+	want := m.now.complete()
+	_ = m.db.View(func(tx *db.Tx) error {
+		if diff := diffRecords(want, actual(tx)); diff != "" {
+			t.Fatalf("(-want +got)\n%s", diff)
+		}
+		for _, name := range modelClasses {
+			m.checkIndexes(t, tx, class(name))
+			m.checkChanges(t, tx, class(name), rapid.Uint64Range(m.opened, tx.Revision()).Draw(t, "after"))
+			if _, complete := tx.Changes(class(name), m.opened-1); complete && m.opened > 1 {
+				t.Fatal("changes from before the last open cannot be complete")
+			}
+		}
+		return nil
+	})
+}
+
+func (m *dbModel) checkIndexes(t *rapid.T, tx *db.Tx, c *xapi.Class) {
+	if got, want := tx.Count(c), len(m.now[c.Name]); got != want {
+		t.Fatalf("%d objects of class %s, want %d", got, c.Name, want)
+	}
+	byLabel := make(map[string][]string)
+	for ref, rec := range m.now[c.Name] {
+		if got, ok := tx.UUID(c, c.Field("uuid").Get(rec).(string)); !ok || got != ref {
+			t.Fatalf("by uuid: got %q, want %q", got, ref)
+		}
+		if got, ok := tx.ClassOf(ref); !ok || got != c {
+			t.Fatalf("class of %s: %v", ref, got)
+		}
+		if f := c.Field("name_label"); f != nil {
+			label := f.Get(rec).(string)
+			byLabel[label] = append(byLabel[label], ref)
+		}
+	}
+	for _, label := range []string{"", "a", "ab", "é\x00\"<", "none"} {
+		want := byLabel[label]
+		slices.Sort(want)
+		if got := tx.Named(c, label); !slices.Equal(got, want) {
+			t.Fatalf("named %q: got %v, want %v", label, got, want)
+		}
+	}
+}
+
+func (m *dbModel) checkChanges(t *rapid.T, tx *db.Tx, c *xapi.Class, after uint64) {
+	changes, complete := tx.Changes(c, after)
+	if !complete {
+		t.Fatalf("changes after %d are not complete", after)
+	}
+	seen := make(map[string]bool)
+	for ch := range changes {
+		if seen[ch.Ref] {
+			t.Fatalf("%s appears twice", ch.Ref)
+		}
+		seen[ch.Ref] = true
+		if ch.Deleted {
+			if got, want := (stamp{ch.Created, ch.Modified}), m.deleted[ch.Ref]; got != want || ch.Created > after {
+				t.Fatalf("deletion of %s after %d: %+v, want %+v", ch.Ref, after, got, want)
+			}
+			continue
+		}
+		s := m.changed[ch.Ref]
+		if ch.Created != s.created || ch.Modified < s.modified || ch.Modified <= after || ch.Rec == nil {
+			t.Fatalf("%s after %d: %+v, want %+v", ch.Ref, after, ch, s)
+		}
+		if s.modified <= after && m.touched[ch.Ref].written <= after {
+			t.Fatalf("%s was not touched after %d", ch.Ref, after)
+		}
+	}
+	for ref, s := range m.changed {
+		if strings.HasPrefix(ref, "OpaqueRef:"+c.Name+"-") && s.modified > after && !seen[ref] {
+			t.Fatalf("%s changed at %d, not reported after %d", ref, s.modified, after)
+		}
+	}
+	for ref, s := range m.deleted {
+		if strings.HasPrefix(ref, "OpaqueRef:"+c.Name+"-") && s.modified > after && s.created <= after && !seen[ref] {
+			t.Fatalf("%s was deleted at %d, not reported after %d", ref, s.modified, after)
+		}
+	}
+}
+
+// TestModel runs random transactions with failing stores and restarts against plain maps.
+func TestModel(t *testing.T) {
+	t.Run("memory", rapid.MakeCheck(func(t *rapid.T) {
+		s := db.NewMemStore()
+		runModel(t, func() db.Store { return s })
+	}))
+	dir := t.TempDir()
+	n := 0
+	t.Run("bolt", rapid.MakeCheck(func(t *rapid.T) {
+		n++
+		path := filepath.Join(dir, fmt.Sprint(n))
+		runModel(t, func() db.Store {
+			s, err := bolt.Open(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Check(); err != nil {
+				t.Fatal(err)
+			}
+			return s
+		})
+	}))
+}
+
+func runModel(t *rapid.T, base func() db.Store) {
+	m := &dbModel{
+		base: base, now: make(records),
+		touched: map[string]touch{}, changed: map[string]stamp{}, deleted: map[string]stamp{},
+	}
+	for _, name := range modelClasses {
+		m.now[name] = make(map[string]any)
+	}
+	m.open(t)
+	defer func() { _ = m.db.Close() }()
+	t.Repeat(map[string]func(*rapid.T){
+		"":       m.check,
+		"update": m.update,
+		"again":  m.update,
+		"reopen": m.reopen,
+	})
+}
