@@ -1,0 +1,152 @@
+package xecmd
+
+import (
+	"errors"
+	"strings"
+
+	"coppice/internal/thincli"
+	"coppice/internal/xapi"
+)
+
+// report shows an error on the client's standard error. Whether the client
+// still hears it does not matter.
+func (r *run) report(err error) {
+	line := func(text string) { _ = r.conn.PrintStderr(text + "\n") }
+	if errors.Is(err, thincli.ErrGone) || errors.Is(err, errSomeFailed) {
+		return
+	}
+	if e, ok := errors.AsType[*usageError](err); ok {
+		line(e.text)
+		line("For usage run: 'xe help'")
+		return
+	}
+	if e, ok := errors.AsType[*failure](err); ok {
+		line("Error: " + e.text)
+		return
+	}
+	if e, ok := errors.AsType[*unknownParameter](err); ok {
+		_ = r.conn.Error("Missing parameter", e.name)
+		return
+	}
+	e, ok := errors.AsType[*xapi.Error](err)
+	if !ok {
+		e = xapi.InternalError(err)
+	}
+	names, known := xapi.Datamodel().Errors[e.Code]
+	if !known || names == nil {
+		_ = r.conn.Error(e.Code, r.describeRefs(e.Params)...)
+	} else {
+		line(sentence(e.Code))
+		for _, text := range labelled(names, r.describeRefs(e.Params)) {
+			line(text)
+		}
+	}
+	if r.args != nil && r.args.flag("trace") {
+		line("Raised " + e.Code)
+		line("Backtrace:")
+		line(err.Error())
+	}
+}
+
+// labelled puts the documented names in front of the parameters of an error.
+func labelled(names, values []string) []string {
+	var out []string
+	for i, n := range names {
+		if i < len(values) {
+			out = append(out, n+": "+values[i])
+		} else {
+			out = append(out, n+": <unknown>")
+		}
+	}
+	for _, v := range values[min(len(names), len(values)):] {
+		out = append(out, "<extra>: "+v)
+	}
+	return out
+}
+
+// describeRefs replaces references to living objects by "uuid (name)".
+func (r *run) describeRefs(params []string) []string {
+	out := append([]string(nil), params...)
+	if r.session == "" {
+		return out
+	}
+	// Without a valid session the references stay as they are.
+	_ = r.read(func(v view) error {
+		for i, p := range out {
+			class, ok := v.ClassOf(p)
+			if !ok {
+				continue
+			}
+			rec, ok := v.Lookup(class, p)
+			uuid := class.Field("uuid")
+			if !ok || uuid == nil {
+				continue
+			}
+			out[i] = uuid.Type.Text(uuid.Get(rec))
+			if name := class.Field("name_label"); name != nil {
+				out[i] += " (" + name.Type.Text(name.Get(rec)) + ")"
+			}
+		}
+		return nil
+	})
+	return out
+}
+
+// sentences explain the errors that users meet most.
+var sentences = map[string]string{
+	xapi.ErrUUIDInvalid:                   "The uuid you supplied was invalid.",
+	xapi.ErrHandleInvalid:                 "You gave an invalid object reference. The object may have recently been deleted. The handle parameter echoes the bad value given.",
+	xapi.ErrInternalError:                 "The server failed to handle your request, due to an internal error. The given message may give details useful for debugging the problem.",
+	xapi.ErrNotImplemented:                "The requested method or operation is not implemented by this server.",
+	xapi.ErrSessionInvalid:                "You gave an invalid session reference. It may have been invalidated by a server restart, or timed out.",
+	xapi.ErrRBACPermissionDenied:          "The role of this user does not permit the operation.",
+	xapi.ErrPermissionDenied:              "You do not have the required permissions to perform the operation.",
+	xapi.ErrOperationNotAllowed:           "You attempted an operation that was not allowed.",
+	xapi.ErrOtherOperationInProgress:      "Another operation involving the object is currently in progress.",
+	xapi.ErrTaskCancelled:                 "The request was asynchronously cancelled.",
+	xapi.ErrInvalidValue:                  "The value given is invalid.",
+	xapi.ErrValueNotSupported:             "You attempted to set a value that is not supported by this implementation.",
+	xapi.ErrFieldTypeError:                "The value specified is of the wrong type.",
+	xapi.ErrMapDuplicateKey:               "You tried to add a key-value pair to a map, but that key is already there.",
+	xapi.ErrMessageMethodUnknown:          "You tried to call a method that does not exist.",
+	xapi.ErrMessageRemoved:                "This function is no longer available.",
+	xapi.ErrMessageDeprecated:             "This message has been deprecated.",
+	xapi.ErrMessageParameterCountMismatch: "You tried to call a method with the incorrect number of parameters.",
+	xapi.ErrVDIInUse:                      "This operation cannot be performed because this disk is in use by some other operation.",
+	xapi.ErrVDIReadonly:                   "The operation required write access but this disk is read-only.",
+	xapi.ErrVDINotManaged:                 "This operation cannot be performed because the system does not manage this disk.",
+	xapi.ErrVDIIncompatibleType:           "This operation cannot be performed because the disk has an incompatible type.",
+	xapi.ErrVDIIsAPhysicalDevice:          "The operation cannot be performed on physical devices.",
+	xapi.ErrVDITooSmall:                   "The disk is too small. Please resize it to at least the minimum size.",
+	xapi.ErrVDITooLarge:                   "The disk is too large.",
+	xapi.ErrVDIMissing:                    "This operation cannot be performed because the specified disk could not be found on the storage repository.",
+	xapi.ErrVDINoCBTMetadata:              "The requested operation is not allowed because the disk has no metadata of changed blocks.",
+	xapi.ErrVDINotSparse:                  "The disk is not stored using a sparse format.",
+	xapi.ErrSRFull:                        "The storage repository is full. Requested new size exceeds the maximum size.",
+	xapi.ErrSRHasPBD:                      "The storage repository is still connected to a host by a PBD. It cannot be destroyed or forgotten.",
+	xapi.ErrSRHasNoPBDs:                   "The storage repository has no PBDs.",
+	xapi.ErrSRNotAttached:                 "The storage repository is not attached.",
+	xapi.ErrSROperationNotSupported:       "The storage repository does not support the operation.",
+	xapi.ErrVMBadPowerState:               "You attempted an operation on a VM that was not in an appropriate power state at the time.",
+	xapi.ErrVMIsTemplate:                  "The operation attempted is not valid for a template VM.",
+	xapi.ErrDeviceAlreadyExists:           "A device with the name given already exists on the selected VM.",
+	xapi.ErrDeviceAlreadyAttached:         "The device is already attached to a VM.",
+	xapi.ErrDeviceAlreadyDetached:         "The device is not currently attached.",
+	xapi.ErrUnimplementedInSMBackend:      "You have attempted a function which is not implemented by the storage backend.",
+	xapi.ErrHostIsSlave:                   "You cannot make regular API calls directly on a pool member. Please pass API calls via the coordinator.",
+	xapi.ErrEventSubscriptionParseFailure: "The server failed to parse your event subscription.",
+	xapi.ErrSessionAuthenticationFailed:   "The credentials given by the user are incorrect.",
+}
+
+// sentence returns the explanation of an error code, or makes one of its words.
+func sentence(code string) string {
+	if s, ok := sentences[code]; ok {
+		return s
+	}
+	return "The operation failed: " + strings.ToLower(strings.ReplaceAll(code, "_", " ")) + "."
+}
+
+// unknownParameter reports a param-name that no field has.
+type unknownParameter struct{ name string }
+
+func (e *unknownParameter) Error() string { return "unknown parameter " + e.name }
