@@ -16,6 +16,7 @@
 package bolt
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -23,6 +24,7 @@ import (
 	"iter"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -44,8 +46,12 @@ var (
 	revisionKey = []byte("revision")
 )
 
-// ErrLocked says that another process has the file open.
-var ErrLocked = errors.New("bolt: the file is in use by another process")
+var (
+	// ErrLocked says that another process has the file open.
+	ErrLocked = errors.New("bolt: the file is in use by another process")
+	// ErrCorrupt says that the structure of the file is damaged.
+	ErrCorrupt = errors.New("bolt: the file is corrupt")
+)
 
 // FormatError says that a file cannot be read by this program.
 type FormatError struct {
@@ -66,9 +72,13 @@ type Store struct{ file *bbolt.DB }
 var _ db.Store = (*Store)(nil)
 
 // Open opens the file, or creates it with permissions 0600. It returns ErrLocked when another process has it
-// open, and a *FormatError when it holds something else.
+// open, ErrCorrupt when it is damaged, and a *FormatError when it holds something else.
 func Open(path string) (*Store, error) {
-	file, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockWait, FreelistType: bbolt.FreelistMapType})
+	var file *bbolt.DB
+	err := guard(func() (err error) {
+		file, err = bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockWait, FreelistType: bbolt.FreelistMapType})
+		return err
+	})
 	if errors.Is(err, boltErrors.ErrTimeout) {
 		return nil, fmt.Errorf("%w: %s", ErrLocked, path)
 	}
@@ -76,11 +86,22 @@ func Open(path string) (*Store, error) {
 		return nil, fmt.Errorf("bolt: open %s: %w", path, err)
 	}
 	s := &Store{file: file}
-	if err := s.prepare(path); err != nil {
+	if err := guard(func() error { return s.prepare(path) }); err != nil {
 		_ = file.Close()
 		return nil, err
 	}
 	return s, nil
+}
+
+// guard turns the panics and memory faults by which bbolt reports a damaged file into ErrCorrupt.
+func guard(fn func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("%w: %v", ErrCorrupt, r)
+		}
+	}()
+	return fn()
 }
 
 // prepare checks the format of the file and writes it to a new one, whose directory entry it makes durable.
@@ -88,6 +109,11 @@ func (s *Store) prepare(path string) error {
 	var version uint64
 	fresh := false
 	err := s.file.View(func(tx *bbolt.Tx) error {
+		if fi, err := os.Stat(path); err != nil {
+			return err
+		} else if fi.Size() < tx.Size() {
+			return fmt.Errorf("%w: it was cut to %d of %d bytes", ErrCorrupt, fi.Size(), tx.Size())
+		}
 		if meta := tx.Bucket(metaBucket); meta != nil {
 			version = number(meta.Get(formatKey))
 			return nil
@@ -144,9 +170,11 @@ func bytesOf(n uint64) []byte { return binary.BigEndian.AppendUint64(nil, n) }
 // Load implements db.Store. The rows come in the order of class and reference.
 func (s *Store) Load(ctx context.Context) (uint64, iter.Seq2[db.Row, error], error) {
 	var revision uint64
-	err := s.file.View(func(tx *bbolt.Tx) error {
-		revision = number(tx.Bucket(metaBucket).Get(revisionKey))
-		return nil
+	err := guard(func() error {
+		return s.file.View(func(tx *bbolt.Tx) error {
+			revision = number(tx.Bucket(metaBucket).Get(revisionKey))
+			return nil
+		})
 	})
 	if err != nil {
 		return 0, nil, err
@@ -164,39 +192,76 @@ var errStopped = errors.New("stopped")
 
 func loadRows(ctx context.Context, tx *bbolt.Tx, yield func(db.Row, error) bool) error {
 	classes := tx.Bucket(classBucket)
-	return classes.ForEachBucket(func(class []byte) error {
+	if classes == nil {
+		return fmt.Errorf("%w: no bucket %q", ErrCorrupt, classBucket)
+	}
+	var class, ref, data []byte
+	for c := cursor(classes); ; {
+		err := guard(func() error { class, _ = c(); return nil })
+		if err != nil || class == nil {
+			return err
+		}
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		return classes.Bucket(class).ForEach(func(ref, data []byte) error {
+		rows := classes.Bucket(class)
+		if rows == nil {
+			return fmt.Errorf("%w: %q is not a bucket", ErrCorrupt, class)
+		}
+		for c := cursor(rows); ; {
+			err := guard(func() error {
+				ref, data = c()
+				data = bytes.Clone(data) // inside the guard, as it reads the file
+				return nil
+			})
+			if err != nil {
+				return err
+			}
+			if ref == nil {
+				break
+			}
 			if !yield(db.Row{Class: string(class), Ref: string(ref), Data: data}, nil) {
 				return errStopped
 			}
-			return nil
-		})
-	})
+		}
+	}
+}
+
+// cursor returns a function that returns one key and value of a bucket after the other, then nil.
+func cursor(b *bbolt.Bucket) func() (k, v []byte) {
+	c := b.Cursor()
+	step := c.First
+	return func() (k, v []byte) {
+		k, v = step()
+		step = c.Next
+		return k, v
+	}
 }
 
 // Commit implements db.Store.
 func (s *Store) Commit(_ context.Context, b db.Batch) error {
-	return s.file.Update(func(tx *bbolt.Tx) error {
-		classes := tx.Bucket(classBucket)
-		for _, r := range b.Rows {
-			rows, err := classes.CreateBucketIfNotExists([]byte(r.Class))
-			if err != nil {
-				return err
-			}
-			if r.Data == nil {
-				err = rows.Delete([]byte(r.Ref))
-			} else {
-				err = rows.Put([]byte(r.Ref), r.Data)
-			}
-			if err != nil {
-				return fmt.Errorf("%s %s: %w", r.Class, r.Ref, err)
-			}
-		}
-		return tx.Bucket(metaBucket).Put(revisionKey, bytesOf(b.Revision))
+	return guard(func() error {
+		return s.file.Update(func(tx *bbolt.Tx) error { return commit(tx, b) })
 	})
+}
+
+func commit(tx *bbolt.Tx, b db.Batch) error {
+	classes := tx.Bucket(classBucket)
+	for _, r := range b.Rows {
+		rows, err := classes.CreateBucketIfNotExists([]byte(r.Class))
+		if err != nil {
+			return err
+		}
+		if r.Data == nil {
+			err = rows.Delete([]byte(r.Ref))
+		} else {
+			err = rows.Put([]byte(r.Ref), r.Data)
+		}
+		if err != nil {
+			return fmt.Errorf("%s %s: %w", r.Class, r.Ref, err)
+		}
+	}
+	return tx.Bucket(metaBucket).Put(revisionKey, bytesOf(b.Revision))
 }
 
 // Check reads the whole file and returns every inconsistency in its structure.
