@@ -5,6 +5,7 @@ import (
 	"iter"
 )
 
+
 // Resizer changes the size of a volume, in bytes. Growth reads as zero; what a
 // shrink cuts off is gone. ErrInvalid for a size that Create would refuse,
 // ErrReadOnly for a read-only volume.
@@ -35,6 +36,14 @@ type GroupSnapshotter interface {
 // may stop at any time and continue at the end of the last extent it got.
 type Differ interface {
 	Diff(ctx context.Context, from, to Volume, off int64) iter.Seq2[Extent, error]
+}
+
+// Versioned is the power of a Volume opened Pinned to name its contents: equal
+// versions of one volume ID stand for equal bytes, as long as the repo exists.
+// Different versions may stand for equal bytes, too. It may have to make the
+// contents durable first. A volume opened Live answers with ErrInvalid.
+type Versioned interface {
+	Version(ctx context.Context) (string, error)
 }
 
 // Attributer replaces the attribute blob of a volume, of a read-only one too.

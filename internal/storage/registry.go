@@ -16,8 +16,9 @@ type Driver struct {
 	// when it is open already, ErrInvalid for a bad config.
 	Open func(ctx context.Context, config map[string]string, create bool) (Repo, error)
 	// Destroy removes the repo that config names with all its volumes. It must
-	// be closed, or the error is ErrLocked; ErrNoRepo when there is none. A
-	// Destroy that was cut short can be repeated.
+	// be closed, or the error is ErrLocked; ErrNoRepo when there is none. One
+	// that was cut short leaves the repo, or none and at most garbage that
+	// an Open with create removes.
 	Destroy func(ctx context.Context, config map[string]string) error
 	// Features are those of any repo of the type, as Features computes them.
 	Features []string

@@ -19,7 +19,10 @@ type volume struct {
 	closed atomic.Bool
 }
 
-var _ storage.Volume = (*volume)(nil)
+var (
+	_ storage.Volume    = (*volume)(nil)
+	_ storage.Versioned = (*volume)(nil)
+)
 
 func (v *volume) fail(doing string, err error) error { return translate(doing, v.id, err) }
 
@@ -58,6 +61,17 @@ func (v *volume) Extents(ctx context.Context, off, n int64) iter.Seq2[storage.Ex
 	return v.convert(ctx, "extents of", func() (iter.Seq2[engine.Extent, error], error) {
 		return v.d.Extents(ctx, off, n), v.within(off, n)
 	})
+}
+
+func (v *volume) Version(ctx context.Context) (string, error) {
+	err := v.r.usable(ctx)
+	if err == nil {
+		var version string
+		if version, err = v.d.Version(ctx); err == nil {
+			return version, nil
+		}
+	}
+	return "", v.fail("version of", err)
 }
 
 func (v *volume) Close() error {

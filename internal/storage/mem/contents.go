@@ -20,8 +20,9 @@ var zeroPage page
 // contents is what a volume holds. A copy shares everything until one of the
 // two is written.
 type contents struct {
-	size  int64 // bytes
-	pages *btree.Map[int64, *page]
+	size    int64  // bytes
+	version uint64 // changes with every change, and is never used again
+	pages   *btree.Map[int64, *page]
 }
 
 func newContents(size int64) contents {
@@ -29,7 +30,7 @@ func newContents(size int64) contents {
 }
 
 // copy returns an independent copy. It counts as a change of c.
-func (c contents) copy() contents { return contents{c.size, c.pages.Copy()} }
+func (c contents) copy() contents { return contents{c.size, c.version, c.pages.Copy()} }
 
 // within returns an error that matches ErrInvalid for a range that is not in
 // the volume.

@@ -95,7 +95,12 @@ type store struct {
 
 	mu      sync.RWMutex
 	volumes btree.Map[storage.ID, *volume] // guarded by mu
+
+	changes atomic.Uint64 // of any volume
 }
+
+// stamp marks a change of c.
+func (s *store) stamp(c *contents) { c.version = s.changes.Add(1) }
 
 // repo is an open store.
 type repo struct {
@@ -186,6 +191,7 @@ func (r *repo) Create(ctx context.Context, spec storage.Spec) (info storage.Info
 			return storage.ErrExists
 		}
 		v := &volume{id: spec.ID, data: newContents(spec.Size), attrs: slices.Clone(spec.Attrs)}
+		r.store.stamp(&v.data)
 		r.store.volumes.Set(v.id, v)
 		info = v.info()
 		return nil
@@ -374,6 +380,7 @@ func (r *repo) Resize(ctx context.Context, id storage.ID, size int64) (info stor
 		v.mu.Lock()
 		defer v.mu.Unlock()
 		v.data.resize(size)
+		r.store.stamp(&v.data)
 		info = v.info()
 		return nil
 	})

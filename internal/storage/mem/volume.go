@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"iter"
+	"strconv"
 	"sync/atomic"
 
 	"coppice/internal/storage"
@@ -88,6 +89,7 @@ func (l *live) change(doing string, off, n int64, fn func(contents)) error {
 		return l.fail(doing, err)
 	}
 	fn(l.v.data)
+	l.repo.store.stamp(&l.v.data)
 	return nil
 }
 
@@ -140,7 +142,10 @@ type pinned struct {
 	data contents // never changes
 }
 
-var _ viewer = (*pinned)(nil)
+var (
+	_ viewer            = (*pinned)(nil)
+	_ storage.Versioned = (*pinned)(nil)
+)
 
 func (p *pinned) Size() int64 { return p.data.size }
 
@@ -162,6 +167,13 @@ func (p *pinned) refuse() error {
 func (p *pinned) WriteAt([]byte, int64) (int, error)       { return 0, p.refuse() }
 func (p *pinned) Zero(context.Context, int64, int64) error { return p.refuse() }
 func (p *pinned) Flush(context.Context) error              { return p.usable() }
+
+func (p *pinned) Version(ctx context.Context) (string, error) {
+	if ctx.Err() != nil {
+		return "", context.Cause(ctx)
+	}
+	return strconv.FormatUint(p.data.version, 10), p.usable()
+}
 
 func (p *pinned) view(r *repo) (contents, error) {
 	if p.repo != r {

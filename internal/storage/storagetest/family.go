@@ -376,3 +376,62 @@ func testGroupAllOrNone(s *suite) {
 		}
 	}
 }
+
+// testVersions checks that a version of a volume never stands for two
+// contents, and that it is the same for contents that nobody has touched.
+func testVersions(s *suite) {
+	id, _ := s.filled(1, 20*kib)
+	v := s.live(id)
+	seen := map[string]string{}
+	version := func() string {
+		s.Helper()
+		pin, err := s.Repo.Open(s.ctx, id, storage.Pinned)
+		s.must(err)
+		defer pin.Close()
+		named, ok := pin.(storage.Versioned)
+		if !ok {
+			s.Skip("no storage.Versioned")
+		}
+		got, err := named.Version(s.ctx)
+		s.must(err)
+		data := string(s.read(pin, 0, pin.Size()))
+		if old, ok := seen[got]; ok && old != data {
+			s.Fatalf("version %q stands for two contents", got)
+		}
+		seen[got] = data
+		return got
+	}
+	if a, b := version(), version(); a != b {
+		s.Errorf("untouched contents have the versions %q and %q", a, b)
+	}
+	if named, ok := v.(storage.Versioned); ok {
+		_, err := named.Version(s.ctx)
+		s.wantErr(err, storage.ErrInvalid)
+	}
+	snap := s.snapshot(id)
+	for i := range 12 {
+		s.write(v, noise(i, 5000), int64(i*1000))
+		version()
+		if i%4 == 3 {
+			s.zero(v, 0, 20*kib)
+			version()
+		}
+		if r, ok := s.Repo.(storage.Reverter); ok && i%5 == 4 {
+			s.must(r.Revert(s.ctx, id, snap))
+			version()
+		}
+		if r, ok := s.Repo.(storage.Resizer); ok {
+			_, err := r.Resize(s.ctx, id, int64(20+4*(i%3))*kib)
+			s.must(err)
+			version()
+		}
+	}
+	s.flush(v)
+	last := version()
+	if s.Reopen != nil {
+		s.Reopen()
+		if got := version(); got != last {
+			s.Errorf("after reopening the version is %q, before it was %q", got, last)
+		}
+	}
+}

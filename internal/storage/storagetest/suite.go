@@ -84,6 +84,7 @@ func Run(t *testing.T, open Open) {
 		{"Resize", testResize},
 		{"Revert", testRevert},
 		{"SetAttrs", testSetAttrs},
+		{"Versions", testVersions},
 		{"Group", testGroup},
 		{"GroupAllOrNone", testGroupAllOrNone},
 		{"Check", testCheck},
