@@ -143,6 +143,7 @@ func TestClaimsAreFair(t *testing.T) {
 		release()
 		holder.end(Result{}, nil)
 		time.Sleep(time.Minute)
+		synctest.Wait()
 		want := make([]int, 20)
 		for i := range want {
 			want[i] = i

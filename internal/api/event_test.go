@@ -364,7 +364,7 @@ func TestEventsLost(t *testing.T) {
 	token := c.from("", 0, "vm").Token
 	c.update(func(tx *db.Tx) error { return db.Delete(tx, vm) })
 	c.update(func(tx *db.Tx) error {
-		for range 20000 {
+		for range 4200 {
 			if _, err := db.Insert(tx, xapi.New[xapi.VM]()); err != nil {
 				return err
 			}

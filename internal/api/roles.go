@@ -38,7 +38,7 @@ func (a *API) authorizeHTTP(s *session, action string) error {
 	if h == nil {
 		return xapi.NewError(xapi.ErrInternalError, "no HTTP action "+action)
 	}
-	if s.superuser || s.pool || a.allows(s, h.Role) {
+	if s.superuser || s.pool || a.allows(s, h.Role) || slices.Contains(h.ExtraRoles, s.role) {
 		return nil
 	}
 	return a.denied("http/"+action, h.Role)

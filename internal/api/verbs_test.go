@@ -7,7 +7,6 @@ import (
 	"strings"
 	"testing"
 
-	"coppice/internal/db"
 	"coppice/internal/xapi"
 
 	"github.com/google/go-cmp/cmp"
@@ -176,37 +175,6 @@ func TestRecords(t *testing.T) {
 	}
 	if _, err := c.Records(t.Context(), c.root, "nothing"); code(err) != "MESSAGE_METHOD_UNKNOWN" {
 		t.Errorf("unknown class: %v", err)
-	}
-}
-
-// BenchmarkGetField is the shortest way through dispatch.
-func BenchmarkGetField(b *testing.B) {
-	d, err := db.Open(b.Context(), xapi.Datamodel(), db.NewMemStore())
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer d.Close()
-	a, err := prepare(b.Context(), Config{DB: d})
-	if err != nil {
-		b.Fatal(err)
-	}
-	var pool xapi.Ref[xapi.Pool]
-	if err := d.Update(b.Context(), func(tx *db.Tx) (err error) {
-		pool, err = db.Insert(tx, xapi.New[xapi.Pool]())
-		return err
-	}); err != nil {
-		b.Fatal(err)
-	}
-	session, err := a.Login(b.Context(), trusted, "root", "")
-	if err != nil {
-		b.Fatal(err)
-	}
-	params := []any{string(session), string(pool)}
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, err := a.Invoke(b.Context(), Origin{}, "pool.get_name_label", params); err != nil {
-			b.Fatal(err)
-		}
 	}
 }
 
