@@ -60,7 +60,11 @@ func (a *API) bootstrap(ctx context.Context) error {
 	}
 	config := map[string]string{}
 	if _, ok := drv.Config[locationKey]; ok {
-		config[locationKey] = filepath.Join(a.cfg.DataDir, "store")
+		path, err := filepath.Abs(filepath.Join(a.cfg.DataDir, "store"))
+		if err != nil {
+			return err
+		}
+		config[locationKey] = path
 	}
 	ref := xapi.NewRef[xapi.SR]()
 	// Storage first, then every record in one commit: a crash in between

@@ -24,14 +24,21 @@ type rig struct {
 	faults *faults
 	store  *faultStore
 	driver storage.Driver
+	dir    string            // the data directory
 	sr     xapi.Ref[xapi.SR] // the default one
 	dom0   xapi.Ref[xapi.VM]
 }
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
+	return newRigOn(t, mem.Driver())
+}
+
+// newRigOn makes a rig whose SRs are of the driver.
+func newRigOn(t *testing.T, d storage.Driver) *rig {
+	t.Helper()
 	f := &faults{}
-	r := &rig{faults: f, store: &faultStore{Store: db.NewMemStore(), faults: f}, driver: mem.Driver()}
+	r := &rig{faults: f, store: &faultStore{Store: db.NewMemStore(), faults: f}, driver: d, dir: t.TempDir()}
 	r.start(t)
 	t.Cleanup(func() { r.stop(t) })
 	return r
@@ -49,7 +56,7 @@ func (r *rig) start(t *testing.T) {
 		DB:      d,
 		Storage: storage.Registry{r.driver.Type: r.faults.driver(r.driver)},
 		Log:     slog.New(slog.NewTextHandler(log, nil)),
-		Version: "1.2.3", DataDir: "data",
+		Version: "1.2.3", DataDir: r.dir,
 	})
 	if err != nil {
 		t.Fatalf("start: %v\n%s", err, log.String())

@@ -71,7 +71,11 @@ func (a *API) srCreate(ctx context.Context, c *Call, host xapi.Ref[xapi.Host], c
 		config = map[string]string{}
 	}
 	if _, ok := drv.Config[locationKey]; ok && config[locationKey] == "" {
-		config[locationKey] = filepath.Join(a.cfg.DataDir, "sr", sr.UUID)
+		path, err := filepath.Abs(filepath.Join(a.cfg.DataDir, "sr", sr.UUID))
+		if err != nil {
+			return "", err
+		}
+		config[locationKey] = path
 	}
 	err = a.db.View(func(tx *db.Tx) error {
 		if _, err := db.Get(tx, host); err != nil {

@@ -46,7 +46,7 @@ func TestBootstrap(t *testing.T) {
 			t.Errorf("dom0 %+v", dom0)
 		case sr.NameLabel != "Local storage" || sr.Type != "mem" || sr.ContentType != "user" || sr.PhysicalSize == 0:
 			t.Errorf("SR %+v", sr)
-		case !pbd.CurrentlyAttached || pbd.Host != r.host || pbd.DeviceConfig["location"] != filepath.Join("data", "store"):
+		case !pbd.CurrentlyAttached || pbd.Host != r.host || pbd.DeviceConfig["location"] != filepath.Join(r.dir, "store"):
 			t.Errorf("PBD %+v", pbd)
 		}
 		r.view(func(tx *db.Tx) {

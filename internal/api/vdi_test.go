@@ -23,7 +23,7 @@ type vdiRef = xapi.Ref[xapi.VDI]
 // a state that messages cannot.
 func set[T any](r *rig, ref xapi.Ref[T], change func(*T)) {
 	r.t.Helper()
-	r.update(func(tx *db.Tx) error { return db.Modify(tx, ref, change) })
+	r.update(func(tx *db.Tx) error { return cmpErr(db.Modify(tx, ref, change), r.refreshAll(tx)) })
 }
 
 // fails checks that a message fails with exactly this code and parameters.
