@@ -1,0 +1,189 @@
+package cow
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"testing"
+
+	"coppice/internal/vfs"
+)
+
+// benchStore makes a store of ordinary geometry in a real directory.
+func benchStore(b *testing.B) *Store {
+	b.Helper()
+	dir, err := vfs.CreateDir(b.TempDir() + "/store")
+	if err != nil {
+		b.Fatal(err)
+	}
+	s, err := Create(context.Background(), dir, Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			b.Error(err)
+		}
+	})
+	return s
+}
+
+func benchDisk(b *testing.B, s *Store, n byte, size int64) *Disk {
+	b.Helper()
+	if _, err := s.Create(context.Background(), ID{n}, size, nil); err != nil {
+		b.Fatal(err)
+	}
+	d, err := s.OpenDisk(context.Background(), ID{n}, Live)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return d
+}
+
+// noise is bytes without zero units.
+func noise(n int) []byte {
+	p := make([]byte, n)
+	rng := rand.NewChaCha8([32]byte{1})
+	_, _ = rng.Read(p)
+	return p
+}
+
+const (
+	benchSize = 1 << 30
+	benchCall = 2 << 20
+)
+
+// BenchmarkSequentialWrite fills a disk of 1 GiB with calls of 2 MiB.
+func BenchmarkSequentialWrite(b *testing.B) {
+	s := benchStore(b)
+	d := benchDisk(b, s, 1, benchSize)
+	p := noise(benchCall)
+	b.SetBytes(benchCall)
+	off := int64(0)
+	for b.Loop() {
+		p[0]++ // contents that are there already would not be written
+		for i := 0; i < len(p); i += 4096 {
+			p[i+1]++
+		}
+		if _, err := d.WriteAt(p, off%benchSize); err != nil {
+			b.Fatal(err)
+		}
+		off += benchCall
+	}
+}
+
+// BenchmarkZeroWrite writes zeros over holes.
+func BenchmarkZeroWrite(b *testing.B) {
+	s := benchStore(b)
+	d := benchDisk(b, s, 1, benchSize)
+	p := make([]byte, benchCall)
+	b.SetBytes(benchCall)
+	off := int64(0)
+	for b.Loop() {
+		if _, err := d.WriteAt(p, off%benchSize); err != nil {
+			b.Fatal(err)
+		}
+		off += benchCall
+	}
+}
+
+// BenchmarkSequentialRead reads what BenchmarkSequentialWrite wrote.
+func BenchmarkSequentialRead(b *testing.B) {
+	s := benchStore(b)
+	d := benchDisk(b, s, 1, benchSize)
+	p := noise(benchCall)
+	for off := int64(0); off < benchSize; off += benchCall {
+		if _, err := d.WriteAt(p, off); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if err := d.Flush(context.Background()); err != nil {
+		b.Fatal(err)
+	}
+	b.SetBytes(benchCall)
+	off := int64(0)
+	for b.Loop() {
+		if _, err := d.ReadAt(p, off%benchSize); err != nil {
+			b.Fatal(err)
+		}
+		off += benchCall
+	}
+}
+
+// BenchmarkRandom reads and writes single units of a filled disk.
+func BenchmarkRandom(b *testing.B) {
+	s := benchStore(b)
+	d := benchDisk(b, s, 1, benchSize)
+	p := noise(benchCall)
+	for off := int64(0); off < benchSize; off += benchCall {
+		if _, err := d.WriteAt(p, off); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if err := d.Flush(context.Background()); err != nil {
+		b.Fatal(err)
+	}
+	rng := rand.New(rand.NewPCG(1, 1))
+	unit := p[:4096]
+	b.Run("read", func(b *testing.B) {
+		b.SetBytes(4096)
+		b.ReportAllocs()
+		for b.Loop() {
+			if _, err := d.ReadAt(unit, rng.Int64N(benchSize/4096)*4096); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("write", func(b *testing.B) {
+		b.SetBytes(4096)
+		b.ReportAllocs()
+		for b.Loop() {
+			if _, err := d.WriteAt(unit, rng.Int64N(benchSize/4096)*4096); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("write+flush", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := d.WriteAt(unit, rng.Int64N(benchSize/4096)*4096); err != nil {
+				b.Fatal(err)
+			}
+			if err := d.Flush(context.Background()); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
+
+// BenchmarkSnapshot takes snapshots of a disk that has some already, one
+// changed unit between two.
+func BenchmarkSnapshot(b *testing.B) {
+	for _, depth := range []int{1, 1000} {
+		b.Run(fmt.Sprintf("depth=%d", depth), func(b *testing.B) {
+			ctx := context.Background()
+			s := benchStore(b)
+			d := benchDisk(b, s, 1, 1<<40)
+			n := uint32(0)
+			snap := func() {
+				n++
+				id := ID{2, byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n)}
+				if _, err := s.Snapshot(ctx, []Pair{{Src: d.ID(), New: id}}); err != nil {
+					b.Fatal(err)
+				}
+			}
+			p := noise(4096)
+			for i := range depth {
+				if _, err := d.WriteAt(p, int64(i)*1<<20); err != nil {
+					b.Fatal(err)
+				}
+				snap()
+			}
+			for b.Loop() {
+				if _, err := d.WriteAt(p, int64(n)*1<<20); err != nil {
+					b.Fatal(err)
+				}
+				snap()
+			}
+		})
+	}
+}

@@ -1,0 +1,322 @@
+package cow
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"coppice/internal/vfs"
+)
+
+// stamp fills a unit with a number, 0 being a hole.
+func stamp(b []byte, n uint64) {
+	for i := 0; i+8 <= len(b); i += 8 {
+		binary.LittleEndian.PutUint64(b[i:], n)
+	}
+}
+
+func readStamp(b []byte) (uint64, error) {
+	n := binary.LittleEndian.Uint64(b)
+	for i := 0; i+8 <= len(b); i += 8 {
+		if binary.LittleEndian.Uint64(b[i:]) != n {
+			return 0, fmt.Errorf("unit holds a mixture at %d: %x", i, b[:32])
+		}
+	}
+	return n, nil
+}
+
+// TestConcurrent runs writers, readers, snapshots, clones, pins and deletes
+// at the same time. Each writer owns a unit and writes rising numbers; a
+// snapshot must hold everything acknowledged before it was asked for and
+// nothing begun after it was acknowledged.
+func TestConcurrent(t *testing.T) {
+	ctx := context.Background()
+	m := vfs.NewMem(0)
+	s, err := Create(ctx, m, tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	const writers, rounds, snaps = 6, 250, 40
+	base := ID{1}
+	if _, err := s.Create(ctx, base, writers*int64(tiny.UnitSize), nil); err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.OpenDisk(ctx, base, Live)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var begun, acked [writers]atomic.Uint64
+	var wg sync.WaitGroup
+	for i := range writers {
+		wg.Go(func() {
+			b := make([]byte, tiny.UnitSize)
+			rng := rand.New(rand.NewPCG(uint64(i), 1))
+			for n := uint64(1); n <= rounds; n++ {
+				stamp(b, n)
+				begun[i].Store(n)
+				if _, err := d.WriteAt(b, int64(i*tiny.UnitSize)); err != nil {
+					t.Error(err)
+					return
+				}
+				acked[i].Store(n)
+				if rng.IntN(20) == 0 {
+					if err := d.Flush(ctx); err != nil {
+						t.Error(err)
+						return
+					}
+				}
+			}
+		})
+	}
+	check := func(d *Disk, low, high [writers]uint64) {
+		got := make([]byte, writers*tiny.UnitSize)
+		if _, err := d.ReadAt(got, 0); err != nil {
+			t.Error(err)
+			return
+		}
+		for i := range writers {
+			n, err := readStamp(got[i*tiny.UnitSize : (i+1)*tiny.UnitSize])
+			if err != nil || n < low[i] || n > high[i] {
+				t.Errorf("writer %d: snapshot has %d, want %d to %d: %v", i, n, low[i], high[i], err)
+			}
+		}
+	}
+	counts := func(a *[writers]atomic.Uint64) (n [writers]uint64) {
+		for i := range n {
+			n[i] = a[i].Load()
+		}
+		return n
+	}
+	for k := range 3 {
+		wg.Go(func() {
+			for j := range snaps {
+				id := ID{byte(k + 2), byte(j)}
+				low := counts(&acked)
+				var err error
+				var snap *Disk
+				switch k {
+				case 0:
+					_, err = s.Snapshot(ctx, []Pair{{Src: base, New: id}})
+				case 1:
+					_, err = s.Clone(ctx, Pair{Src: base, New: id})
+				case 2:
+					snap, err = s.OpenDisk(ctx, base, Pinned)
+				}
+				high := counts(&begun)
+				if err == nil && snap == nil {
+					snap, err = s.OpenDisk(ctx, id, Live)
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				check(snap, low, high)
+				if k != 2 {
+					pin, err := s.OpenDisk(ctx, id, Pinned)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					if err := s.Delete(ctx, id); err != nil {
+						t.Error(err)
+						return
+					}
+					check(pin, low, high)
+					if _, err := snap.ReadAt(make([]byte, 1), 0); !errors.Is(err, ErrNotFound) {
+						t.Errorf("read of a deleted volume: %v", err)
+					}
+					if err := pin.Close(); err != nil {
+						t.Error(err)
+					}
+				}
+				if err := snap.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := checkClean(m); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestPatchesOfOneUnit has goroutines write single bytes of the same unit
+// while checkpoints and snapshots go on: no byte may be lost.
+func TestPatchesOfOneUnit(t *testing.T) {
+	ctx := context.Background()
+	m := vfs.NewMem(0)
+	s, err := Create(ctx, m, tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Create(ctx, ID{1}, int64(tiny.UnitSize), nil); err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.OpenDisk(ctx, ID{1}, Live)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			for n := range 64 {
+				if _, err := d.WriteAt([]byte{byte(n + 1)}, int64(i+8*n)); err != nil {
+					t.Error(err)
+				}
+				if n%16 == i {
+					if err := d.Flush(ctx); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+		})
+	}
+	wg.Wait()
+	got := make([]byte, 512)
+	if _, err := d.ReadAt(got, 0); err != nil {
+		t.Fatal(err)
+	}
+	for i, b := range got {
+		if int(b) != i/8+1 {
+			t.Fatalf("byte %d is %d, want %d", i, b, i/8+1)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestRelations checks relations between volumes at ordinary geometry, where
+// no model is needed.
+func TestRelations(t *testing.T) {
+	ctx := context.Background()
+	m := vfs.NewMem(0)
+	s, err := Create(ctx, m, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const size = 300 << 20
+	rng := rand.New(rand.NewPCG(3, 3))
+	x := ID{1}
+	if _, err := s.Create(ctx, x, size, nil); err != nil {
+		t.Fatal(err)
+	}
+	dx, err := s.OpenDisk(ctx, x, Live)
+	if err != nil {
+		t.Fatal(err)
+	}
+	scribble := func(d *Disk, n int) {
+		t.Helper()
+		for range n {
+			p := noise(1 + rng.IntN(40<<10))
+			if rng.IntN(10) == 0 {
+				p = noise(600 << 10)
+			}
+			if _, err := d.WriteAt(p, rng.Int64N(size-int64(len(p)))); err != nil {
+				t.Fatal(err)
+			}
+			if rng.IntN(5) == 0 {
+				if err := d.Zero(ctx, rng.Int64N(size/2), rng.Int64N(2<<20)); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	}
+	open := func(id ID) *Disk {
+		t.Helper()
+		d, err := s.OpenDisk(ctx, id, Live)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	snap := func(src, id ID) *Disk {
+		t.Helper()
+		if _, err := s.Snapshot(ctx, []Pair{{Src: src, New: id}}); err != nil {
+			t.Fatal(err)
+		}
+		return open(id)
+	}
+	bytesOf := func(a, b *Disk) (n int64) {
+		t.Helper()
+		for e, err := range s.Diff(ctx, a, b, 0) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			n += e.Len
+		}
+		return n
+	}
+	equal := func(a, b *Disk, from, to int64) {
+		t.Helper()
+		p, q := make([]byte, 1<<20), make([]byte, 1<<20)
+		for off := from; off < to; off += int64(len(p)) {
+			k := min(int64(len(p)), to-off)
+			if _, err := a.ReadAt(p[:k], off); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := b.ReadAt(q[:k], off); err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(p[:k], q[:k]) {
+				t.Fatalf("volumes %v and %v differ in %d bytes from %d", a.ID(), b.ID(), k, off)
+			}
+		}
+	}
+	scribble(dx, 60)
+	a := snap(x, ID{2})
+	scribble(dx, 20)
+	b := snap(x, ID{3})
+	scribble(dx, 20)
+	c := snap(x, ID{4})
+	if n := bytesOf(a, a); n != 0 {
+		t.Errorf("a volume differs from itself in %d bytes", n)
+	}
+	if ac, ab, bc := bytesOf(a, c), bytesOf(a, b), bytesOf(b, c); ac > ab+bc || ac == 0 {
+		t.Errorf("diffs of %d, %d and %d bytes break the triangle", ac, ab, bc)
+	}
+	if _, err := s.Clone(ctx, Pair{Src: a.ID(), New: ID{5}}); err != nil {
+		t.Fatal(err)
+	}
+	y := open(ID{5})
+	equal(a, y, 0, size)
+	for e, err := range s.Diff(ctx, a, c, 0) { // applied to a copy of a, it makes c
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := make([]byte, e.Len)
+		if _, err := c.ReadAt(p, e.Off); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := y.WriteAt(p, e.Off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	equal(c, y, 0, size)
+	for _, id := range []ID{a.ID(), b.ID()} {
+		if err := s.Delete(ctx, id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	equal(c, y, 0, size)
+	if err := s.Revert(ctx, x, y.ID()); err != nil {
+		t.Fatal(err)
+	}
+	equal(c, dx, 0, size)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := checkClean(m); err != nil {
+		t.Fatal(err)
+	}
+}
