@@ -5,7 +5,6 @@ import (
 	"iter"
 )
 
-
 // Resizer changes the size of a volume, in bytes. Growth reads as zero; what a
 // shrink cuts off is gone. ErrInvalid for a size that Create would refuse,
 // ErrReadOnly for a read-only volume.

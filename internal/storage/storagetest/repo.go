@@ -230,6 +230,44 @@ func testUsage(s *suite) {
 	}
 }
 
+// testSpaceReturns fills, shares, overwrites and deletes, and waits for the
+// space to come back: all of it, without anything but ordinary use.
+func testSpaceReturns(s *suite) {
+	used := func() int64 {
+		s.Helper()
+		u, err := s.Repo.Usage(s.ctx)
+		s.must(err)
+		return u.Used
+	}
+	s.delete(s.create(unit))
+	before := used()
+	for round := range 3 {
+		id, _ := s.filled(round, 3*mib)
+		v := s.live(id)
+		pin := s.open(id, storage.Pinned)
+		for i := range 6 { // some flushed, some never
+			s.write(v, noise(i, 300*kib), int64(i)*200*kib)
+			s.write(v, noise(i, 5000), int64(i)*123)
+			s.zero(v, int64(i)*100*kib, 70*kib)
+			if i%2 == 0 {
+				s.flush(v)
+				s.snapshot(id)
+			}
+		}
+		s.must(pin.Close())
+		for _, id := range s.list() {
+			s.delete(id)
+		}
+		const slack, patience = 128 * kib, 3000
+		for i := 0; used() > before+slack; i++ {
+			if i == patience {
+				s.Fatalf("round %d: %d bytes are used after everything has been deleted, %d before", round, used(), before)
+			}
+			s.delete(s.create(unit))
+		}
+	}
+}
+
 func testFeatures(s *suite) {
 	for name, have := range map[string]bool{
 		"VDI_RESIZE":   implements[storage.Resizer](s),

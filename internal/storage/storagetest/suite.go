@@ -59,6 +59,7 @@ func Run(t *testing.T, open Open) {
 		{"IDReuse", testIDReuse},
 		{"Attributes", testAttributes},
 		{"Usage", testUsage},
+		{"SpaceReturns", testSpaceReturns},
 		{"Features", testFeatures},
 		{"CloseRepo", testCloseRepo},
 		{"CloseVolume", testCloseVolume},
