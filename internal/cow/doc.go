@@ -1,3 +1,137 @@
-// Package cow is the storage engine: volumes in one store, of which any may
-// be snapshotted, cloned, reverted and deleted at any time in constant time.
+// Package cow is the storage engine: any number of volumes in one store, each
+// of which may be snapshotted, cloned, reverted and deleted at any time. The
+// first three take the same time whatever the size, the age and the number of
+// relatives; a delete is acknowledged at once and its space comes back in the
+// background. Every byte read has been verified.
+//
+// A store is a directory of a few files behind [vfs.FS]. One process has it
+// open: [Create] and [Open] return a [Store], [Store.OpenDisk] a [Disk] to
+// read and write. [Check], [Dump] and [Destroy] work on a store that nobody
+// has open.
+//
+// # Model
+//
+// A volume maps units of 4 KiB. Its map is a radix tree of pages of 256
+// entries; volumes share pages and units. Nothing that is referred to is ever
+// overwritten: a change goes to free units, and the way up to the root is
+// written anew. Every unit has a counter of the references to it, so a unit
+// is free when its counter is zero, whoever let go of it last.
+//
+// Between checkpoints trees do not change. A volume in memory is a view: the
+// root of its tree under a short chain of layers, which hold what has been
+// written since. Only the top layer takes writes. A snapshot seals the top
+// layer and puts it under both volumes; that is all it does. A checkpoint cuts
+// all changed volumes at one moment, merges their sealed layers into trees,
+// writes counters and region table, and switches over with one write of the
+// superblock. Durability comes from checkpoints: a flush waits for one, and
+// all that wait at the same time share it.
+//
+// A merge moves a page whose counter is 1, its children going along, and
+// copies one that is shared, each child gaining a reference. A reference to a
+// page is given up by putting it on the reap queue, from which the reaper
+// takes it within later checkpoints, a slice at a time: when it was the last,
+// the page goes and what it refers to follows.
+//
+// A unit that has lost its last reference is reused only when the checkpoint
+// that says so is durable and every read that may still see it has ended.
+//
+// Each entry carries the birth of its content: the epoch, a number that only
+// grows, at which the layer that brought it was sealed. What is in a snapshot
+// is no younger than the snapshot. Holes made by zeroing have a birth, too.
+//
+// # Failure
+//
+// A write that does not fit fails with a *[SpaceError] before it is
+// acknowledged; reads, flushes, deletes and reverts work on a full store. A
+// unit that fails its checksum twice is a *[CorruptError]. Any failed write or
+// sync of metadata makes the store read-only until it is opened again
+// ([ErrFailed]), because after a failed sync nobody knows what the device has.
+//
+// # Format, version 1
+//
+// Integers are little endian; checksums are CRC32C. Sizes below are those of
+// [DefaultGeometry].
+//
+//	super        superblock, 4 slots of 4 KiB
+//	regions-0    region table of even generations
+//	regions-1    region table of odd generations
+//	space-0000…  units, 1 TiB per file
+//
+// A unit is named by its address, 40 bits: its number in all space files, one
+// behind the other. 8192 units are a region, 32 MiB, which begins with its own
+// counters:
+//
+//	unit 0       8        16                                        8191
+//	     ┌────────┬────────┬──────────────────────────────────────────┐
+//	     │counters│counters│ data, map pages, table and queue         │
+//	     │ copy 0 │ copy 1 │                                          │
+//	     └────────┴────────┴──────────────────────────────────────────┘
+//
+// A counter page is 1024 counters of 4 bytes. A checkpoint writes a changed
+// page over the copy that the generation before does not use.
+//
+// Entry, 16 bytes, the only kind of reference:
+//
+//	0         5         10       14   15   16
+//	┌─────────┬─────────┬────────┬────┬─────┐
+//	│ address │  birth  │ CRC of │kind│level│   kind 0 hole, 1 data, 2 page
+//	│         │ (epoch) │the unit│    │     │   level of a page, 1 for a leaf
+//	└─────────┴─────────┴────────┴────┴─────┘
+//
+// A map page is 256 entries: data or holes in a leaf, pages of the level below
+// or holes elsewhere. Entry i of a page of level l maps 256^(l-1) units. The
+// level of a root is the height of its tree; units beyond a tree are holes of
+// birth 0, and a tree grows by a new root whose entry 0 is the old one.
+//
+// Superblock, 512 bytes at the start of a slot. Generation g is in slots
+// g mod 2 and g mod 2 + 2; the newest that is valid counts:
+//
+//	 0  8 "COPPICE\n"               84  8 next volume number
+//	 8  4 version, 1                92 20 log position (reserved, zero)
+//	12  4 compatible features      112 16 entry: root of the volume table
+//	16  4 incompatible features    128 16 entry: top block of the reap queue
+//	20  4 unit size                144  8 entries in the reap queue
+//	24  4 entries per page         152  8 regions
+//	28  4 counters per page        160  4 CRC over the CRCs of the pages
+//	32  4 regions per file                of the region table
+//	36 16 store UUID               164    zero
+//	52 16 log key                  508  4 CRC of bytes 0 to 507
+//	68  8 generation
+//	76  8 epoch
+//
+// A store with an unknown incompatible feature bit is refused.
+//
+// Region table: 64 bytes per region in pages of 4 KiB. Generation g rewrites,
+// in its file, the pages that changed in g or g-1:
+//
+//	 0 32 CRC of the valid copy of each of the 8 counter pages
+//	32  1 bit k: the valid copy of page k is copy 1
+//	33  1 bit k: all counters of page k are zero and the page is not read
+//	34  1 zero (reserved: kind of the contents)
+//	35  1 bit 0: the host has no space behind the units from 16 on
+//	36  4 units whose counter is zero, counter pages not counted
+//	40    zero
+//
+// Volume table: a tree like any other, whose units are 16 records of 256
+// bytes. Record n is at place n mod 16 of unit n / 16:
+//
+//	 0  8 number n, never reused; 0 if there is no such volume
+//	 8 16 ID
+//	24  4 flags: 1 read-only, 2 pin, 4 mapped units are an upper bound
+//	28  4 bytes of the attribute blob
+//	32  8 size in bytes
+//	40  8 number of the parent, 0 for none
+//	48  8 epoch at which a read-only volume was sealed
+//	56  8 mapped units
+//	64 16 entry: root of the map
+//	80 16 entry: attribute blob: one data unit, or a leaf of them
+//	96    zero
+//
+// A pin keeps the contents of an open pinned disk; opening a store removes it.
+//
+// Reap queue: a stack in a chain of blocks. A block is the entry of the block
+// below, of kind data, and 255 entries of roots to be given up.
+//
+// Room for later: entry kinds for compressed and encrypted units, the level
+// byte's upper bits for a second copy of a page, feature bits, the log.
 package cow
