@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"log/slog"
 	"sync"
 	"time"
 
@@ -28,6 +29,7 @@ type Call struct {
 	Method  string   // "VDI.snapshot", or the HTTP action of a transfer
 
 	api    *API
+	begun  time.Time
 	client context.Context // ends when the client's connection does
 	ctx    context.Context // ends with task.cancel or the server's stop
 	cancel context.CancelCauseFunc
@@ -109,7 +111,7 @@ func (a *API) begin(client context.Context, o Origin, s *session, method string)
 	if err := a.running.enter(); err != nil {
 		return nil, err
 	}
-	c := &Call{Origin: o, Session: s, Method: method, api: a, client: client}
+	c := &Call{Origin: o, Session: s, Method: method, api: a, begun: time.Now(), client: client}
 	c.ctx, c.cancel = context.WithCancelCause(a.ctx)
 	if s != nil {
 		s.running.Add(1)
@@ -124,7 +126,7 @@ func (c *Call) end(res Result, err error) *xapi.Error {
 	a := c.api
 	var told *xapi.Error
 	if err != nil {
-		told = a.apiError(causeOf(c.ctx, err))
+		told = a.outcome(c.ctx, c.Method, err)
 	}
 	c.mu.Lock()
 	held := c.held
@@ -149,7 +151,28 @@ func (c *Call) end(res Result, err error) *xapi.Error {
 		c.Session.running.Add(-1)
 	}
 	a.running.leave()
+	c.logEnd(told)
 	return told
+}
+
+// logEnd is a line per call for whoever looks for what a client did. It has
+// no parameters of the call: some are secrets.
+func (c *Call) logEnd(told *xapi.Error) {
+	log := c.api.log
+	if !log.Enabled(context.Background(), slog.LevelDebug) {
+		return
+	}
+	attrs := []any{"method", c.Method, "peer", c.Origin.Peer, "agent", c.Origin.UserAgent, "took", time.Since(c.begun)}
+	if c.Session != nil {
+		attrs = append(attrs, "user", c.Session.user)
+	}
+	if c.recorded {
+		attrs = append(attrs, "task", c.task)
+	}
+	if told != nil {
+		attrs = append(attrs, "told", told.Code)
+	}
+	log.Debug("call", attrs...)
 }
 
 // finish ends a call that is not run by Invoke; see end.

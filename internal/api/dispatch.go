@@ -63,7 +63,11 @@ func (a *API) invoke(ctx context.Context, o Origin, name string, params []any) (
 	}
 	if m.how == Mechanical {
 		// Nothing that could be waited for or cancelled: no task.
-		return a.execute(ctx, &Call{Origin: o, Session: s, Method: m.name, api: a, client: ctx, ctx: a.ctx}, m, args)
+		res, err := a.execute(a.ctx, &Call{Origin: o, Session: s, Method: m.name, api: a, client: ctx, ctx: a.ctx}, m, args)
+		if err != nil {
+			return Result{}, a.outcome(a.ctx, m.name, err)
+		}
+		return res, nil
 	}
 	c, err := a.begin(ctx, o, s, m.name)
 	if err != nil {
@@ -144,9 +148,6 @@ func (a *API) execute(ctx context.Context, c *Call, m *method, args []any) (res 
 	}
 	v, err := m.run(a, ctx, c, args)
 	if err != nil {
-		if told := a.apiError(causeOf(ctx, err)); told.Code == xapi.ErrInternalError {
-			a.log.Error("call failed", "method", m.name, "err", err)
-		}
 		return Result{}, err
 	}
 	return Result{Type: m.msg.Result, Value: v}, nil

@@ -12,7 +12,7 @@ import (
 // apiError makes of any error what a client is told. An *xapi.Error anywhere
 // in err's chain is passed on as it is; errors of the storage contract become
 // the codes of a storage back end; the rest is INTERNAL_ERROR with the
-// error's text.
+// error's text. What was translated stays reachable by Unwrap.
 //
 // This is the only translation. Handlers return storage errors wrapped with
 // what they were doing, and API errors only for what they decided themselves.
@@ -21,20 +21,34 @@ func (a *API) apiError(err error) *xapi.Error {
 		return e
 	}
 	if e, ok := errors.AsType[*storage.SpaceError](err); ok {
-		return backendFailure(44, fmt.Sprintf("There is insufficient space [opterr=%d bytes needed, %d free]", e.Needed, e.Free))
+		text := fmt.Sprintf("There is insufficient space [opterr=%d bytes needed, %d free]", e.Needed, e.Free)
+		return backendFailure(44, text).WithCause(err)
 	}
 	for _, t := range storageErrors {
-		if errors.Is(err, t.is) {
-			if t.number == 0 {
-				return xapi.NewError(t.code, t.params...)
-			}
-			return backendFailure(t.number, fmt.Sprintf("%s [opterr=%v]", t.text, err))
+		switch {
+		case !errors.Is(err, t.is):
+		case t.number == 0:
+			return xapi.NewError(t.code, t.params...).WithCause(err)
+		default:
+			return backendFailure(t.number, fmt.Sprintf("%s [opterr=%v]", t.text, err)).WithCause(err)
 		}
 	}
 	if errors.Is(err, context.Canceled) && a.ctx.Err() != nil {
 		return errStopping
 	}
-	return xapi.NewError(xapi.ErrInternalError, err.Error())
+	return xapi.InternalError(err)
+}
+
+// outcome is apiError for the end of a call. An error that nobody decided to
+// tell a client loses detail on the way to it, so it is logged whole, here and
+// nowhere else.
+func (a *API) outcome(ctx context.Context, method string, err error) *xapi.Error {
+	err = causeOf(ctx, err)
+	told := a.apiError(err)
+	if _, decided := errors.AsType[*xapi.Error](err); !decided && told != errStopping {
+		a.log.Error("call failed", "method", method, "told", told.Code, "err", err)
+	}
+	return told
 }
 
 // causeOf replaces the bare error of a cancelled context by the reason it was

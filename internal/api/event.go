@@ -329,22 +329,23 @@ func (r *registration) take(a *API, session xapi.Ref[xapi.Session]) (events []*x
 // eventNext returns what happened since the last event.next of the session,
 // and waits for it.
 func (a *API) eventNext(ctx context.Context, c *Call) ([]*xapi.Event, error) {
-	base := ctx
+	base, deadline := ctx, time.Now().Add(heartbeat)
 	for {
 		events, subs, seen, err := c.Session.legacy.take(a, c.Session.ref)
 		if err != nil {
 			return nil, err
 		}
 		if len(events) == 0 {
-			ctx, cancel := a.eventContext(base, c, heartbeat)
+			ctx, cancel := a.eventContext(base, c, time.Until(deadline))
 			a.awaitCommit(ctx, seen)
 			cause := context.Cause(ctx)
 			cancel()
 			if cause != nil && cause != errEventTimeout {
 				return nil, cause
 			}
-			if pool := a.model.Classes["pool"]; cause != nil && wants(subs, pool, "") {
-				events = a.heartbeats(subs, pool)
+			if cause == errEventTimeout {
+				deadline = time.Now().Add(heartbeat)
+				events = a.heartbeats(subs)
 			}
 		}
 		if len(events) > 0 {
@@ -359,7 +360,8 @@ func (a *API) eventNext(ctx context.Context, c *Call) ([]*xapi.Event, error) {
 }
 
 // heartbeats says that the pools of subs are as they were.
-func (a *API) heartbeats(subs []subscription, pool *xapi.Class) (events []*xapi.Event) {
+func (a *API) heartbeats(subs []subscription) (events []*xapi.Event) {
+	pool := a.model.Classes["pool"]
 	rows, err := a.rows(pool, func(ref string, _ any) bool { return wants(subs, pool, ref) })
 	if err != nil {
 		return nil

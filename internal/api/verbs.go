@@ -2,7 +2,6 @@ package api
 
 import (
 	"context"
-	"iter"
 	"reflect"
 	"slices"
 
@@ -305,32 +304,4 @@ func (r *rows) encode(e xapi.Encoder) error {
 	}
 	e.EndStruct()
 	return nil
-}
-
-// Records returns the objects of a class with their references, for a caller
-// that lists them itself. It needs what get_all_records of the class needs:
-// SESSION_INVALID, RBAC_PERMISSION_DENIED.
-func (a *API) Records(ctx context.Context, ref xapi.Ref[xapi.Session], class string) (iter.Seq2[string, any], error) {
-	s, err := a.session(ref)
-	if err != nil {
-		return nil, a.apiError(err)
-	}
-	m := a.methods[class+".get_all_records"]
-	if m == nil {
-		return nil, xapi.NewError(xapi.ErrMessageMethodUnknown, class+".get_all_records")
-	}
-	if err := a.admit(s, m, nil); err != nil {
-		return nil, a.apiError(err)
-	}
-	r, err := a.rows(m.class, nil)
-	if err != nil {
-		return nil, a.apiError(err)
-	}
-	return func(yield func(string, any) bool) {
-		for _, x := range r.list {
-			if !yield(x.ref, x.rec) {
-				return
-			}
-		}
-	}, nil
 }

@@ -153,31 +153,6 @@ func TestConstructors(t *testing.T) {
 	c.wantFailure("HANDLE_INVALID|VM_appliance|"+ref, c.root, "VM_appliance.destroy", ref)
 }
 
-func TestRecords(t *testing.T) {
-	c := newCore(t)
-	seq, err := c.Records(t.Context(), c.root, "pool")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for ref, rec := range seq {
-		if ref != string(c.pool) || rec.(*xapi.Pool).Master != c.host {
-			t.Errorf("got %s %+v", ref, rec)
-		}
-	}
-	for session, want := range map[xapi.Ref[xapi.Session]]string{
-		"OpaqueRef:x":       "SESSION_INVALID",
-		c.as("read-only"):   "RBAC_PERMISSION_DENIED",
-		c.as("vm-operator"): "RBAC_PERMISSION_DENIED",
-	} {
-		if _, err := c.Records(t.Context(), session, "secret"); code(err) != want {
-			t.Errorf("secrets: %v, want %s", err, want)
-		}
-	}
-	if _, err := c.Records(t.Context(), c.root, "nothing"); code(err) != "MESSAGE_METHOD_UNKNOWN" {
-		t.Errorf("unknown class: %v", err)
-	}
-}
-
 func TestRead(t *testing.T) {
 	c := newCore(t)
 	secret := xapi.New[xapi.Secret]()
