@@ -68,6 +68,14 @@ func (w *waiter) operation() string {
 	return w.claims[0].Op
 }
 
+// obstacle is the task that w waits for, or "".
+func (w *waiter) obstacle() string {
+	if len(w.blocked.Params) < 4 {
+		return ""
+	}
+	return w.blocked.Params[3]
+}
+
 // errQueued makes an Update roll back after its waiter has been queued.
 var errQueued = errors.New("queued")
 
@@ -177,21 +185,30 @@ func (a *API) take(tx *db.Tx, w *waiter, before []*waiter) error {
 	return nil
 }
 
-// settle takes the claims of every waiter whose turn has come and returns
-// those that are no longer to wait. They are off the queue, and the caller
-// closes their done after the commit. A waiter whose check fails for good
-// leaves with that error.
-func (a *API) settle(tx *db.Tx) (leaving []*waiter) {
+// settle takes the claims of every waiter whose turn has come, now that call c
+// gave claims back or no longer waits, and returns those that are no longer to
+// wait. They are off the queue, and the caller closes their done after the
+// commit. A waiter whose check fails for good leaves with that error.
+//
+// Only those that c was in the way of are looked at again, and those behind
+// one that leaves: the cost of a release does not depend on who waits for
+// something else.
+func (a *API) settle(tx *db.Tx, c *Call) (leaving []*waiter) {
 	t := &a.claims
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if len(t.waiting) == 0 {
+		return nil
+	}
+	moved := map[string]bool{string(c.Task()): true}
 	for i, w := range t.waiting {
-		if w.decided {
+		if !moved[w.obstacle()] && a.running.call(xapi.Ref[xapi.Task](w.obstacle())) != nil {
 			continue
 		}
 		if err := a.take(tx, w, t.waiting[:i]); err != errQueued {
 			w.err, w.decided = err, true
 			leaving = append(leaving, w)
+			moved[string(w.call.Task())] = true
 		}
 	}
 	t.waiting = slices.DeleteFunc(t.waiting, func(w *waiter) bool { return w.decided })
@@ -257,7 +274,7 @@ func (a *API) letGo(c *Call, held []*heldClaim, also func(*db.Tx) error) {
 				return err
 			}
 		}
-		leaving = a.settle(tx)
+		leaving = a.settle(tx, c)
 		return nil
 	})
 	if err != nil {
