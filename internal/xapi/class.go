@@ -294,8 +294,8 @@ func (m *Model) addField(c *Class, j fieldJSON) error {
 }
 
 func fieldByTag(t reflect.Type, name string) (reflect.StructField, bool) {
-	for i := range t.NumField() {
-		if sf := t.Field(i); sf.Tag.Get("xapi") == name {
+	for sf := range t.Fields() {
+		if sf.Tag.Get("xapi") == name {
 			return sf, true
 		}
 	}

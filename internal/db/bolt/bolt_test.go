@@ -24,6 +24,13 @@ func open(t *testing.T, path string) *bolt.Store {
 	return s
 }
 
+func closeStore(t *testing.T, s *bolt.Store) {
+	t.Helper()
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 // reopen checks the structure of the file, closes it and opens it again.
 func reopen(t *testing.T, s *bolt.Store, path string) *bolt.Store {
 	t.Helper()
@@ -91,7 +98,7 @@ func TestStore(t *testing.T) {
 
 func TestLoadStops(t *testing.T) {
 	s := open(t, filepath.Join(t.TempDir(), "db"))
-	defer s.Close()
+	defer closeStore(t, s)
 	var b db.Batch
 	for i := range 10 {
 		b.Rows = append(b.Rows, db.Row{Class: "c" + strconv.Itoa(i%2), Ref: strconv.Itoa(i), Data: []byte("x")})
@@ -104,7 +111,10 @@ func TestLoadStops(t *testing.T) {
 		t.Fatal(err)
 	}
 	n := 0
-	for range rows {
+	for _, err := range rows {
+		if err != nil {
+			t.Fatal(err)
+		}
 		if n++; n == 3 {
 			break
 		}
@@ -131,7 +141,7 @@ func TestOpenRefuses(t *testing.T) {
 	dir := t.TempDir()
 	locked := filepath.Join(dir, "locked")
 	s := open(t, locked)
-	defer s.Close()
+	defer closeStore(t, s)
 	if _, err := bolt.Open(locked); !errors.Is(err, bolt.ErrLocked) {
 		t.Errorf("a locked file: %v", err)
 	}
@@ -197,12 +207,12 @@ func TestDamage(t *testing.T) {
 		if err := os.WriteFile(path, data, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		err := func() error {
+		err := func() (err error) {
 			s, err := bolt.Open(path)
 			if err != nil {
 				return err
 			}
-			defer s.Close()
+			defer func() { err = errors.Join(err, s.Close()) }()
 			_, rows, err := s.Load(t.Context())
 			if err != nil {
 				return err
