@@ -60,6 +60,16 @@ func attrsOf(tx *db.Tx, v *xapi.VDI) diskAttrs {
 	return at
 }
 
+// inherit takes over what an older blob of the volume knows and the record
+// does not tell any more: which disk a snapshot was taken of, once that disk is
+// gone.
+func (at diskAttrs) inherit(old []byte) diskAttrs {
+	if was, ok := decodeAttrs(old); ok && at.Snapshot && at.SnapshotOf == "" {
+		at.SnapshotOf = was.SnapshotOf
+	}
+	return at
+}
+
 // apply fills in a record; snapshot_of is resolved by the caller, who knows
 // all records.
 func (at diskAttrs) apply(v *xapi.VDI) {
@@ -146,19 +156,26 @@ func (a *API) writeAttrs(ctx context.Context, repo *repository, ref xapi.Ref[xap
 	repo.attrs.Lock()
 	defer repo.attrs.Unlock()
 	var id storage.ID
-	var blob []byte
+	var at diskAttrs
 	err := a.db.View(func(tx *db.Tx) error {
 		v, err := db.Get(tx, ref)
 		if err != nil {
 			return err
 		}
-		id, blob = storage.ID(v.UUID), attrsOf(tx, v).encode()
+		id, at = storage.ID(v.UUID), attrsOf(tx, v)
 		return nil
 	})
 	if err != nil {
 		return nil // deleted meanwhile
 	}
-	if err := w.SetAttrs(ctx, id, blob); err != nil && !errors.Is(err, storage.ErrNotFound) {
+	if at.Snapshot && at.SnapshotOf == "" {
+		info, err := repo.Stat(ctx, id)
+		if err != nil {
+			return err
+		}
+		at = at.inherit(info.Attrs)
+	}
+	if err := w.SetAttrs(ctx, id, at.encode()); err != nil && !errors.Is(err, storage.ErrNotFound) {
 		return err
 	}
 	return nil

@@ -2,11 +2,13 @@ package api
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"slices"
 	"testing"
 
 	"coppice/internal/db"
+	"coppice/internal/storage"
 	"coppice/internal/xapi"
 )
 
@@ -259,4 +261,60 @@ func TestReconcile(t *testing.T) {
 		t.Errorf("disks after a scan: got %q, want %q", got, want)
 	}
 	r.wantConsistent()
+}
+
+// An SR that cannot be opened at start-up does not keep the server from
+// starting, says why in its PBD, and is attached when it can be again.
+func TestUnavailableSR(t *testing.T) {
+	r := newRig(t)
+	disk := r.disk(2 << 20)
+	uuid := record(r.core, disk).UUID
+	good := r.driver
+	for _, plug := range []bool{false, true} {
+		r.stop(t)
+		r.driver.Open = func(context.Context, map[string]string, bool) (storage.Repo, error) {
+			return nil, storage.ErrCorrupt
+		}
+		r.start(t)
+		pbd := xapi.Ref[xapi.PBD](r.pbd(r.sr))
+		if got := record(r.core, pbd); got.CurrentlyAttached || got.OtherConfig[unavailableKey] == "" {
+			t.Errorf("PBD %+v", got)
+		}
+		r.fails("SR_HAS_NO_PBDS|"+string(r.sr), "VDI.snapshot", r.ref(uuid))
+		if plug {
+			if _, err := r.try(r.root, "PBD.plug", string(pbd)); code(err) != "VDI_IO_ERROR" {
+				t.Errorf("plug: %v", err)
+			}
+		}
+		r.stop(t)
+		r.driver = good
+		r.start(t)
+		if got := record(r.core, pbd); !got.CurrentlyAttached || len(got.OtherConfig) != 0 {
+			t.Errorf("PBD %+v", got)
+		}
+		r.wantConsistent()
+	}
+}
+
+// A snapshot whose disk is gone still knows, in the storage, which disk that
+// was.
+func TestAttrsRememberOrigin(t *testing.T) {
+	r := newRig(t)
+	disk := r.disk(2 << 20)
+	uuid := record(r.core, disk).UUID
+	snap := r.call("VDI.snapshot", disk).(vdiRef)
+	r.call("VDI.destroy", disk)
+	r.call("VDI.set_name_label", snap, "renamed")
+	r.call("SR.scan", string(r.sr))
+	repo, err := r.repos.get(r.sr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	info, err := repo.Stat(t.Context(), volumeID(record(r.core, snap)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if at, _ := decodeAttrs(info.Attrs); at.SnapshotOf != uuid || at.Label != "renamed" {
+		t.Errorf("attributes %s", info.Attrs)
+	}
 }

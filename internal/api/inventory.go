@@ -198,7 +198,7 @@ func (a *API) refreshAttrs(ctx context.Context, inv *inventory) {
 				continue
 			}
 			info, found := inv.volumes[storage.ID(v.UUID)]
-			if found && !bytes.Equal(info.Attrs, attrsOf(tx, v).encode()) {
+			if found && !bytes.Equal(info.Attrs, attrsOf(tx, v).inherit(info.Attrs).encode()) {
 				stale = append(stale, ref)
 			}
 		}

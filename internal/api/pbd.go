@@ -79,8 +79,11 @@ func (a *API) pbdPlug(ctx context.Context, c *Call, ref xapi.Ref[xapi.PBD]) erro
 		return err
 	}
 	defer release()
-	if pbd.CurrentlyAttached {
+	switch {
+	case pbd.CurrentlyAttached:
 		return nil
+	case pbd.OtherConfig[unavailableKey] != "":
+		return a.reopen(ctx, ref) // makes good what start-up could not do
 	}
 	var typ string
 	err = a.db.View(func(tx *db.Tx) error {

@@ -11,6 +11,10 @@ import (
 	"coppice/internal/xapi"
 )
 
+// unavailableKey is the key in a PBD's other_config that says why its SR could
+// not be opened at start-up. The next start tries again, and so does PBD.plug.
+const unavailableKey = "coppice:unavailable"
+
 // openStorage opens the repositories of all SRs that were attached when the
 // server stopped, and brings records and volumes back in line: both are
 // durable on their own, and a crash can have come between the two commits of
@@ -23,14 +27,17 @@ import (
 //     missing, and reported: its SR may have been tampered with.
 //   - Sizes are read again.
 //
-// An SR that cannot be opened is left detached and reported; the others
-// work.
+// An SR that cannot be opened is left detached and reported, in the log and
+// in its PBD; the others work.
 func (a *API) openStorage(ctx context.Context) error {
-	var attached []xapi.Ref[xapi.PBD]
+	var wanted []xapi.Ref[xapi.PBD]
 	err := a.db.View(func(tx *db.Tx) error {
 		for ref, pbd := range db.All[xapi.PBD](tx) {
-			if pbd.CurrentlyAttached {
-				attached = append(attached, ref)
+			if _, err := a.repos.get(pbd.SR); err == nil {
+				continue // bootstrap has just made it
+			}
+			if pbd.CurrentlyAttached || pbd.OtherConfig[unavailableKey] != "" {
+				wanted = append(wanted, ref)
 			}
 		}
 		return nil
@@ -38,8 +45,22 @@ func (a *API) openStorage(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, ref := range attached {
-		if err := a.reopen(ctx, ref); err != nil {
+	for _, ref := range wanted {
+		failed := a.reopen(ctx, ref)
+		if failed == nil {
+			continue
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		a.log.Error("an SR cannot be opened and is left detached", "pbd", ref, "err", failed)
+		err := a.db.Update(ctx, func(tx *db.Tx) error {
+			return db.Modify(tx, ref, func(p *xapi.PBD) {
+				p.CurrentlyAttached = false
+				p.OtherConfig[unavailableKey] = failed.Error()
+			})
+		})
+		if err != nil {
 			return err
 		}
 	}
@@ -50,8 +71,8 @@ func (a *API) openStorage(ctx context.Context) error {
 	return nil
 }
 
-// reopen opens the repository of an attached PBD and reconciles it, unless it
-// is open already.
+// reopen opens the repository of an SR that belongs to this database and
+// reconciles it. The SR is attached afterwards, or closed after an error.
 func (a *API) reopen(ctx context.Context, ref xapi.Ref[xapi.PBD]) error {
 	var pbd *xapi.PBD
 	var sr *xapi.SR
@@ -65,37 +86,26 @@ func (a *API) reopen(ctx context.Context, ref xapi.Ref[xapi.PBD]) error {
 	if err != nil {
 		return err
 	}
-	if _, err := a.repos.get(pbd.SR); err == nil {
-		return nil
-	}
-	r, err := a.openDriver(ctx, sr.Type, pbd.DeviceConfig)
+	drv, err := a.driver(sr.Type)
 	if err != nil {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		a.log.Error("an SR cannot be opened and is left detached", "sr", sr.UUID, "name", sr.NameLabel, "err", err)
-		return a.db.Update(ctx, func(tx *db.Tx) error {
-			return db.Modify(tx, ref, func(p *xapi.PBD) { p.CurrentlyAttached = false })
-		})
+		return err
+	}
+	r, err := drv.Open(ctx, pbd.DeviceConfig, false)
+	if err != nil {
+		return fmt.Errorf("open the storage of SR %s: %w", sr.UUID, err)
 	}
 	repo := newRepository(pbd.SR, r)
 	a.repos.put(repo)
-	if err := a.reconcile(ctx, repo); err != nil {
-		return fmt.Errorf("reconcile SR %s: %w", sr.UUID, err)
+	if err := a.reconcile(ctx, repo, ref); err != nil {
+		a.repos.take(pbd.SR)
+		return errors.Join(fmt.Errorf("reconcile SR %s: %w", sr.UUID, err), repo.Close())
 	}
 	return nil
 }
 
-func (a *API) openDriver(ctx context.Context, typ string, config map[string]string) (storage.Repo, error) {
-	drv, err := a.driver(typ)
-	if err != nil {
-		return nil, err
-	}
-	return drv.Open(ctx, config, false)
-}
-
-// reconcile does for one repository what openStorage says.
-func (a *API) reconcile(ctx context.Context, repo *repository) error {
+// reconcile does for one repository what openStorage says, and records that
+// it is attached.
+func (a *API) reconcile(ctx context.Context, repo *repository, ref xapi.Ref[xapi.PBD]) error {
 	inv, err := takeInventory(ctx, repo)
 	if err != nil {
 		return err
@@ -103,8 +113,17 @@ func (a *API) reconcile(ctx context.Context, repo *repository) error {
 	defer inv.end()
 	var unowned []storage.Info
 	err = a.db.Update(ctx, func(tx *db.Tx) (err error) {
-		unowned, err = a.compareWith(tx, inv, markMissing)
-		return err
+		err = db.Modify(tx, ref, func(p *xapi.PBD) {
+			p.CurrentlyAttached = true
+			delete(p.OtherConfig, unavailableKey)
+		})
+		if err != nil {
+			return err
+		}
+		if unowned, err = a.compareWith(tx, inv, markMissing); err != nil {
+			return err
+		}
+		return a.refreshDisksOf(tx, repo.sr)
 	})
 	if err != nil {
 		return err
