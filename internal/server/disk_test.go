@@ -7,9 +7,11 @@ import (
 	"iter"
 	"math/rand/v2"
 	"testing"
+	"time"
 
 	"coppice/internal/storage"
 	"coppice/internal/storage/mem"
+	"coppice/internal/xapi"
 )
 
 // testRepo is a repository in memory.
@@ -122,9 +124,21 @@ func (w *watched) WriteAt(p []byte, off int64) (int, error) {
 	return w.Volume.WriteAt(p, off)
 }
 
+// The records of a snapshot that is downloaded, and of its base.
+var (
+	vdiTest = &xapi.VDI{
+		UUID: "b29a1104-77c3-4d21-8e5f-0a31c648ee02", IsASnapshot: true,
+		SnapshotTime: time.Date(2026, 11, 25, 0, 0, 0, 0, time.UTC),
+	}
+	baseTest = &xapi.VDI{
+		UUID: "3f1e6c5a-9b0d-4e8f-a102-5c772190de01", IsASnapshot: true,
+		SnapshotTime: time.Date(2026, 11, 24, 0, 0, 0, 0, time.UTC),
+	}
+)
+
 // downloadOf is a download of a volume, or of what differs from a base.
 func downloadOf(repo storage.Repo, v, base storage.Volume) *download {
-	d := &download{ref: "OpaqueRef:x", volume: v, base: base, identity: idTest, parent: idTest}
+	d := &download{ref: "OpaqueRef:x", vdi: vdiTest, volume: v, baseVDI: baseTest, base: base}
 	d.extents = func(ctx context.Context) iter.Seq2[storage.Extent, error] {
 		if base != nil {
 			return repo.(storage.Differ).Diff(ctx, base, v, 0)

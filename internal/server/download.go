@@ -22,15 +22,15 @@ const readAhead = 4
 // looks by a format.
 type download struct {
 	ref    string // of the VDI, for errors
+	vdi    *xapi.VDI
 	volume storage.Volume
-	base   storage.Volume // nil when everything is to be sent
+
+	baseVDI *xapi.VDI
+	base    storage.Volume // nil when everything is to be sent
 
 	// extents yields, ascending, the extents of the volume; with a base only
 	// what differs from that. It may be called again.
 	extents func(ctx context.Context) iter.Seq2[storage.Extent, error]
-
-	identity identity
-	parent   identity // of base
 }
 
 // identity is what an image says about where it comes from.
@@ -40,16 +40,22 @@ type identity struct {
 	name     string    // the uuid of the VDI
 }
 
-// identify returns the identity of images of a VDI. That of a snapshot never
-// changes; that of a disk that may be written is a new one for each version
-// of its contents.
-func identify(vdi *xapi.VDI, version string) (identity, error) {
+// identify returns the identity of images of a VDI whose contents are those of
+// v. That of a snapshot never changes; that of a disk that may be written is
+// the same as long as its contents are, if the driver can tell.
+func identify(ctx context.Context, vdi *xapi.VDI, v storage.Volume) (identity, error) {
 	id, err := uuid.Parse(vdi.UUID)
 	if err != nil {
 		return identity{}, err
 	}
 	if vdi.IsASnapshot {
 		return identity{uuid: vhd.WellFormed(id), modified: vdi.SnapshotTime, name: vdi.UUID}, nil
+	}
+	version := uuid.NewString()
+	if v, ok := v.(storage.Versioned); ok {
+		if version, err = v.Version(ctx); err != nil {
+			return identity{}, err
+		}
 	}
 	return identity{uuid: uuid.NewSHA1(id, []byte(version)), name: vdi.UUID}, nil
 }
@@ -206,14 +212,17 @@ func planVHD(ctx context.Context, d *download) (image, error) {
 	if size > vhd.MaxSize {
 		return nil, xapi.NewError(xapi.ErrVDITooLarge, d.ref, strconv.FormatInt(vhd.MaxSize, 10))
 	}
-	o := vhd.Options{
-		Size:      size,
-		UUID:      d.identity.uuid,
-		Timestamp: d.identity.modified,
-		Blocks:    vhd.NewBlockSet(size),
+	self, err := identify(ctx, d.vdi, d.volume)
+	if err != nil {
+		return nil, err
 	}
+	o := vhd.Options{Size: size, UUID: self.uuid, Timestamp: self.modified, Blocks: vhd.NewBlockSet(size)}
 	if d.base != nil {
-		o.Parent = &vhd.Parent{UUID: d.parent.uuid, Name: d.parent.name + ".vhd", Timestamp: d.parent.modified}
+		parent, err := identify(ctx, d.baseVDI, d.base)
+		if err != nil {
+			return nil, err
+		}
+		o.Parent = &vhd.Parent{UUID: parent.uuid, Name: parent.name + ".vhd", Timestamp: parent.modified}
 	}
 	for e, err := range d.data(ctx) {
 		if err != nil {

@@ -13,6 +13,8 @@ import (
 	"coppice/internal/storage"
 	"coppice/internal/vhd"
 	"coppice/internal/xapi"
+
+	"github.com/google/uuid"
 )
 
 const mib = 1 << 20
@@ -40,8 +42,6 @@ func encode(t *testing.T, plan func(context.Context, *download) (image, error), 
 	}
 	return out.Bytes()
 }
-
-var idTest = identity{uuid: [16]byte{6: 0x40, 8: 0x80, 15: 1}, modified: time.Date(2026, 11, 25, 0, 0, 0, 0, time.UTC), name: "one"}
 
 func TestRawImage(t *testing.T) {
 	for name, tt := range map[string]struct {
@@ -127,7 +127,7 @@ func TestVHDImage(t *testing.T) {
 				t.Error("the image does not hold the contents")
 			}
 			f := r.Footer()
-			if r.Size() != tt.size || f.Type() != vhd.TypeDynamic || f.UUID() != idTest.uuid || !f.Timestamp().Equal(idTest.modified) {
+			if r.Size() != tt.size || f.Type() != vhd.TypeDynamic || uuid.UUID(f.UUID()).String() != vdiTest.UUID || !f.Timestamp().Equal(vdiTest.SnapshotTime) {
 				t.Errorf("footer says size %d, type %d, uuid %x, time %v", r.Size(), f.Type(), f.UUID(), f.Timestamp())
 			}
 		})
@@ -203,7 +203,6 @@ func TestDelta(t *testing.T) {
 			repo := testRepo(t)
 			from := testDisk(t, repo, 1, base)
 			d := downloadOf(repo, testEdit(t, repo, 1, 2, tt.to), from)
-			d.parent = identity{uuid: [16]byte{6: 0x50, 8: 0x90}, name: "the-base"}
 			size := int64(len(tt.to))
 			b := encode(t, planVHD, d)
 			r, complete, blocks := readBlocks(t, b, size)
@@ -221,8 +220,10 @@ func TestDelta(t *testing.T) {
 			if got := applied(t, b, under); !bytes.Equal(got, tt.to) {
 				t.Error("base and delta do not give the contents")
 			}
-			if r.Footer().Type() != vhd.TypeDifferencing || r.Header().ParentUUID() != d.parent.uuid || r.Header().ParentName() != "the-base.vhd" {
-				t.Errorf("type %d, parent %x %q", r.Footer().Type(), r.Header().ParentUUID(), r.Header().ParentName())
+			h := r.Header()
+			if r.Footer().Type() != vhd.TypeDifferencing || uuid.UUID(h.ParentUUID()).String() != baseTest.UUID ||
+				h.ParentName() != baseTest.UUID+".vhd" || !h.ParentTimestamp().Equal(baseTest.SnapshotTime) {
+				t.Errorf("type %d, parent %x %q of %v", r.Footer().Type(), h.ParentUUID(), h.ParentName(), h.ParentTimestamp())
 			}
 
 			raw := encode(t, planRaw, d)
@@ -316,24 +317,34 @@ func TestDownloadStorageFails(t *testing.T) {
 func TestIdentify(t *testing.T) {
 	const id = "3f1e6c5a-9b0d-7e8f-e102-5c772190de01" // not of RFC 4122
 	when := time.Date(2026, 11, 25, 1, 2, 3, 0, time.UTC)
-	snapshot, err := identify(&xapi.VDI{UUID: id, IsASnapshot: true, SnapshotTime: when}, "1")
-	if err != nil {
-		t.Fatal(err)
+	repo := testRepo(t)
+	live := testDisk(t, repo, 1, make([]byte, mib))
+	of := func(vdi *xapi.VDI) identity {
+		t.Helper()
+		got, err := identify(t.Context(), vdi, testOpen(t, repo, 1, storage.Pinned))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got
 	}
 	want := identity{
 		uuid:     [16]byte{0x3f, 0x1e, 0x6c, 0x5a, 0x9b, 0x0d, 0x4e, 0x8f, 0xa1, 0x02, 0x5c, 0x77, 0x21, 0x90, 0xde, 0x01},
 		modified: when,
 		name:     id,
 	}
-	if snapshot != want {
-		t.Errorf("snapshot: %v, want %v", snapshot, want)
+	if got := of(&xapi.VDI{UUID: id, IsASnapshot: true, SnapshotTime: when}); got != want {
+		t.Errorf("snapshot: %v, want %v", got, want)
 	}
-	one, _ := identify(&xapi.VDI{UUID: id, SnapshotTime: when}, "1")
-	two, _ := identify(&xapi.VDI{UUID: id, SnapshotTime: when}, "2")
-	if one == two || one.uuid == want.uuid || !one.modified.IsZero() || one.uuid != vhd.WellFormed(one.uuid) {
-		t.Errorf("live disk: %x at %v, %x", one.uuid, one.modified, two.uuid)
+	disk := &xapi.VDI{UUID: id, SnapshotTime: when}
+	one, again := of(disk), of(disk)
+	if _, err := live.WriteAt([]byte("changed"), 0); err != nil {
+		t.Fatal(err)
 	}
-	if _, err := identify(&xapi.VDI{UUID: "no"}, ""); err == nil {
+	two := of(disk)
+	if one != again || one.uuid == two.uuid || one.uuid == want.uuid || !one.modified.IsZero() || one.uuid != vhd.WellFormed(one.uuid) {
+		t.Errorf("live disk: %x, %x unchanged, %x changed, at %v", one.uuid, again.uuid, two.uuid, one.modified)
+	}
+	if _, err := identify(t.Context(), &xapi.VDI{UUID: "no"}, live); err == nil {
 		t.Error("a malformed uuid was accepted")
 	}
 }

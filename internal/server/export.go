@@ -7,7 +7,6 @@ import (
 	"iter"
 	"net/http"
 	"strconv"
-	"time"
 
 	"coppice/internal/api"
 	"coppice/internal/storage"
@@ -60,13 +59,9 @@ func planExport(ctx context.Context, name string, x *api.Export) (format, image,
 	if f.encode == nil {
 		return format{}, nil, notBuilt("export", f)
 	}
-	d := &download{ref: string(x.Ref), volume: x.Volume, base: x.Base}
+	d := &download{ref: string(x.Ref), vdi: x.VDI, volume: x.Volume, baseVDI: x.BaseVDI, base: x.Base}
 	d.extents = func(ctx context.Context) iter.Seq2[storage.Extent, error] {
 		return x.Volume.Extents(ctx, 0, x.Volume.Size())
-	}
-	now := time.Now().UTC().Format(time.RFC3339Nano)
-	if d.identity, err = identify(x.VDI, now); err != nil {
-		return format{}, nil, err
 	}
 	if d.base != nil {
 		differ, ok := x.Repo.(storage.Differ)
@@ -75,9 +70,6 @@ func planExport(ctx context.Context, name string, x *api.Export) (format, image,
 		}
 		d.extents = func(ctx context.Context) iter.Seq2[storage.Extent, error] {
 			return differ.Diff(ctx, x.Base, x.Volume, 0)
-		}
-		if d.parent, err = identify(x.BaseVDI, now); err != nil {
-			return format{}, nil, err
 		}
 	}
 	img, err := f.encode(ctx, d)

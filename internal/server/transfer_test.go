@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,6 +20,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"coppice/internal/vhd"
 	"coppice/internal/xapi"
@@ -578,6 +581,9 @@ func TestIncrementalBackup(t *testing.T) {
 	if live := d.download(disk, "vhd", delta); len(blocksOf(t, live)) != 0 {
 		t.Error("a delta of the disk against its newest snapshot has blocks")
 	}
+	if one, two := d.download(disk, "vhd", ""), d.download(disk, "vhd", ""); !bytes.Equal(one, two) {
+		t.Error("a second export of a disk that nobody wrote gives other bytes")
+	}
 	if back := d.download(full, "vhd", delta); !slices.Equal(blocksOf(t, back), []int64{2, 15}) {
 		t.Error("a delta backwards has other blocks")
 	}
@@ -628,6 +634,69 @@ func TestExportIsOneInstant(t *testing.T) {
 	got, err := io.ReadAll(conn)
 	if err != nil || !bytes.Equal(got, contents) {
 		t.Errorf("%d bytes, error %v: not the contents when the export began", len(got), err)
+	}
+}
+
+// Over TLS transfers are the same, and the end of a body may lack the notice
+// that TLS wants: several clients just close.
+func TestTransfersOverTLS(t *testing.T) {
+	d := newDepot(t)
+	front := httptest.NewTLSServer(d.Server)
+	defer front.Close()
+	dial := func() (*tls.Conn, *net.TCPConn) {
+		raw, err := net.Dial("tcp", front.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn := tls.Client(raw, &tls.Config{InsecureSkipVerify: true})
+		t.Cleanup(func() { raw.Close() })
+		if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+			t.Fatal(err)
+		}
+		return conn, raw.(*net.TCPConn)
+	}
+	contents := random(32*mib, 1, [2]int64{0, 32 * mib})
+	ref, _ := d.disk(32 * mib)
+
+	task := d.task()
+	conn, raw := dial()
+	if _, err := io.WriteString(conn, "PUT "+d.url("/import_raw_vdi", "vdi", ref, "task_id", task)+" HTTP/1.0\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	d.untilBlank(conn)
+	if _, err := conn.Write(contents); err != nil {
+		t.Fatal(err)
+	}
+	if err := raw.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if o := d.settled(task); o[0] != "success" {
+		t.Fatalf("import: task says %q", o)
+	}
+
+	export := "GET " + d.url("/export_raw_vdi", "vdi", ref)
+	conn, _ = dial()
+	if _, err := io.WriteString(conn, export+" HTTP/1.0\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	d.untilBlank(conn)
+	if got, err := io.ReadAll(conn); err != nil || !bytes.Equal(got, contents) {
+		t.Errorf("export: %d bytes, error %v", len(got), err)
+	}
+
+	// One that fails is no complete body for TLS either.
+	task = d.task()
+	conn, _ = dial()
+	if _, err := io.WriteString(conn, export+"&task_id="+task+" HTTP/1.0\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	d.untilBlank(conn)
+	d.do("task.cancel", d.session, task)
+	if o := d.settled(task); o[0] != "cancelled" {
+		t.Errorf("export: task says %q", o)
+	}
+	if n, err := io.Copy(io.Discard, conn); err == nil {
+		t.Errorf("a cancelled export ends in order after %d bytes", n)
 	}
 }
 
