@@ -170,13 +170,13 @@ func TestOverlayZero(t *testing.T) {
 }
 
 func TestOverlayRandom(t *testing.T) {
-	const size = 300 * unit
+	const size = 100 * unit
 	rng := rand.New(rand.NewPCG(1, 1))
 	v := volume(t, size, nil)
 	o := storage.NewOverlay(v)
 	model := make([]byte, size)
 	next := int64(0)
-	for range 800 {
+	for range 300 {
 		off := rng.Int64N(size)
 		if rng.IntN(3) > 0 && next < size {
 			off = next
@@ -243,12 +243,12 @@ func TestOverlayErrors(t *testing.T) {
 // TestOverlayReadsLittle checks that small writes far apart do not read much
 // more than what they are compared with.
 func TestOverlayReadsLittle(t *testing.T) {
-	const size = 64 << 20
+	const size = 16 << 20
 	data := bytes.Repeat([]byte{1}, size)
 	v := volume(t, size, data)
 	o := storage.NewOverlay(v)
 	for i := range int64(16) {
-		must(t, o.WriteAt(t.Context(), data[:unit], i*37%16*(4<<20)))
+		must(t, o.WriteAt(t.Context(), data[:unit], i*37%16*(1<<20)))
 	}
 	if v.read > 16*32<<10 {
 		t.Errorf("%d bytes read for 16 units", v.read)

@@ -226,7 +226,8 @@ type Volume interface {
 
 	// WriteAt stores p at off. Past the end nothing is written and the
 	// error matches ErrInvalid; a *SpaceError when there is no room. After
-	// any error but these two, p may be stored in part.
+	// an error the n bytes returned are stored, and unless it is one of
+	// these two, any part of the rest may be.
 	WriteAt(p []byte, off int64) (int, error)
 
 	// Zero makes [off, off+n) read as zero and gives its space back.

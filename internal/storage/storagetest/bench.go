@@ -101,10 +101,20 @@ func offsets(n int64, random bool) func() int64 {
 
 func (s *bench) writes(n int64, random bool) {
 	_, v := s.disk(benchSize, false)
-	p, off := noise(2, int(n)), offsets(n, random)
+	next, off := fresh(int(n)), offsets(n, random)
 	s.SetBytes(n)
 	for s.Loop() {
-		s.write(v, p, off())
+		s.write(v, next(), off())
+	}
+}
+
+// fresh returns a source of n bytes that differ from those before, so that no
+// write is one that changes nothing.
+func fresh(n int) func() []byte {
+	p, at := noise(2, n+unit), 0
+	return func() []byte {
+		at = (at + 8) % unit
+		return p[at:][:n]
 	}
 }
 
@@ -139,9 +149,9 @@ func (s *bench) scattered() {
 
 func (s *bench) flushes() {
 	_, v := s.disk(benchSize, false)
-	p, off := noise(2, unit), offsets(unit, true)
+	next, off := fresh(unit), offsets(unit, true)
 	for s.Loop() {
-		s.write(v, p, off())
+		s.write(v, next(), off())
 		s.must(v.Flush(s.ctx))
 	}
 }
@@ -163,9 +173,9 @@ func (s *bench) snapshots() {
 
 func (s *bench) snapshotsWritten() {
 	id, v := s.disk(benchSize, false)
-	p, off := noise(2, unit), offsets(unit, true)
+	next, off := fresh(unit), offsets(unit, true)
 	for s.Loop() {
-		s.write(v, p, off())
+		s.write(v, next(), off())
 		s.snapshot(id)
 	}
 }

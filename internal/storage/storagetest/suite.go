@@ -274,6 +274,11 @@ func firstDifference(a, b []byte) int {
 	return -1
 }
 
+// isZero tells whether p is all zero.
+func isZero(p []byte) bool {
+	return len(p) == 0 || p[0] == 0 && bytes.Equal(p[1:], p[:len(p)-1])
+}
+
 // noise returns n bytes that depend on seed and hold no zeros.
 func noise(seed, n int) []byte {
 	rng := rand.New(rand.NewPCG(uint64(seed), 0))
