@@ -85,6 +85,14 @@ func TestGroupCommit(t *testing.T) {
 		if n, m := count[xapi.VDI](t, d), count[xapi.Task](t, d); n != 21 || m != 1 {
 			t.Errorf("in the end %d VDIs and %d tasks are visible", n, m)
 		}
+		start(addVDI)
+		<-s.entered
+		start(addTask) // has nothing to write and nobody queues before it, but it builds on what is not durable
+		if n, m := count[xapi.VDI](t, d), count[xapi.Task](t, d); n != 21 || m != 1 {
+			t.Errorf("an update overtook a commit: %d VDIs and %d tasks are visible", n, m)
+		}
+		s.answer <- nil
+		wg.Wait()
 		if err := d.Close(); err != nil {
 			t.Error(err)
 		}

@@ -13,6 +13,9 @@ import (
 // maxTombstones is how many deletions of a class are remembered.
 const maxTombstones = 4096
 
+// degree of the trees. Small nodes make a commit cheap, which copies the path to each object that it touches.
+const degree = 16
+
 // object is one version of an object, or its tombstone. It is immutable.
 type object struct {
 	ref      string
@@ -62,7 +65,7 @@ func lessStamp(a, b *object) bool {
 }
 
 func newTable(c *xapi.Class, floor uint64) *table {
-	noLocks := btree.Options{NoLocks: true}
+	noLocks := btree.Options{NoLocks: true, Degree: degree}
 	return &table{
 		class:   c,
 		codec:   newCodec(c),
@@ -72,6 +75,10 @@ func newTable(c *xapi.Class, floor uint64) *table {
 		byStamp: btree.NewBTreeGOptions(lessStamp, noLocks),
 		byTime:  btree.NewBTreeGOptions(lessStamp, noLocks),
 		floor:   floor,
+		objects: *btree.NewMap[string, *object](degree),
+		byUUID:  *btree.NewMap[string, string](degree),
+		graves:  *btree.NewMap[string, *object](degree),
+		ghosts:  *btree.NewMap[string, any](degree),
 	}
 }
 
