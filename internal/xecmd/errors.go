@@ -11,41 +11,46 @@ import (
 // report shows an error on the client's standard error. Whether the client
 // still hears it does not matter.
 func (r *run) report(err error) {
-	line := func(text string) { _ = r.conn.PrintStderr(text + "\n") }
 	if errors.Is(err, thincli.ErrGone) || errors.Is(err, errSomeFailed) {
-		return
-	}
-	if e, ok := errors.AsType[*usageError](err); ok {
-		line(e.text)
-		line("For usage run: 'xe help'")
-		return
-	}
-	if e, ok := errors.AsType[*failure](err); ok {
-		line("Error: " + e.text)
 		return
 	}
 	if e, ok := errors.AsType[*unknownParameter](err); ok {
 		_ = r.conn.Error("Missing parameter", e.name)
 		return
 	}
+	line := func(text string) { _ = r.conn.PrintStderr(text + "\n") }
+	lines, unknown := r.explain(err)
+	if unknown != nil {
+		_ = r.conn.Error(unknown.Code, unknown.Params...)
+	}
+	for _, text := range lines {
+		line(text)
+	}
+	if r.args != nil && r.args.flag("trace") {
+		line("Raised " + err.Error())
+		line("Backtrace:")
+	}
+}
+
+// explain puts an error in words, unless it is one of the API's whose
+// parameters the datamodel does not name: that is returned instead.
+func (r *run) explain(err error) (lines []string, unknown *xapi.Error) {
+	if e, ok := errors.AsType[*usageError](err); ok {
+		return []string{e.text, "For usage run: 'xe help'"}, nil
+	}
+	if e, ok := errors.AsType[*failure](err); ok {
+		return []string{"Error: " + e.text}, nil
+	}
 	e, ok := errors.AsType[*xapi.Error](err)
 	if !ok {
 		e = xapi.InternalError(err)
 	}
-	names, known := xapi.Datamodel().Errors[e.Code]
-	if !known || names == nil {
-		_ = r.conn.Error(e.Code, r.describeRefs(e.Params)...)
-	} else {
-		line(sentence(e.Code))
-		for _, text := range labelled(names, r.describeRefs(e.Params)) {
-			line(text)
-		}
+	params := r.describeRefs(e.Params)
+	names := xapi.Datamodel().Errors[e.Code]
+	if names == nil {
+		return nil, xapi.NewError(e.Code, params...)
 	}
-	if r.args != nil && r.args.flag("trace") {
-		line("Raised " + e.Code)
-		line("Backtrace:")
-		line(err.Error())
-	}
+	return append([]string{sentence(e.Code)}, labelled(names, params)...), nil
 }
 
 // labelled puts the documented names in front of the parameters of an error.
@@ -124,6 +129,7 @@ var sentences = map[string]string{
 	xapi.ErrVDINotSparse:                  "The disk is not stored using a sparse format.",
 	xapi.ErrSRFull:                        "The storage repository is full. Requested new size exceeds the maximum size.",
 	xapi.ErrSRHasPBD:                      "The storage repository is still connected to a host by a PBD. It cannot be destroyed or forgotten.",
+	xapi.ErrSRUnknownDriver:               "The storage repository could not be connected because the driver was not recognised.",
 	xapi.ErrSRHasNoPBDs:                   "The storage repository has no PBDs.",
 	xapi.ErrSRNotAttached:                 "The storage repository is not attached.",
 	xapi.ErrSROperationNotSupported:       "The storage repository does not support the operation.",

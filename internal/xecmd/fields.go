@@ -428,6 +428,16 @@ func (r *run) parseValue(ctx context.Context, f *field, typed string) (any, erro
 			return xapi.NullRef, nil
 		}
 		return r.byUUID(ctx, t.Class, typed)
+	case xapi.KindSet: // shown as plain text: uuids, separated by commas
+		members := []any{}
+		for m := range strings.SplitSeq(typed, ",") {
+			member, err := r.parseMember(ctx, f, strings.TrimSpace(m))
+			if err != nil {
+				return nil, err
+			}
+			members = append(members, member)
+		}
+		return members, nil
 	}
 	return typed, nil
 }

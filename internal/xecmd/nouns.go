@@ -107,8 +107,8 @@ func (n *noun) filter(p parameter) (filter, error) {
 	return filter{}, failf("Unknown field '%s'", p.key)
 }
 
-// find returns the objects that satisfy all conditions, with the cells of the
-// fields to be shown. A field that does not exist is an error only while
+// find returns the objects that satisfy all conditions, by name, with the
+// cells of the fields to be shown. A field that does not exist is an error only while
 // objects are left to look at. Expensive fields are asked for when a
 // condition names them, and when measured says so.
 func (n *noun) find(ctx context.Context, r *run, conditions []parameter, shown []*field, measured bool) ([]row, error) {
@@ -132,6 +132,7 @@ func (n *noun) find(ctx context.Context, r *run, conditions []parameter, shown [
 			}
 			rows = slices.DeleteFunc(rows, func(row row) bool { return !flt.matches(v, row.rec) })
 		}
+		n.sort(rows)
 		for i := range rows {
 			rows[i].cells = cells(v, rows[i].rec, shown)
 		}
@@ -161,6 +162,17 @@ func (n *noun) find(ctx context.Context, r *run, conditions []parameter, shown [
 		}
 	}
 	return rows, nil
+}
+
+// sort orders objects by name, where they have one.
+func (n *noun) sort(rows []row) {
+	label := n.class.Field("name_label")
+	if label == nil {
+		return
+	}
+	slices.SortStableFunc(rows, func(a, b row) int {
+		return strings.Compare(label.Get(a.rec).(string), label.Get(b.rec).(string))
+	})
 }
 
 func cells(v view, rec any, shown []*field) []cell {

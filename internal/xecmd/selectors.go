@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 )
 
 // selection says which objects a command works on by filters instead of a uuid.
@@ -91,7 +92,11 @@ func (r *run) each(ctx context.Context, fn func(row row) error) error {
 		}
 		if err := fn(row); err != nil {
 			failed = true
-			r.out.message(fmt.Sprintf("operation failed on %s: %v", row.cells[0].value, err))
+			lines, unknown := r.explain(err)
+			if unknown != nil {
+				lines = []string{unknown.Error()}
+			}
+			r.out.message(fmt.Sprintf("operation failed on %s: %s", row.cells[0].value, strings.Join(lines, " ")))
 		}
 	}
 	if failed {

@@ -54,6 +54,7 @@ type run struct {
 	origin  api.Origin
 	conn    *thincli.Server
 	session xapi.Ref[xapi.Session]
+	opened  bool // session is ours to end
 	args    *arguments
 	out     *printer
 	table   *table
@@ -79,8 +80,11 @@ func Serve(ctx context.Context, a API, o api.Origin, conn *thincli.Server, args 
 	o.Originator = "cli"
 	r := &run{api: a, origin: o, conn: conn, table: commands()}
 	if err := r.serve(ctx, args); err != nil {
-		r.report(err)
+		r.report(err) // before logging out: it looks references up
 		exit = 1
+	}
+	if r.opened {
+		_ = a.Logout(r.session) // it may have expired
 	}
 	// A client that is gone is not told anything, and needs not be.
 	_ = conn.Exit(exit)
@@ -116,7 +120,6 @@ func (r *run) serve(ctx context.Context, args []string) error {
 		if err := r.login(ctx); err != nil {
 			return err
 		}
-		defer func() { _ = r.api.Logout(r.session) }() // it may have expired
 	}
 	if err := cmd.run(ctx, r); err != nil {
 		if cause := context.Cause(ctx); cause != nil && errors.Is(err, ctx.Err()) {
@@ -136,8 +139,11 @@ func (r *run) login(ctx context.Context) error {
 	if e, ok := errors.AsType[*xapi.Error](err); ok && e.Code == xapi.ErrSessionAuthenticationFailed {
 		return &usageError{"Authentication failed"}
 	}
-	r.session = session
-	return err
+	if err != nil {
+		return err
+	}
+	r.session, r.opened = session, true
+	return nil
 }
 
 // call sends a message, with the session as its first parameter.
