@@ -82,7 +82,7 @@ func checkStore(ctx context.Context, e env, path string) (problems int, err erro
 		fmt.Fprintf(e.stdout, "%s: %s\n", path, p)
 	}
 	if problems == 0 {
-		fmt.Fprintf(e.stdout, "%s: clean\n", path)
+		fmt.Fprintf(e.stdout, "%s: no problems\n", path)
 	}
 	return problems, nil
 }

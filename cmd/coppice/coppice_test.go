@@ -109,31 +109,41 @@ func TestRootPassword(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer dir.Close()
-	verifier, created, err := rootPassword(dir, "")
-	if err != nil || len(created) != 23 || verifier == "" || strings.Contains(verifier, created) {
-		t.Fatalf("first start: %q, %q, %v", verifier, created, err)
+	// A start that fails on the way keeps nothing: nobody has seen the password.
+	lost, err := findPassword(dir, "")
+	if err != nil || lost.created == "" {
+		t.Fatalf("first start: %+v, %v", lost, err)
+	}
+	first, err := findPassword(dir, "")
+	if err != nil || len(first.created) != 23 || first.created == lost.created || strings.Contains(first.verifier, first.created) {
+		t.Fatalf("first start again: %+v, %v", first, err)
+	}
+	if err := first.keep(dir); err != nil {
+		t.Fatal(err)
 	}
 	info, err := os.Stat(filepath.Join(dir.Path(), passwordFile))
 	if err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v; want mode 0600", info.Mode(), err)
 	}
-	again, created, err := rootPassword(dir, "")
-	if err != nil || created != "" || again != verifier {
-		t.Errorf("second start: %q, %q, %v", again, created, err)
+	second, err := findPassword(dir, "")
+	if err != nil || second.created != "" || second.verifier != first.verifier {
+		t.Errorf("second start: %+v, %v", second, err)
 	}
 	file := filepath.Join(t.TempDir(), "password")
 	if err := os.WriteFile(file, []byte("my own\r\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	given, created, err := rootPassword(dir, file)
-	if err != nil || created != "" || given == verifier {
-		t.Errorf("with a file: %q, %q, %v", given, created, err)
+	given, err := findPassword(dir, file)
+	if err != nil || given.created != "" || given.verifier == first.verifier {
+		t.Errorf("with a file: %+v, %v", given, err)
 	}
-	again, _, err = rootPassword(dir, "")
-	if err != nil || again != given {
-		t.Errorf("the password from the file was not kept: %q, %v", again, err)
+	if err := given.keep(dir); err != nil {
+		t.Fatal(err)
 	}
-	if _, _, err := rootPassword(dir, file+"x"); err == nil {
+	if last, err := findPassword(dir, ""); err != nil || last.verifier != given.verifier {
+		t.Errorf("the password from the file was not kept: %+v, %v", last, err)
+	}
+	if _, err := findPassword(dir, file+"x"); err == nil {
 		t.Error("a missing password file was accepted")
 	}
 }

@@ -279,7 +279,7 @@ func (f *findings) contents(ctx context.Context, e env, data dataDir) {
 		case n > 0:
 			f.add(trouble, "\"coppice check\" lists them.", "store %s: %d problems", path, n)
 		default:
-			f.add(fine, "", "store %s: clean", path)
+			f.add(fine, "", "store %s: no problems", path)
 		}
 	}
 }

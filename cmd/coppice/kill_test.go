@@ -193,7 +193,7 @@ func TestKill(t *testing.T) {
 			t.Fatalf("only %d disks were made", n)
 		}
 		_ = p.cmd.Wait()
-		if got := runCommand(t, "check", "--data", data); got.code != exitOK || !strings.Contains(got.stdout, "clean") {
+		if got := runCommand(t, "check", "--data", data); got.code != exitOK || !strings.Contains(got.stdout, "no problems") {
 			t.Fatalf("check: exit code %d\n%s%s", got.code, got.stdout, got.stderr)
 		}
 	}

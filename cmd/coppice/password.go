@@ -12,38 +12,46 @@ import (
 	"coppice/internal/vfs"
 )
 
-// rootPassword returns the verifier of root's password. It comes from
-// passwordPath when the operator names a file with the password in it, else
-// from the data directory. When there is neither, a password is made up,
-// kept as a verifier, and returned as created, to be shown this once.
-func rootPassword(dir vfs.FS, passwordPath string) (verifier, created string, err error) {
+// rootPassword is what a start knows of root's password.
+type rootPassword struct {
+	verifier string
+	created  string // the password itself, when this start made it up
+	kept     bool   // the verifier is in the data directory already
+}
+
+// findPassword takes the password from passwordPath when the operator names a
+// file with it, else its verifier from the data directory. When there is
+// neither it makes a password up. Nothing is written before keep: a start
+// that fails later must not leave a password that nobody has seen.
+func findPassword(dir vfs.FS, passwordPath string) (rootPassword, error) {
 	if passwordPath != "" {
 		b, err := os.ReadFile(passwordPath)
 		if err != nil {
-			return "", "", fmt.Errorf("--admin-password-file: %w", err)
+			return rootPassword{}, fmt.Errorf("--admin-password-file: %w", err)
 		}
 		password := strings.TrimRight(string(b), "\r\n")
 		if password == "" {
-			return "", "", fmt.Errorf("--admin-password-file: %s is empty", passwordPath)
+			return rootPassword{}, fmt.Errorf("--admin-password-file: %s is empty", passwordPath)
 		}
-		verifier, err = keepPassword(dir, password)
-		return verifier, "", err
+		return rootPassword{verifier: api.HashPassword(password)}, nil
 	}
-	verifier, err = readSmall(dir, passwordFile)
+	verifier, err := readSmall(dir, passwordFile)
 	if err == nil && verifier != "" {
-		return verifier, "", nil
+		return rootPassword{verifier: verifier, kept: true}, nil
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", "", err
+		return rootPassword{}, err
 	}
-	created = newPassword()
-	verifier, err = keepPassword(dir, created)
-	return verifier, created, err
+	created := newPassword()
+	return rootPassword{verifier: api.HashPassword(created), created: created}, nil
 }
 
-func keepPassword(dir vfs.FS, password string) (verifier string, err error) {
-	verifier = api.HashPassword(password)
-	return verifier, writeSmall(dir, passwordFile, verifier)
+// keep writes the verifier to the data directory, unless it came from there.
+func (p rootPassword) keep(dir vfs.FS) error {
+	if p.kept {
+		return nil
+	}
+	return writeSmall(dir, passwordFile, p.verifier)
 }
 
 // newPassword makes up a password of 100 random bits that needs no quoting in

@@ -158,12 +158,11 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 	opened(dir.Close)
 	opened(lock.Close)
 
-	verifier, created, err := rootPassword(dir, o.passwordFile)
+	password, err := findPassword(dir, o.passwordFile)
 	if err != nil {
 		return nil, err
 	}
-	i.created = created
-
+	i.created = password.created
 	if i.cert, err = o.certificate(data); err != nil {
 		return nil, err
 	}
@@ -187,7 +186,7 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 	a, err := api.New(ctx, api.Config{
 		DB:           objects,
 		Storage:      all.Registry(),
-		RootPassword: verifier,
+		RootPassword: password.verifier,
 		SavePassword: savePassword(dir),
 		Log:          log,
 		Version:      build.version,
@@ -198,6 +197,9 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 		return nil, err
 	}
 	opened(a.Close)
+	if err := password.keep(dir); err != nil {
+		return nil, data.explain(err)
+	}
 	i.server = server.New(server.Config{API: a, Log: log, Version: build.version, Grace: o.grace})
 	return i, nil
 }

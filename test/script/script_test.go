@@ -73,10 +73,6 @@ func TestScripts(t *testing.T) {
 			"http":     cmdHTTP,
 			"raw":      cmdRaw,
 		},
-		Condition: func(cond string) (bool, error) {
-			_, err := exec.LookPath(cond)
-			return err == nil, nil
-		},
 	})
 }
 
