@@ -268,6 +268,7 @@ type job struct {
 	done   <-chan struct{} // nil for none
 	err    *error          // of the job, once done is closed
 	cancel context.CancelFunc
+	stuck  bool // may not notice cancel: it reads a file, which may be a pipe
 }
 
 // wait waits for the job and turns it into none.
@@ -282,6 +283,9 @@ func (j *job) wait() error {
 	return err
 }
 
+// stop cuts the job short, unless it has ended by itself: then it returns its
+// error. A job that is waiting for a pipe that nobody writes to, or even to
+// open it, is left behind for the end of the program.
 func (j *job) stop() error {
 	if j.done == nil {
 		return nil
@@ -292,7 +296,9 @@ func (j *job) stop() error {
 	default:
 	}
 	j.cancel()
-	_ = j.wait() // of a job cut short
+	if !j.stuck {
+		_ = j.wait() // of a job cut short
+	}
 	return nil
 }
 
@@ -300,7 +306,8 @@ func (j *job) stop() error {
 func (c *client) start(ctx context.Context, m Message) job {
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
-	j := job{done: done, err: new(error), cancel: cancel}
+	_, upload := m.(HTTPPut)
+	j := job{done: done, err: new(error), cancel: cancel, stuck: upload}
 	go func() {
 		defer close(done)
 		switch m := m.(type) {

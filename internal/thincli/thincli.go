@@ -160,9 +160,9 @@ func appendText(b []byte, tag uint32, fields ...string) []byte {
 	return b
 }
 
-func (m Print) appendPayload(b []byte) []byte  { return appendText(b, tagPrint, m.Text) }
-func (m Load) appendPayload(b []byte) []byte   { return appendText(b, tagLoad, m.File) }
-func (m Prompt) appendPayload(b []byte) []byte { return appendText(b, tagPrompt) }
+func (m Print) appendPayload(b []byte) []byte   { return appendText(b, tagPrint, m.Text) }
+func (m Load) appendPayload(b []byte) []byte    { return appendText(b, tagLoad, m.File) }
+func (m Prompt) appendPayload(b []byte) []byte  { return appendText(b, tagPrompt) }
 func (m HTTPGet) appendPayload(b []byte) []byte { return appendText(b, tagHTTPGet, m.File, m.URL) }
 
 func (m HTTPPut) appendPayload(b []byte) []byte     { return appendText(b, tagHTTPPut, m.File, m.URL) }

@@ -230,6 +230,7 @@ func (c *client) put(ctx context.Context, m HTTPPut) (Response, error) {
 		return Failed, operationFailed(fmt.Sprintf("Sys_error(%q)", m.File+": "+reason(err)))
 	}
 	defer f.Close()
+	defer context.AfterFunc(ctx, func() { f.Close() })()
 	info, err := f.Stat()
 	if err != nil {
 		return Failed, operationFailed(fmt.Sprintf("Sys_error(%q)", m.File+": "+reason(err)))

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -215,6 +216,48 @@ func TestExitDuringTransfer(t *testing.T) {
 			stderr = "Lost connection to the server.\n"
 		}
 		p.check(p.run("x", "f=f"), 1, "", stderr)
+	}
+}
+
+// Neither a pipe that nobody writes to nor one that nobody opens keeps the
+// client from noticing that the server is gone.
+func TestServerLostDuringUpload(t *testing.T) {
+	for _, opened := range []bool{true, false} {
+		uploading := make(chan struct{})
+		p := newPeer(
+			t,
+			func(w *wire) {
+				w.hello()
+				w.send(HTTPPut{"pipe", "/x"})
+				if opened {
+					<-uploading
+				}
+			},
+			func(w *wire) {
+				w.head()
+				w.send("HTTP/1.1 200 OK\r\n\r\n")
+				close(uploading)
+				_, _ = io.Copy(io.Discard, w.r)
+			},
+		)
+		name := filepath.Join(p.dir, "pipe")
+		if err := syscall.Mkfifo(name, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if opened {
+			keep, err := os.OpenFile(name, os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer keep.Close()
+		}
+		p.check(p.run("x", "f=pipe"), 1, "", "Lost connection to the server.\n")
+		if !opened {
+			// Let go of the goroutine that is still trying to open the pipe.
+			if f, err := os.OpenFile(name, os.O_RDWR, 0); err == nil {
+				f.Close()
+			}
+		}
 	}
 }
 
