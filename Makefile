@@ -2,16 +2,14 @@
 # Everything also works with plain `go build ./...` and `go test ./...`.
 
 SHELL := /bin/bash
-VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
-LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOL := go tool -modfile=tools/go.mod
 PKGS := ./...
 
 .PHONY: build demo test race lint fuzz bench generate ci clean
 
 build: ## static bin/coppice and bin/xe
-	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/coppice ./cmd/coppice
-	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/xe ./cmd/xe
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/coppice ./cmd/coppice
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/xe ./cmd/xe
 
 demo: build ## back a 24 GiB disk up incrementally, restore it, prove it (STOP=1: stop the server at the end)
 	@scripts/need qemu-img:qemu-utils mke2fs:e2fsprogs
