@@ -67,6 +67,7 @@ func (a *API) openStorage(ctx context.Context) error {
 	if err := a.db.Update(ctx, a.refreshAll); err != nil {
 		return err
 	}
+	a.repos.wake = make(chan struct{}, 1)
 	a.background.Go(a.watchUsage)
 	return nil
 }
@@ -139,22 +140,30 @@ func (a *API) reconcile(ctx context.Context, repo *repository, ref xapi.Ref[xapi
 // closeStorage closes every repository.
 func (a *API) closeStorage() error { return a.repos.closeAll() }
 
-// usageInterval is how often the sizes of SRs are compared with what their
-// storage says: space also changes in the background.
-const usageInterval = 30 * time.Second
+// The sizes of SRs are compared with what their storage says soon after an
+// operation, once for all that come together, and now and then, because space
+// also changes in the background.
+const (
+	usagePause    = time.Second
+	usageInterval = 30 * time.Second
+)
 
 // watchUsage keeps the sizes of SRs up to date until the server stops.
 func (a *API) watchUsage() {
-	tick := time.NewTicker(usageInterval)
-	defer tick.Stop()
 	for {
 		select {
 		case <-a.ctx.Done():
 			return
-		case <-tick.C:
-			if err := a.refreshUsage(a.ctx); err != nil && a.ctx.Err() == nil {
-				a.log.Warn("sizes of SRs are out of date", "err", err)
+		case <-time.After(usageInterval):
+		case <-a.repos.wake:
+			select {
+			case <-a.ctx.Done():
+				return
+			case <-time.After(usagePause):
 			}
+		}
+		if err := a.refreshUsage(a.ctx); err != nil && a.ctx.Err() == nil {
+			a.log.Warn("sizes of SRs are out of date", "err", err)
 		}
 	}
 }

@@ -116,6 +116,15 @@ type repoTable struct {
 	mu   sync.RWMutex // guards open
 	open map[xapi.Ref[xapi.SR]]*repository
 	uses diskUses
+	wake chan struct{} // has room for one; a send makes watchUsage look
+}
+
+// used tells that the space a repository uses may have changed.
+func (t *repoTable) used() {
+	select {
+	case t.wake <- struct{}{}:
+	default: // it is going to look anyway, or does not run yet
+	}
 }
 
 // get returns the repository of an SR; SR_HAS_NO_PBDS when it is not attached.

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"coppice/internal/db"
 	"coppice/internal/storage"
@@ -332,4 +334,29 @@ func TestRefreshUsage(t *testing.T) {
 	if r.API.db.Revision() != after || after == before {
 		t.Errorf("revisions %d, %d, %d: want one change", before, after, r.API.db.Revision())
 	}
+}
+
+// After an operation the SR's sizes are right within the pause, and after
+// changes that the API did not see within the interval.
+func TestWatchUsage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		disk := r.disk(8 << 20)
+		time.Sleep(2 * usagePause)
+		r.write(disk, slices.Repeat([]byte{1}, 1<<20), 0)
+		before := record(r.core, r.sr).PhysicalUtilisation
+		time.Sleep(usageInterval + usagePause)
+		synctest.Wait()
+		if got := record(r.core, r.sr).PhysicalUtilisation; got < before+1<<20 {
+			t.Errorf("after the interval: %d, was %d", got, before)
+		}
+		r.write(disk, slices.Repeat([]byte{1}, 1<<20), 2<<20)
+		before = record(r.core, r.sr).PhysicalUtilisation
+		r.call("VDI.snapshot", disk)
+		time.Sleep(usagePause)
+		synctest.Wait()
+		if got := record(r.core, r.sr).PhysicalUtilisation; got < before+1<<20 {
+			t.Errorf("after the pause: %d, was %d", got, before)
+		}
+	})
 }

@@ -248,7 +248,7 @@ func (a *API) openNewDisk(x *Import, r TransferRequest) (err error) {
 			return "", err
 		}
 		rec.VirtualSize, rec.PhysicalUtilisation = info.Size, info.Used
-		ref, err := a.recordDisk(ctx, repo, rec)
+		ref, err := a.recordDisk(ctx, rec)
 		if err == nil || unsettled(err) {
 			x.undo.disarm()
 			done()

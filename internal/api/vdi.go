@@ -200,7 +200,7 @@ func (a *API) addDisk(ctx context.Context, repo *repository, rec *xapi.VDI, make
 		return "", err
 	}
 	rec.VirtualSize, rec.PhysicalUtilisation = info.Size, info.Used
-	ref, err := a.recordDisk(ctx, repo, rec)
+	ref, err := a.recordDisk(ctx, rec)
 	if err == nil || unsettled(err) {
 		undo.disarm()
 	}
@@ -216,8 +216,7 @@ func unsettled(err error) bool {
 }
 
 // recordDisk adds the record of a disk whose volume exists.
-func (a *API) recordDisk(ctx context.Context, repo *repository, rec *xapi.VDI) (ref xapi.Ref[xapi.VDI], err error) {
-	usage, usageErr := repo.Usage(ctx)
+func (a *API) recordDisk(ctx context.Context, rec *xapi.VDI) (ref xapi.Ref[xapi.VDI], err error) {
 	err = a.db.Update(ctx, func(tx *db.Tx) error {
 		if ref, err = db.Insert(tx, rec); err != nil {
 			return err
@@ -225,13 +224,9 @@ func (a *API) recordDisk(ctx context.Context, repo *repository, rec *xapi.VDI) (
 		if err := a.refreshVDI(tx, ref); err != nil {
 			return err
 		}
-		return db.Modify(tx, rec.SR, func(sr *xapi.SR) {
-			sr.VirtualAllocation += rec.VirtualSize
-			if usageErr == nil {
-				sr.PhysicalSize, sr.PhysicalUtilisation = usage.Total, usage.Used
-			}
-		})
+		return db.Modify(tx, rec.SR, func(sr *xapi.SR) { sr.VirtualAllocation += rec.VirtualSize })
 	})
+	a.repos.used()
 	return ref, err
 }
 
@@ -255,6 +250,7 @@ func (a *API) vdiDestroy(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI]) e
 	if err := a.db.Update(ctx, func(tx *db.Tx) error { return a.removeDiskRecord(tx, ref) }); err != nil {
 		return err
 	}
+	a.repos.used()
 	if err := w.repo.remove(context.WithoutCancel(ctx), w.id()); err != nil {
 		return fmt.Errorf("delete VDI %s: %w", w.id(), err)
 	}
@@ -355,9 +351,9 @@ func (a *API) resizeDisk(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], s
 	return nil
 }
 
-// noteInfo brings sizes in the record of a disk and its SR up to date.
+// noteInfo brings the sizes in the record of a disk up to date.
 func (a *API) noteInfo(ctx context.Context, w *diskWork, info storage.Info) error {
-	usage, usageErr := w.repo.Usage(ctx)
+	defer a.repos.used()
 	return a.db.Update(ctx, func(tx *db.Tx) error {
 		v, err := db.Get(tx, w.ref)
 		if err != nil {
@@ -370,12 +366,7 @@ func (a *API) noteInfo(ctx context.Context, w *diskWork, info storage.Info) erro
 		if err != nil {
 			return err
 		}
-		return db.Modify(tx, v.SR, func(sr *xapi.SR) {
-			sr.VirtualAllocation += grown
-			if usageErr == nil {
-				sr.PhysicalSize, sr.PhysicalUtilisation = usage.Total, usage.Used
-			}
-		})
+		return db.Modify(tx, v.SR, func(sr *xapi.SR) { sr.VirtualAllocation += grown })
 	})
 }
 
