@@ -122,9 +122,17 @@ func (a *API) begin(client context.Context, o Origin, s *session, method string)
 // end gives back what the call still holds and completes its task row, if it
 // has one, in a single commit. It returns err as what the client is told.
 // Calling it twice is a bug.
-func (c *Call) end(res Result, err error) *xapi.Error {
+func (c *Call) end(res Result, err error) (told *xapi.Error) {
 	a := c.api
-	var told *xapi.Error
+	// Whatever happens below, the server's stop must not wait for this call.
+	defer a.running.leave()
+	defer c.cancel(nil)
+	if s := c.Session; s != nil {
+		defer func() {
+			s.active.Store(a.now().UnixNano())
+			s.running.Add(-1)
+		}()
+	}
 	if err != nil {
 		told = a.outcome(c.ctx, c.Method, err)
 	}
@@ -134,6 +142,9 @@ func (c *Call) end(res Result, err error) *xapi.Error {
 	task, recorded := c.task, c.recorded
 	c.mu.Unlock()
 
+	if task != "" {
+		defer a.running.remove(task)
+	}
 	if recorded || len(held) > 0 {
 		a.letGo(c, held, func(tx *db.Tx) error {
 			if !recorded {
@@ -142,15 +153,6 @@ func (c *Call) end(res Result, err error) *xapi.Error {
 			return a.completeTask(tx, task, res, told)
 		})
 	}
-	if task != "" {
-		a.running.remove(task)
-	}
-	c.cancel(nil)
-	if c.Session != nil {
-		c.Session.active.Store(a.now().UnixNano())
-		c.Session.running.Add(-1)
-	}
-	a.running.leave()
 	c.logEnd(told)
 	return told
 }

@@ -278,13 +278,27 @@ func (a *API) letGo(c *Call, held []*heldClaim, also func(*db.Tx) error) {
 		return nil
 	})
 	if err != nil {
-		// Only a closed database refuses a memory-only commit.
+		// The database is closed or its store has failed: nobody's turn will
+		// ever come.
 		a.log.Error("releasing claims failed", "method", c.Method, "err", err)
+		leaving = append(leaving, a.claims.dissolve()...)
 	}
 	for _, w := range leaving {
 		w.err = cmpErr(w.err, err)
 		close(w.done)
 	}
+}
+
+// dissolve empties the queue and returns who was in it.
+func (t *claimTable) dissolve() []*waiter {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	all := t.waiting
+	t.waiting = nil
+	for _, w := range all {
+		w.decided = true
+	}
+	return all
 }
 
 // cmpErr returns the first error that is not nil.

@@ -359,3 +359,30 @@ func TestClaimsUnderLoad(t *testing.T) {
 		t.Errorf("%d still wait", len(c.claims.waiting))
 	}
 }
+
+// When the database is gone nobody waits for a release that cannot come.
+func TestClaimsEndWithTheDatabase(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCore(t)
+		holder, waiting := c.begun(), c.begun()
+		release, err := holder.Claim(t.Context(), nil, claimOn(c.host, evacuate))
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			begin := time.Now()
+			_, err := waiting.Claim(t.Context(), c.exclusive(c.host), claimOn(c.host, reboot))
+			if !errors.Is(err, db.ErrClosed) || time.Since(begin) != 0 {
+				t.Errorf("got %v after %v, want %v", err, time.Since(begin), db.ErrClosed)
+			}
+			waiting.end(Result{}, nil)
+		}()
+		synctest.Wait()
+		if err := c.db.Close(); err != nil {
+			t.Fatal(err)
+		}
+		release()
+		holder.end(Result{}, nil)
+		synctest.Wait()
+	})
+}
