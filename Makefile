@@ -39,6 +39,7 @@ bench: build ## side by side with qemu-img and the limit of the machine; prints 
 
 generate: ## regenerate code and documents from the datamodel
 	go generate ./...
+	go test -run TestCompatDocument . -update
 
 ci:
 	.ci/run

@@ -44,6 +44,7 @@ var mayImport = map[string][]string{
 	"cmd/coppice": {"*"},
 	"cmd/xe":      {"internal/thincli"},
 	"bench":       {"*"},
+	"test/script": {},
 }
 
 type goPackage struct {
@@ -106,7 +107,7 @@ func TestPackageComments(t *testing.T) {
 		if p.Name == "main" {
 			parts := strings.Split(p.ImportPath, "/")
 			base := parts[len(parts)-1]
-			want = strings.ToUpper(base[:1]) + base[1:] + " "
+			want = "Command " + base + " "
 		}
 		if !strings.HasPrefix(p.Doc, want) {
 			t.Errorf("%s: package comment starts %.40q, want %q…", p.ImportPath, p.Doc, want)

@@ -1,4 +1,4 @@
-// Bench measures Coppice side by side with the tools a user would pick
+// Command bench measures Coppice side by side with the tools a user would pick
 // instead, in one run and on one file system, and prints a table of medians
 // and ratios.
 //
