@@ -40,7 +40,7 @@ func (t *Trace) log(err error, format string, args ...any) error {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	fmt.Fprintln(t.w, line)
+	_, _ = fmt.Fprintln(t.w, line)
 	return err
 }
 

@@ -329,6 +329,8 @@ func (r *repo) Delete(ctx context.Context, id storage.ID) error {
 type freer interface{ Free() (int64, error) }
 
 // Usage counts what the host has left as free, as far as the store may grow.
+// What the store keeps back so that deletes always work is neither used nor
+// free.
 func (r *repo) Usage(ctx context.Context) (storage.Usage, error) {
 	if err := r.usable(ctx); err != nil {
 		return storage.Usage{}, translate("usage", "", err)
@@ -345,7 +347,7 @@ func (r *repo) Usage(ctx context.Context) (storage.Usage, error) {
 		growth = min(growth, u.Max-u.Allocated)
 	}
 	growth = max(0, growth)
-	return storage.Usage{Total: u.Allocated + growth, Used: u.Used + u.Reserve, Free: u.Free + growth}, nil
+	return storage.Usage{Total: u.Allocated + growth, Used: u.Used, Free: u.Free + growth}, nil
 }
 
 func (r *repo) Check(ctx context.Context) iter.Seq2[storage.Problem, error] {

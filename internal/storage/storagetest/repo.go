@@ -104,7 +104,8 @@ func testList(s *suite) {
 		}
 	}
 	n := 0
-	for range s.Repo.List(s.ctx) {
+	for _, err := range s.Repo.List(s.ctx) {
+		s.must(err)
 		if n++; n == 3 {
 			break
 		}
