@@ -40,7 +40,7 @@ func TestMain(m *testing.M) {
 		}
 		defer os.RemoveAll(dir)
 		bin = dir
-		build := exec.Command("go", "build", "-o", dir, "coppice/cmd/coppice", "coppice/cmd/xe")
+		build := exec.Command("go", "build", "-buildvcs=false", "-o", dir, "coppice/cmd/coppice", "coppice/cmd/xe")
 		build.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := build.CombinedOutput(); err != nil {
 			fmt.Fprintf(os.Stderr, "building: %v\n%s", err, out)
