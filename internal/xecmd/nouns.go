@@ -115,9 +115,7 @@ func (n *noun) find(ctx context.Context, r *run, conditions []parameter, shown [
 	var rows []row
 	var later []filter
 	err := r.read(func(v view) error {
-		for ref, rec := range v.Each(n.class) {
-			rows = append(rows, row{ref: ref, rec: rec})
-		}
+		rows = n.candidates(v, conditions)
 		for _, p := range conditions {
 			if len(rows) == 0 {
 				return nil
@@ -162,6 +160,26 @@ func (n *noun) find(ctx context.Context, r *run, conditions []parameter, shown [
 		}
 	}
 	return rows, nil
+}
+
+// candidates returns the objects to apply conditions to: all, or the one that
+// a condition names by its uuid.
+func (n *noun) candidates(v view, conditions []parameter) (rows []row) {
+	for _, p := range conditions {
+		if p.key != "uuid" {
+			continue
+		}
+		if ref, ok := v.UUID(n.class, p.value); ok {
+			if rec, ok := v.Lookup(n.class, ref); ok {
+				rows = append(rows, row{ref: ref, rec: rec})
+			}
+		}
+		return rows
+	}
+	for ref, rec := range v.Each(n.class) {
+		rows = append(rows, row{ref: ref, rec: rec})
+	}
+	return rows
 }
 
 // sort orders objects by name, where they have one.

@@ -48,6 +48,7 @@ type API interface {
 type view interface {
 	Lookup(class *xapi.Class, ref string) (rec any, ok bool)
 	Each(class *xapi.Class) iter.Seq2[string, any]
+	UUID(class *xapi.Class, uuid string) (ref string, ok bool)
 	ClassOf(ref string) (*xapi.Class, bool)
 }
 
