@@ -1,7 +1,6 @@
 package api
 
 import (
-	"bufio"
 	"context"
 	"os"
 	"path/filepath"
@@ -295,13 +294,12 @@ func hostname() string {
 // memory returns the host's total and available memory in bytes, zero where
 // the operating system does not say.
 func memory() (total, available int64) {
-	f, err := os.Open("/proc/meminfo")
+	text, err := os.ReadFile("/proc/meminfo")
 	if err != nil {
 		return 0, 0
 	}
-	defer f.Close()
-	for s := bufio.NewScanner(f); s.Scan(); {
-		fields := strings.Fields(s.Text())
+	for line := range strings.Lines(string(text)) {
+		fields := strings.Fields(line)
 		if len(fields) < 2 {
 			continue
 		}

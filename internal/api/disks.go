@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 
 	"coppice/internal/db"
 	"coppice/internal/storage"
@@ -19,13 +20,16 @@ type openDisk struct {
 	rec  *xapi.VDI // as it was when the disk was opened
 	repo *repository
 	drop func()
+	log  *slog.Logger
 }
 
-// close releases the disk; what was written is durable only after a Flush.
-func (d *openDisk) close() error {
-	err := d.Volume.Close()
+// close releases the disk; what was written is durable only after a Flush, so
+// an error is a curiosity for the log.
+func (d *openDisk) close() {
+	if err := d.Volume.Close(); err != nil {
+		d.log.Warn("closing a disk failed", "vdi", d.rec.UUID, "err", err)
+	}
 	d.drop()
-	return err
 }
 
 // openReader opens the version of a disk of this instant. Nothing that
@@ -51,7 +55,7 @@ func (a *API) openWriter(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], w
 }
 
 func (a *API) open(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], how diskUse, check func(*db.Tx) error) (_ *openDisk, err error) {
-	d := &openDisk{ref: ref}
+	d := &openDisk{ref: ref, log: a.log}
 	defer func() {
 		if err != nil && d.drop != nil {
 			d.drop()

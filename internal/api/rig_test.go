@@ -230,7 +230,7 @@ func (r *rig) wantConsistent() {
 			r.t.Errorf("SR has current_operations %v", sr.CurrentOperations)
 		}
 	})
-	if r.repos.uses.n != nil && len(r.repos.uses.n) > 0 {
+	if len(r.repos.uses.n) > 0 {
 		r.t.Errorf("disks still counted as open: %v", slices.Collect(maps.Keys(r.repos.uses.n)))
 	}
 }

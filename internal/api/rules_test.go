@@ -2,7 +2,6 @@ package api
 
 import (
 	"context"
-	"fmt"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -315,6 +314,6 @@ func (r *rig) sweep() {
 		r.call("VDI.destroy", v)
 	}
 	if left := r.volumes(r.sr); len(left) > 0 {
-		r.t.Fatal(fmt.Sprintf("volumes left: %q", left))
+		r.t.Fatalf("volumes left: %q", left)
 	}
 }

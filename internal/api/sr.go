@@ -394,14 +394,16 @@ func (a *API) srProbe(ctx context.Context, c *Call, host xapi.Ref[xapi.Host], co
 		if err != nil {
 			return "", fmt.Errorf("probe: %w", err)
 		}
-		defer r.Close()
-		for info, err := range r.List(ctx) {
-			if err != nil {
-				return "", fmt.Errorf("probe: %w", err)
+		for info, e := range r.List(ctx) {
+			if err = e; err != nil {
+				break
 			}
 			if at, ok := decodeAttrs(info.Attrs); ok && at.SR != "" {
 				found[at.SR] = true
 			}
+		}
+		if err := cmpErr(err, r.Close()); err != nil {
+			return "", fmt.Errorf("probe: %w", err)
 		}
 	}
 	var list srList

@@ -2,7 +2,6 @@ package api
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strings"
 
@@ -81,10 +80,13 @@ func (a *API) openExport(c *Call, r TransferRequest) (*Export, error) {
 		return x, nil
 	}
 	if x.base, err = a.openReader(c.Context(), c, base, nil); err != nil {
-		return nil, errors.Join(err, x.src.close())
+		x.src.close()
+		return nil, err
 	}
 	if x.base.repo != x.src.repo { // the difference is one of maps, which share nothing here
-		return nil, errors.Join(xapi.NewError(xapi.ErrSROperationNotSupported, string(x.base.repo.sr)), x.base.close(), x.src.close())
+		x.base.close()
+		x.src.close()
+		return nil, xapi.NewError(xapi.ErrSROperationNotSupported, string(x.base.repo.sr))
 	}
 	x.BaseRef, x.BaseVDI, x.Base = base, x.base.rec, x.base.Volume
 	return x, nil
@@ -102,12 +104,9 @@ func (x *Export) Progress(done, total int64) { x.call.Progress(done, total) }
 // nil, and no result. It returns what the task ended with: nil for success,
 // else an *xapi.Error.
 func (x *Export) Finish(err error) error {
-	closing := x.src.close()
+	x.src.close()
 	if x.base != nil {
-		closing = errors.Join(closing, x.base.close())
-	}
-	if closing != nil {
-		x.call.api.log.Warn("closing an exported disk failed", "vdi", x.Ref, "err", closing)
+		x.base.close()
 	}
 	return x.call.finish(Result{}, err)
 }
@@ -241,7 +240,7 @@ func (a *API) openNewDisk(x *Import, r TransferRequest) (err error) {
 		return fmt.Errorf("open VDI %s: %w", id, err)
 	}
 	x.VDI, x.Volume, x.Repo = rec, v, repo.Repo
-	x.dst = &openDisk{Volume: v, rec: rec, repo: repo, drop: func() {}}
+	x.dst = &openDisk{Volume: v, rec: rec, repo: repo, drop: func() {}, log: a.log}
 	x.record = func(ctx context.Context) (xapi.Ref[xapi.VDI], error) {
 		info, err := repo.Stat(ctx, id)
 		if err != nil {
@@ -277,9 +276,7 @@ func (x *Import) Finish(err error) error {
 	if x.record == nil {
 		a.noteWritten(ctx, x.dst)
 	}
-	if closing := x.dst.close(); closing != nil {
-		a.log.Warn("closing an imported disk failed", "vdi", x.VDI.UUID, "err", closing)
-	}
+	x.dst.close()
 	if err == nil && x.record != nil {
 		ref, err = x.record(ctx)
 	}

@@ -96,7 +96,7 @@ func (a *API) copyToNew(ctx context.Context, c *Call, job copyJob, sr xapi.Ref[x
 		if err != nil {
 			return storage.Info{}, fmt.Errorf("open VDI %s: %w", id, err)
 		}
-		defer dst.Close()
+		defer func() { _ = dst.Close() }() // Flush tells what matters
 		write := func(p []byte, off int64) error {
 			_, err := dst.WriteAt(p, off)
 			return err

@@ -1,6 +1,7 @@
 package api
 
 import (
+	"maps"
 	"net"
 	"slices"
 	"testing"
@@ -187,9 +188,7 @@ func TestVBDCreate(t *testing.T) {
 	disk := r.disk(1 << 20)
 	with := func(change map[string]any) map[string]any {
 		args := vbdArgs(vm, disk, "0", "RW")
-		for k, v := range change {
-			args[k] = v
-		}
+		maps.Copy(args, change)
 		return args
 	}
 	typed := r.disk(1 << 20)
