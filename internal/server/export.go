@@ -25,12 +25,14 @@ func (s *Server) exportRawVDI(w http.ResponseWriter, r *request) {
 	defer release()
 	req := transferRequest(r, "get_export_raw_vdi", session)
 	req.Base, _ = r.param("base")
-	x, err := s.api.Export(r.Context(), r.origin, req)
+	ctx, done := lasting(r)
+	defer done()
+	x, err := s.api.Export(ctx, r.origin, req)
 	if err != nil {
 		s.fail(w, r, err)
 		return
 	}
-	ctx, done := contextOf(r, x)
+	ctx, done = either(x.Context(), ctx)
 	defer done()
 	f, img, err := planExport(ctx, req.Format, x)
 	if err != nil {

@@ -39,7 +39,9 @@ func (s *Server) importRawVDI(w http.ResponseWriter, r *request) {
 		w.WriteHeader(http.StatusOK)
 		return
 	}
-	m, err := s.api.Import(r.Context(), r.origin, req)
+	ctx, done := lasting(r)
+	defer done()
+	m, err := s.api.Import(ctx, r.origin, req)
 	if err != nil {
 		s.fail(w, r, err)
 		return
@@ -50,7 +52,7 @@ func (s *Server) importRawVDI(w http.ResponseWriter, r *request) {
 		s.refuse(w, r, m, err)
 		return
 	}
-	ctx, done := contextOf(r, m)
+	ctx, done = either(m.Context(), ctx)
 	defer done()
 	s.run(ctx, w, r, m, func(ctx context.Context, conn *stream) error {
 		if r.ProtoAtLeast(1, 1) && r.Header.Get("Expect") != "" {

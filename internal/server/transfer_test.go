@@ -212,6 +212,18 @@ func TestExportForms(t *testing.T) {
 			}
 		})
 	}
+	t.Run("sending side closed", func(t *testing.T) {
+		conn := d.dial(t, "tcp").(*net.TCPConn)
+		if _, err := io.WriteString(conn, "GET "+d.url("/export_raw_vdi", "vdi", ref)+" HTTP/1.0\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		if err := conn.CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := io.ReadAll(conn); err != nil || !bytes.HasSuffix(got, contents) {
+			t.Errorf("%d bytes, error %v", len(got), err)
+		}
+	})
 	t.Run("without a task", func(t *testing.T) {
 		got := d.send(t, "tcp", "GET "+d.url("/export_raw_vdi", "vdi", ref)+" HTTP/1.0\r\n\r\n")
 		_, rest, _ := strings.Cut(got, "task-id: ")
@@ -634,6 +646,30 @@ func TestExportIsOneInstant(t *testing.T) {
 	got, err := io.ReadAll(conn)
 	if err != nil || !bytes.Equal(got, contents) {
 		t.Errorf("%d bytes, error %v: not the contents when the export began", len(got), err)
+	}
+}
+
+// A stop cuts transfers that do not end within the grace period.
+func TestStopCutsTransfers(t *testing.T) {
+	d := &depot{fixture: start(t, time.Millisecond), t: t}
+	d.session = d.login(t)
+	d.sr = d.do("SR.get_all", d.session).([]any)[0].(string)
+	ref, _ := d.filled(random(64*mib, 1, [2]int64{0, 64 * mib}))
+	out := d.stall("GET "+d.url("/export_raw_vdi", "vdi", ref), d.task())
+	in := d.stall("PUT "+d.url("/import_raw_vdi", "vdi", ref, "format", "vhd"), d.task())
+	d.stop()
+	if err := d.stopped(); err != nil {
+		t.Error(err)
+	}
+	for name, conn := range map[string]net.Conn{"export": out, "import": in} {
+		if _, err := io.Copy(io.Discard, conn); err == nil {
+			t.Errorf("%s: the connection ends in order", name)
+		}
+	}
+	for _, want := range []string{"path=/export_raw_vdi", "path=/import_raw_vdi"} {
+		if !strings.Contains(d.log.String(), want) {
+			t.Errorf("the log does not say %q", want)
+		}
 	}
 }
 
