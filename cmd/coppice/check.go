@@ -33,34 +33,45 @@ func check(ctx context.Context, e env, args []string) error {
 	if err := parse(e, flags, args, -1); err != nil {
 		return err
 	}
-	stores := flags.Args()
-	if len(stores) == 0 {
-		data, err := e.dataDir(*dataFlag)
-		if err != nil {
-			return err
-		}
-		dir, lock, err := data.open(false)
-		if err != nil {
-			return err
-		}
-		defer dir.Close()
-		defer lock.Close()
-		if stores, err = data.stores(ctx); err != nil {
-			return err
-		}
+	if flags.NArg() > 0 {
+		return checkStores(ctx, e, flags.Args())
 	}
+	data, err := e.dataDir(*dataFlag)
+	if err != nil {
+		return err
+	}
+	return data.check(ctx, e)
+}
+
+// check checks every store of the data directory, whose lock it holds
+// meanwhile.
+func (d dataDir) check(ctx context.Context, e env) (err error) {
+	dir, lock, err := d.open(false)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, lock.Close(), dir.Close()) }()
+	stores, err := d.stores(ctx)
+	if err != nil {
+		return err
+	}
+	if len(stores) == 0 {
+		fmt.Fprintln(e.stdout, "there is no store yet")
+	}
+	return checkStores(ctx, e, stores)
+}
+
+// checkStores checks one store after the other.
+func checkStores(ctx context.Context, e env, stores []string) error {
 	total := 0
 	for _, store := range stores {
 		n, err := checkStore(ctx, e, store)
 		if err != nil {
-			return fmt.Errorf("store %s: %w", store, err)
+			return explainStore(store, err)
 		}
 		total += n
 	}
-	switch {
-	case len(stores) == 0:
-		fmt.Fprintln(e.stdout, "there is no store yet")
-	case total > 0:
+	if total > 0 {
 		return badNews{fmt.Errorf("%d problems found", total)}
 	}
 	return nil

@@ -36,6 +36,7 @@ func commands() []command {
 	return []command{
 		{"serve", "", "run the server", serve},
 		{"check", "[STORE…]", "verify the stores of a stopped server, exactly", check},
+		{"dump", "[STORE]", "show what is inside a store of a stopped server", dump},
 		{"doctor", "", "look for trouble around the server, with ways out", doctor},
 		{"version", "", "tell what this binary is", version},
 	}

@@ -69,6 +69,9 @@ func TestExitCodes(t *testing.T) {
 		{[]string{"serve", "--data", fresh() + strings.Repeat("/long", 30), "--http", "127.0.0.1:0", "--https", "127.0.0.1:0"}, exitUnusable, "longer than 107 bytes"},
 		{[]string{"check", "--data", fresh()}, exitUnusable, `"coppice serve" makes it`},
 		{[]string{"check", file}, exitUnusable, file},
+		{[]string{"dump", "--data", fresh()}, exitUnusable, "no such file"},
+		{[]string{"dump", t.TempDir()}, exitUnusable, "no store here"},
+		{[]string{"dump", "a", "b"}, exitUnusable, `unexpected argument "b"`},
 		{[]string{"doctor", "--data", fresh(), "--http", "127.0.0.1:0", "--https", "off"}, exitOK, "not there yet"},
 		{[]string{"doctor", "--data", file}, exitBadNews, "not a directory"},
 	}
@@ -108,7 +111,7 @@ func TestRootPassword(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer dir.Close()
+	t.Cleanup(func() { _ = dir.Close() })
 	// A start that fails on the way keeps nothing: nobody has seen the password.
 	lost, err := findPassword(dir, "")
 	if err != nil || lost.created == "" {
@@ -157,7 +160,7 @@ func TestListen(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer eps.close()
+	t.Cleanup(func() { _ = eps.close() })
 	var schemes []string
 	for _, ep := range eps {
 		schemes = append(schemes, ep.scheme)
@@ -185,7 +188,7 @@ func TestXEArgs(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { eps.close() })
+		t.Cleanup(func() { _ = eps.close() })
 		return &instance{endpoints: eps}
 	}
 	i := open(addresses{http: "127.0.0.1:0"})

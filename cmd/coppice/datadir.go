@@ -16,9 +16,10 @@ import (
 // dataDir is the path of a data directory; its methods name what is inside.
 type dataDir string
 
-func (d dataDir) database() string { return filepath.Join(string(d), "coppice.db") }
-func (d dataDir) tls() string      { return filepath.Join(string(d), "tls") }
-func (d dataDir) socket() string   { return filepath.Join(string(d), "coppice.sock") }
+func (d dataDir) database() string     { return filepath.Join(string(d), "coppice.db") }
+func (d dataDir) tls() string          { return filepath.Join(string(d), "tls") }
+func (d dataDir) defaultStore() string { return filepath.Join(string(d), "store") }
+func (d dataDir) socket() string       { return filepath.Join(string(d), "coppice.sock") }
 
 // passwordFile is the name of the file with root's password verifier.
 const passwordFile = "root.password"

@@ -125,8 +125,11 @@ func (f *findings) examine(ctx context.Context, e env, data dataDir, ports []str
 		f.add(trouble, "Check the permissions of the directory and of LOCK in it.", "%v", err)
 		return
 	}
-	defer dir.Close()
-	defer lock.Close()
+	defer func() {
+		if err := errors.Join(lock.Close(), dir.Close()); err != nil {
+			f.add(warning, "", "closing the data directory: %v", err)
+		}
+	}()
 	f.ports(ctx, ports)
 	f.password(dir)
 	f.contents(ctx, e, data)
@@ -171,8 +174,11 @@ func (f *findings) fileSystem(data dataDir) {
 		f.add(trouble, "Check permissions and free inodes.", "cannot make a file: %v", err)
 		return
 	}
-	defer os.Remove(file.Name())
-	defer file.Close()
+	defer func() {
+		if err := errors.Join(file.Close(), os.Remove(file.Name())); err != nil {
+			f.add(warning, "", "the scratch file: %v", err)
+		}
+	}()
 	fd := int(file.Fd())
 	const size = 4 << 20
 	if err := unix.Fallocate(fd, 0, 0, size); err != nil {

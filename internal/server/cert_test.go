@@ -84,7 +84,7 @@ func TestHandshake(t *testing.T) {
 				return
 			}
 			go func() {
-				defer conn.Close()
+				defer func() { _ = conn.Close() }()
 				_, _ = io.Copy(conn, conn)
 			}()
 		}
@@ -117,7 +117,7 @@ func TestHandshake(t *testing.T) {
 			if err != nil {
 				return
 			}
-			defer conn.Close()
+			defer func() { _ = conn.Close() }()
 			if p := conn.ConnectionState().NegotiatedProtocol; p == "h2" {
 				t.Error("negotiated HTTP/2, whose connections cannot be taken over")
 			}

@@ -584,7 +584,7 @@ func TestStopCuts(t *testing.T) {
 			t.Error(err)
 			return
 		}
-		defer conn.Close()
+		defer func() { _ = conn.Close() }()
 		_, _ = io.Copy(io.Discard, conn) // until it is cut
 		cause <- context.Cause(r.Context())
 	}})

@@ -38,7 +38,7 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
-		defer os.RemoveAll(dir)
+		defer func() { _ = os.RemoveAll(dir) }()
 		bin = dir
 		build := exec.Command("go", "build", "-buildvcs=false", "-o", dir, "coppice/cmd/coppice", "coppice/cmd/xe")
 		build.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -120,7 +120,7 @@ func cmdServe(ts *testscript.TestScript, neg bool, args []string) {
 		close(f.exited)
 	}()
 	ts.Defer(func() {
-		f.end(syscall.SIGKILL)
+		_ = f.end(syscall.SIGKILL) // if the script left it running
 		b, _ := os.ReadFile(log.Name())
 		ts.Logf("[server log]\n%s", b)
 		log.Close()

@@ -1,0 +1,64 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+
+	"github.com/google/uuid"
+
+	"coppice/internal/cow"
+	"coppice/internal/vfs"
+)
+
+// dump prints the inside of one store that nobody has open: the superblock
+// and the volumes, or with --volume the record and the map of one of them.
+func dump(ctx context.Context, e env, args []string) (err error) {
+	ctx, unhook := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer unhook()
+	flags := flag.NewFlagSet("dump", flag.ContinueOnError)
+	dataFlag := flags.String("data", "", dataUsage)
+	volumeFlag := flags.String("volume", "", "`UUID` of the volume whose record and map to print instead")
+	if err := parse(e, flags, args, 1); err != nil {
+		return err
+	}
+	var volume cow.ID
+	if *volumeFlag != "" {
+		id, err := uuid.Parse(*volumeFlag)
+		if err != nil {
+			return fmt.Errorf("--volume %s: %w", *volumeFlag, err)
+		}
+		volume = cow.ID(id)
+	}
+	path := flags.Arg(0)
+	if path == "" {
+		data, err := e.dataDir(*dataFlag)
+		if err != nil {
+			return err
+		}
+		path = data.defaultStore()
+	}
+	dir, err := vfs.OpenDir(path)
+	if err != nil {
+		return explainStore(path, err)
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	if err := cow.Dump(ctx, dir, e.stdout, volume); err != nil {
+		return explainStore(path, err)
+	}
+	return nil
+}
+
+// explainStore adds to an error of a store what can be done.
+func explainStore(path string, err error) error {
+	err = fmt.Errorf("store %s: %w", filepath.Clean(path), err)
+	if errors.Is(err, vfs.ErrLocked) {
+		return &hinted{err, "A coppice server is using it. Stop it first."}
+	}
+	return err
+}
