@@ -95,6 +95,28 @@ func (a *API) open(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], how dis
 	return d, nil
 }
 
+// holdSR lets op begin in an SR, for the long work of filling a new disk
+// there, and keeps the SR attached until drop is called.
+func (a *API) holdSR(ctx context.Context, c *Call, sr xapi.Ref[xapi.SR], op xapi.StorageOperations) (repo *repository, drop func(), err error) {
+	_, err = c.ClaimWithin(ctx, transferPatience, func(tx *db.Tx) (err error) {
+		if err := a.srAllows(tx, sr, op); err != nil {
+			return err
+		}
+		if repo, err = a.repos.get(sr); err != nil {
+			return err
+		}
+		drop = repo.hold()
+		return nil
+	})
+	if err != nil {
+		if drop != nil {
+			drop()
+		}
+		return nil, nil, err
+	}
+	return repo, drop, nil
+}
+
 // use notes that the server has a disk open. The returned function takes that
 // back and lets the disk's allowed_operations know.
 func (a *API) use(ref xapi.Ref[xapi.VDI], how diskUse) (drop func()) {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 
 	"coppice/internal/db"
@@ -317,4 +318,69 @@ func TestAttrsRememberOrigin(t *testing.T) {
 	if at, _ := decodeAttrs(info.Attrs); at.SnapshotOf != uuid || at.Label != "renamed" {
 		t.Errorf("attributes %s", info.Attrs)
 	}
+}
+
+// TestSRFaultAtEveryCall is TestFaultAtEveryCall for what is done to SRs. Of
+// each there is afterwards all or nothing: a record, an attached PBD and an
+// open repository, or none of them.
+func TestSRFaultAtEveryCall(t *testing.T) {
+	for name, c := range map[string]struct {
+		setup func(r *rig) string
+		run   string // on the SR, or on its PBD
+	}{
+		"create":  {func(r *rig) string { return "" }, "SR.create"},
+		"plug":    {func(r *rig) string { return r.detachedSR() }, "PBD.plug"},
+		"unplug":  {func(r *rig) string { return r.secondSR() }, "PBD.unplug"},
+		"forget":  {func(r *rig) string { return r.detachedSR() }, "SR.forget"},
+		"destroy": {func(r *rig) string { return r.detachedSR() }, "SR.destroy"},
+	} {
+		for _, commits := range []bool{false, true} {
+			for _, kind := range []faultKind{failBefore, failAfter, failAlways} {
+				t.Run(fmt.Sprintf("%s/commits=%v-%v", name, commits, kind), func(t *testing.T) {
+					for n := 1; ; n++ {
+						r := newRig(t)
+						sr := c.setup(r)
+						r.faults.arm(n, kind, commits)
+						switch {
+						case sr == "":
+							_, _ = r.try(r.root, c.run, r.host, map[string]string{}, 0, "second", "", "mem", "user", false)
+						case strings.HasPrefix(c.run, "PBD."):
+							_, _ = r.try(r.root, c.run, r.pbd(xapi.Ref[xapi.SR](sr)))
+						default:
+							_, _ = r.try(r.root, c.run, sr)
+						}
+						fired := r.faults.hasFired()
+						r.restart()
+						r.view(func(tx *db.Tx) {
+							for ref, sr := range db.All[xapi.SR](tx) {
+								if len(sr.PBDs) != 1 {
+									t.Errorf("call %d: SR %s has PBDs %q", n, sr.NameLabel, sr.PBDs)
+								}
+								if _, err := r.repos.get(ref); srAttached(tx, ref) != (err == nil) {
+									t.Errorf("call %d: SR %s attached %v, its repository: %v", n, sr.NameLabel, srAttached(tx, ref), err)
+								}
+							}
+							for _, pbd := range db.All[xapi.PBD](tx) {
+								if _, err := db.Get(tx, pbd.SR); err != nil {
+									t.Errorf("call %d: PBD without SR: %v", n, err)
+								}
+							}
+						})
+						r.wantConsistent()
+						if !fired || t.Failed() {
+							return
+						}
+					}
+				})
+			}
+		}
+	}
+}
+
+// detachedSR makes an SR whose PBD is unplugged.
+func (r *rig) detachedSR() string {
+	r.t.Helper()
+	sr := r.secondSR()
+	r.call("PBD.unplug", r.pbd(xapi.Ref[xapi.SR](sr)))
+	return sr
 }

@@ -79,14 +79,16 @@ func (a *API) pbdPlug(ctx context.Context, c *Call, ref xapi.Ref[xapi.PBD]) erro
 		return err
 	}
 	defer release()
-	switch {
-	case pbd.CurrentlyAttached:
+	if pbd.CurrentlyAttached {
 		return nil
-	case pbd.OtherConfig[unavailableKey] != "":
-		return a.reopen(ctx, ref) // makes good what start-up could not do
 	}
+	return a.plug(ctx, ref, pbd)
+}
+
+// plug attaches the SR of a PBD that is detached.
+func (a *API) plug(ctx context.Context, ref xapi.Ref[xapi.PBD], pbd *xapi.PBD) error {
 	var typ string
-	err = a.db.View(func(tx *db.Tx) error {
+	err := a.db.View(func(tx *db.Tx) error {
 		sr, err := db.Get(tx, pbd.SR)
 		if err == nil {
 			typ = sr.Type
@@ -101,7 +103,10 @@ func (a *API) pbdPlug(ctx context.Context, c *Call, ref xapi.Ref[xapi.PBD]) erro
 		return err
 	}
 	return a.attach(ctx, pbd.SR, drv, pbd.DeviceConfig, false, func(tx *db.Tx) error {
-		return db.Modify(tx, ref, func(p *xapi.PBD) { p.CurrentlyAttached = true })
+		return db.Modify(tx, ref, func(p *xapi.PBD) {
+			p.CurrentlyAttached = true
+			delete(p.OtherConfig, unavailableKey)
+		})
 	})
 }
 
@@ -151,11 +156,7 @@ func (a *API) pbdUnplug(ctx context.Context, c *Call, ref xapi.Ref[xapi.PBD]) er
 	var repo *repository
 	err = a.db.Update(ctx, func(tx *db.Tx) error {
 		// Transfers need no claim to begin; this is where they and we meet.
-		sr, err := db.Get(tx, pbd.SR)
-		if err != nil {
-			return err
-		}
-		if err := a.srUnused(tx, sr); err != nil {
+		if err := a.srUnused(tx, pbd.SR); err != nil {
 			return err
 		}
 		if err := db.Modify(tx, ref, func(p *xapi.PBD) { p.CurrentlyAttached = false }); err != nil {

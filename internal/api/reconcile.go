@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"coppice/internal/db"
@@ -12,7 +14,7 @@ import (
 )
 
 // unavailableKey is the key in a PBD's other_config that says why its SR could
-// not be opened at start-up. The next start tries again, and so does PBD.plug.
+// not be opened at start-up. The next start plugs it again.
 const unavailableKey = "coppice:unavailable"
 
 // openStorage opens the repositories of all SRs that were attached when the
@@ -30,14 +32,14 @@ const unavailableKey = "coppice:unavailable"
 // An SR that cannot be opened is left detached and reported, in the log and
 // in its PBD; the others work.
 func (a *API) openStorage(ctx context.Context) error {
-	var wanted []xapi.Ref[xapi.PBD]
+	wanted := map[xapi.Ref[xapi.PBD]]*xapi.PBD{}
 	err := a.db.View(func(tx *db.Tx) error {
 		for ref, pbd := range db.All[xapi.PBD](tx) {
 			if _, err := a.repos.get(pbd.SR); err == nil {
 				continue // bootstrap has just made it
 			}
 			if pbd.CurrentlyAttached || pbd.OtherConfig[unavailableKey] != "" {
-				wanted = append(wanted, ref)
+				wanted[ref] = pbd
 			}
 		}
 		return nil
@@ -45,8 +47,13 @@ func (a *API) openStorage(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, ref := range wanted {
-		failed := a.reopen(ctx, ref)
+	for _, ref := range slices.Sorted(maps.Keys(wanted)) {
+		var failed error
+		if pbd := wanted[ref]; pbd.CurrentlyAttached {
+			failed = a.reopen(ctx, ref)
+		} else { // what happened to it since is not known, so nothing is reclaimed
+			failed = a.plug(ctx, ref, pbd)
+		}
 		if failed == nil {
 			continue
 		}
@@ -72,8 +79,8 @@ func (a *API) openStorage(ctx context.Context) error {
 	return nil
 }
 
-// reopen opens the repository of an SR that belongs to this database and
-// reconciles it. The SR is attached afterwards, or closed after an error.
+// reopen opens the repository of an attached SR and reconciles it. It is
+// closed after an error.
 func (a *API) reopen(ctx context.Context, ref xapi.Ref[xapi.PBD]) error {
 	var pbd *xapi.PBD
 	var sr *xapi.SR
@@ -97,16 +104,15 @@ func (a *API) reopen(ctx context.Context, ref xapi.Ref[xapi.PBD]) error {
 	}
 	repo := newRepository(pbd.SR, r)
 	a.repos.put(repo)
-	if err := a.reconcile(ctx, repo, ref); err != nil {
+	if err := a.reconcile(ctx, repo); err != nil {
 		a.repos.take(pbd.SR)
 		return errors.Join(fmt.Errorf("reconcile SR %s: %w", sr.UUID, err), repo.Close())
 	}
 	return nil
 }
 
-// reconcile does for one repository what openStorage says, and records that
-// it is attached.
-func (a *API) reconcile(ctx context.Context, repo *repository, ref xapi.Ref[xapi.PBD]) error {
+// reconcile does for one repository what openStorage says.
+func (a *API) reconcile(ctx context.Context, repo *repository) error {
 	inv, err := takeInventory(ctx, repo)
 	if err != nil {
 		return err
@@ -114,17 +120,8 @@ func (a *API) reconcile(ctx context.Context, repo *repository, ref xapi.Ref[xapi
 	defer inv.end()
 	var unowned []storage.Info
 	err = a.db.Update(ctx, func(tx *db.Tx) (err error) {
-		err = db.Modify(tx, ref, func(p *xapi.PBD) {
-			p.CurrentlyAttached = true
-			delete(p.OtherConfig, unavailableKey)
-		})
-		if err != nil {
-			return err
-		}
-		if unowned, err = a.compareWith(tx, inv, markMissing); err != nil {
-			return err
-		}
-		return a.refreshDisksOf(tx, repo.sr)
+		unowned, err = a.compareWith(tx, inv, markMissing)
+		return err
 	})
 	if err != nil {
 		return err

@@ -28,6 +28,7 @@ type repository struct {
 
 	mu struct { // guards everything in it
 		sync.Mutex
+		held     int                     // long works that need the repo open
 		reserved map[storage.ID]int      // number of operations in flight
 		scans    int                     // scans running now
 		touched  map[storage.ID]struct{} // reserved at some time during a scan
@@ -41,6 +42,27 @@ func newRepository(sr xapi.Ref[xapi.SR], r storage.Repo) *repository {
 	rp.mu.touched = map[storage.ID]struct{}{}
 	rp.mu.doomed = map[storage.ID]struct{}{}
 	return rp
+}
+
+// hold keeps the repository from being detached until drop is called. It is
+// for work that takes as long as a disk is large, of which current_operations
+// says nothing: whoever wants to detach the SR is told at once.
+func (r *repository) hold() (drop func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.mu.held++
+	return sync.OnceFunc(func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.mu.held--
+	})
+}
+
+// isHeld tells whether such work goes on.
+func (r *repository) isHeld() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.mu.held > 0
 }
 
 // reserve keeps scans away from a volume until done is called.

@@ -230,6 +230,11 @@ func (r *rig) wantConsistent() {
 			r.t.Errorf("SR has current_operations %v", sr.CurrentOperations)
 		}
 	})
+	repo.mu.Lock()
+	if repo.mu.held > 0 || repo.mu.scans > 0 || len(repo.mu.reserved) > 0 || len(repo.mu.touched) > 0 {
+		r.t.Errorf("the repository is still held (%d), scanned (%d) or reserved %v", repo.mu.held, repo.mu.scans, repo.mu.reserved)
+	}
+	repo.mu.Unlock()
 	if len(r.repos.uses.n) > 0 {
 		r.t.Errorf("disks still counted as open: %v", slices.Collect(maps.Keys(r.repos.uses.n)))
 	}

@@ -273,6 +273,7 @@ func races(t *testing.T, r *rig, rounds int) {
 		"", "HANDLE_INVALID", "VDI_IN_USE", "OPERATION_NOT_ALLOWED", "OTHER_OPERATION_IN_PROGRESS", "SR_HAS_NO_PBDS",
 		// A disk that a scan brings back is another object; its old volume may be gone under an open transfer.
 		"SR_BACKEND_FAILURE_46", "SR_BACKEND_FAILURE_79",
+		"SR_BACKEND_FAILURE_16", // detaching while a copy fills a disk
 	}
 	rng := rand.New(rand.NewPCG(uint64(t.Name()[0]), 7))
 	for i, first := range racers {

@@ -109,9 +109,17 @@ func (a *API) srAllows(tx *db.Tx, ref xapi.Ref[xapi.SR], op xapi.StorageOperatio
 
 // srUnused says whether nothing keeps an SR from being detached: VDI_IN_USE
 // names the first disk that is attached to a VM, under an operation or open in
-// a transfer. It looks at every disk, so it is asked only by PBD.unplug and
-// not for allowed_operations, which are recomputed all the time.
-func (a *API) srUnused(tx *db.Tx, sr *xapi.SR) error {
+// a transfer; disks that are only being made have no name yet. It looks at
+// every disk, so it is asked only by PBD.unplug and not for
+// allowed_operations, which are recomputed all the time.
+func (a *API) srUnused(tx *db.Tx, ref xapi.Ref[xapi.SR]) error {
+	sr, err := db.Get(tx, ref)
+	if err != nil {
+		return err
+	}
+	if repo, err := a.repos.get(ref); err == nil && repo.isHeld() {
+		return backendFailure(16, "The SR is in use [opterr=a disk is being filled]")
+	}
 	for _, v := range sr.VDIs {
 		vdi, err := db.Get(tx, v)
 		if err != nil {

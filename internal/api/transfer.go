@@ -120,10 +120,13 @@ type Import struct {
 	Volume storage.Volume // Live; written by the caller
 	Repo   storage.Repo
 
-	call   *Call
-	dst    *openDisk
-	record func(ctx context.Context) (xapi.Ref[xapi.VDI], error) // makes the record of a new disk
-	undo   undoStack                                             // of a new disk
+	call *Call
+	dst  *openDisk
+
+	// Of a new disk:
+	record func(ctx context.Context) (xapi.Ref[xapi.VDI], error) // makes its record
+	undo   undoStack                                             // deletes its volume
+	free   func()                                                // lets SR and volume go
 }
 
 // importOp is what VDI_IN_USE calls an import that found the disk in use.
@@ -206,12 +209,7 @@ func (a *API) openNewDisk(x *Import, r TransferRequest) (err error) {
 	if err != nil {
 		return err
 	}
-	if _, err := c.ClaimWithin(ctx, transferPatience, func(tx *db.Tx) error {
-		return a.srAllows(tx, sr, xapi.StorageOperationsVDICreate)
-	}, claimOn(sr, xapi.StorageOperationsVDICreate)); err != nil {
-		return err
-	}
-	repo, err := a.repos.get(sr)
+	repo, drop, err := a.holdSR(ctx, c, sr, xapi.StorageOperationsVDICreate)
 	if err != nil {
 		return err
 	}
@@ -220,17 +218,18 @@ func (a *API) openNewDisk(x *Import, r TransferRequest) (err error) {
 	rec.UUID = uuid.NewString()
 	rec.Location, rec.Managed = rec.UUID, true
 	id := storage.ID(rec.UUID)
+	done := repo.reserve(id)
+	x.free = func() { done(); drop() }
+	defer func() {
+		if err != nil {
+			x.undo.run(ctx)
+			x.free()
+		}
+	}()
 	var attrs []byte
 	if err := a.db.View(func(tx *db.Tx) error { attrs = attrsOf(tx, rec).encode(); return nil }); err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			x.undo.run(ctx)
-		}
-	}()
-	done := repo.reserve(id)
-	x.undo.push(func(context.Context) { done() })
 	x.undo.push(func(ctx context.Context) { a.discard(ctx, repo, id) })
 	if _, err := repo.Create(ctx, storage.Spec{ID: id, Size: size, Attrs: attrs}); err != nil {
 		return fmt.Errorf("create VDI %s: %w", id, err)
@@ -250,7 +249,6 @@ func (a *API) openNewDisk(x *Import, r TransferRequest) (err error) {
 		ref, err := a.recordDisk(ctx, rec)
 		if err == nil || unsettled(err) {
 			x.undo.disarm()
-			done()
 		}
 		return ref, err
 	}
@@ -277,10 +275,13 @@ func (x *Import) Finish(err error) error {
 		a.noteWritten(ctx, x.dst)
 	}
 	x.dst.close()
-	if err == nil && x.record != nil {
-		ref, err = x.record(ctx)
+	if x.record != nil {
+		if err == nil {
+			ref, err = x.record(ctx)
+		}
+		x.undo.run(ctx)
+		x.free()
 	}
-	x.undo.run(ctx)
 	if err != nil {
 		return x.call.finish(Result{}, err)
 	}

@@ -266,6 +266,8 @@ func TestImportNewDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.call("SR.scan", string(r.sr)) // does not take the unfinished disk for a stray
+	r.fails("SR_BACKEND_FAILURE_16||The SR is in use [opterr=a disk is being filled]|", "PBD.unplug", r.pbd(r.sr))
+	r.destroy(r.disk(1 << 20)) // others go on
 	if got := r.disks(r.sr); len(got) != 0 {
 		t.Errorf("the unfinished disk is visible: %q", got)
 	}

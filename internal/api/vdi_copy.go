@@ -75,17 +75,11 @@ func (a *API) copyInto(ctx context.Context, c *Call, job copyJob, into xapi.Ref[
 
 // copyToNew runs a copy to a disk that it creates in sr.
 func (a *API) copyToNew(ctx context.Context, c *Call, job copyJob, sr xapi.Ref[xapi.SR]) (xapi.Ref[xapi.VDI], error) {
-	release, err := c.Claim(ctx, func(tx *db.Tx) error {
-		return a.srAllows(tx, sr, xapi.StorageOperationsVDICopy)
-	}, claimOn(sr, xapi.StorageOperationsVDICopy))
+	repo, drop, err := a.holdSR(ctx, c, sr, xapi.StorageOperationsVDICopy)
 	if err != nil {
 		return "", err
 	}
-	defer release()
-	repo, err := a.repos.get(sr)
-	if err != nil {
-		return "", err
-	}
+	defer drop()
 	rec := derivedDisk(job.src.rec)
 	rec.SR, rec.OnBoot = sr, xapi.OnBootPersist
 	return a.addDisk(ctx, repo, rec, func(id storage.ID, attrs []byte) (storage.Info, error) {
