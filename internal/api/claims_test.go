@@ -157,6 +157,60 @@ func TestClaimsAreFair(t *testing.T) {
 	})
 }
 
+// Those who go along with each other are granted by one release.
+func TestClaimsAreGrantedTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCore(t)
+		holder := c.begun()
+		release, err := holder.Claim(t.Context(), nil, claimOn(c.host, evacuate))
+		if err != nil {
+			t.Fatal(err)
+		}
+		granted := make(chan int, 6)
+		work := make(chan struct{})
+		for i := range 5 {
+			go func() {
+				call := c.begun()
+				if _, err := call.Claim(t.Context(), c.exclusive(c.host, reboot), claimOn(c.host, reboot)); err != nil {
+					t.Error(err)
+				}
+				granted <- i
+				<-work
+				call.end(Result{}, nil)
+			}()
+			synctest.Wait()
+		}
+		// The last goes along with everything: only the queue holds it up.
+		last := c.begun()
+		go func() {
+			if _, err := last.Claim(t.Context(), nil, claimOn(c.host, reboot)); err != nil {
+				t.Error(err)
+			}
+			granted <- 5
+		}()
+		synctest.Wait()
+		if len(granted) != 0 {
+			t.Error("granted before the release")
+		}
+		revision := c.db.Revision()
+		release()
+		synctest.Wait()
+		if len(granted) != 6 {
+			t.Errorf("%d granted, want 6", len(granted))
+		}
+		if n := len(record(c, c.host).CurrentOperations); n != 6 {
+			t.Errorf("%d claims on the host, want 6", n)
+		}
+		if n := c.db.Revision() - revision; n != 1 {
+			t.Errorf("the release and its grants took %d commits", n)
+		}
+		close(work)
+		last.end(Result{}, nil)
+		holder.end(Result{}, nil)
+		synctest.Wait()
+	})
+}
+
 func TestClaimOnAnotherObjectOvertakes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCore(t)

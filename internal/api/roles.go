@@ -8,10 +8,6 @@ import (
 	"coppice/internal/xapi"
 )
 
-// localRoot is what the datamodel calls the role of messages that only the
-// local superuser or another member of the pool may send.
-const localRoot = "local-root"
-
 // authorize says whether s may send message m with these parameters:
 // RBAC_PERMISSION_DENIED [permission, message] when not.
 func (a *API) authorize(s *session, m *method, args []any) error {
@@ -44,18 +40,14 @@ func (a *API) authorizeHTTP(s *session, action string) error {
 	return a.denied("http/"+action, h.Role)
 }
 
-// allows reports whether the session's role is at least need.
-func (a *API) allows(s *session, need string) bool {
-	if need == localRoot {
-		return false // the superuser never gets here
-	}
-	return a.model.Allows(s.role, need)
-}
+// allows reports whether the session's role is at least need. No role is
+// local-root: superusers and pool members never get here.
+func (a *API) allows(s *session, need string) bool { return a.model.Allows(s.role, need) }
 
 func (a *API) denied(permission, need string) *xapi.Error {
 	var roles []string
 	for _, r := range a.model.Roles {
-		if need != localRoot && a.model.Allows(r, need) {
+		if a.model.Allows(r, need) {
 			roles = append(roles, r)
 		}
 	}

@@ -212,6 +212,10 @@ func TestEveryMessageSurvives(t *testing.T) {
 	})
 }
 
+// localRoot is what the datamodel calls the role of messages that only the
+// local superuser or another member of the pool may send.
+const localRoot = "local-root"
+
 // line is the order of the roles, written down once more.
 var line = []string{"pool-admin", "pool-operator", "vm-power-admin", "vm-admin", "vm-operator", "read-only"}
 
