@@ -384,3 +384,27 @@ func (r *rig) detachedSR() string {
 	r.call("PBD.unplug", r.pbd(xapi.Ref[xapi.SR](sr)))
 	return sr
 }
+
+// A store that is a copy of another one keeps its volumes: they get no records
+// beside those of the original, and are not taken for garbage either.
+func TestCopiedStore(t *testing.T) {
+	r := newRig(t)
+	disk := record(r.core, r.disk(2<<20))
+	second := xapi.Ref[xapi.SR](r.secondSR())
+	repo, err := r.repos.get(second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := repo.Create(t.Context(), orphanSpec(disk.UUID)); err != nil {
+		t.Fatal(err)
+	}
+	r.call("SR.scan", string(second))
+	r.restart()
+	if got := r.volumes(second); !slices.Equal(got, []string{disk.UUID}) {
+		t.Errorf("volumes of the copy: %q", got)
+	}
+	if got := r.disks(second); len(got) != 0 {
+		t.Errorf("disks of the copy: %q", got)
+	}
+	r.wantConsistent()
+}

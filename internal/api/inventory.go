@@ -167,11 +167,23 @@ func (a *API) introduceVolumes(tx *db.Tx, repo *repository, volumes []storage.In
 }
 
 // reclaim deletes volumes that nobody owns and reports each. What VDI.forget
-// left stays, for a scan to find.
+// left stays, for a scan to find, and so does a volume with the UUID of a disk
+// in another SR: this store is then a copy of that one.
 func (a *API) reclaim(ctx context.Context, repo *repository, unowned []storage.Info) error {
+	copies := map[storage.ID]bool{}
+	err := a.db.View(func(tx *db.Tx) error {
+		for _, info := range unowned {
+			_, _, err := db.ByUUID[xapi.VDI](tx, string(info.ID))
+			copies[info.ID] = err == nil
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
 	var errs []error
 	for _, info := range unowned {
-		if at, ok := decodeAttrs(info.Attrs); ok && at.Forgotten {
+		if at, ok := decodeAttrs(info.Attrs); ok && at.Forgotten || copies[info.ID] {
 			continue
 		}
 		if err := repo.remove(ctx, info.ID); err != nil {

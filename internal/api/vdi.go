@@ -333,6 +333,7 @@ func (a *API) resizeDisk(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], s
 	if !ok {
 		return xapi.NewError(xapi.ErrSROperationNotSupported, string(w.rec.SR))
 	}
+	defer w.repo.reserve(w.id())() // a scan beside this does not know the size
 	var undo undoStack
 	defer func() { undo.run(ctx) }()
 	undo.push(func(ctx context.Context) { // only zeros are cut off again

@@ -115,6 +115,7 @@ func (a *API) vdiRevert(ctx context.Context, c *Call, snapshot xapi.Ref[xapi.VDI
 		return xapi.NewError(xapi.ErrUnimplementedInSMBackend, string(disk.SR))
 	}
 	id := storage.ID(disk.UUID)
+	defer repo.reserve(id)() // a scan beside this does not know the size
 	if err := r.Revert(ctx, id, storage.ID(snap.UUID)); err != nil {
 		return fmt.Errorf("revert VDI %s to %s: %w", disk.UUID, snap.UUID, err)
 	}
