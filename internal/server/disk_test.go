@@ -73,7 +73,11 @@ func testOpen(t testing.TB, repo storage.Repo, n int, m storage.Mode) storage.Vo
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { v.Close() })
+	t.Cleanup(func() {
+		if err := v.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 	return v
 }
 

@@ -11,26 +11,26 @@ import (
 )
 
 // loopback is both ends of a TCP connection.
-func loopback(b *testing.B) (here, there *net.TCPConn) {
+func loopback(b *testing.B) (here, there net.Conn) {
 	b.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		b.Fatal(err)
 	}
 	defer l.Close()
-	there, err = net.DialTCP("tcp", nil, l.Addr().(*net.TCPAddr))
+	there, err = net.Dial("tcp", l.Addr().String())
 	if err != nil {
 		b.Fatal(err)
 	}
-	conn, err := l.Accept()
+	here, err = l.Accept()
 	if err != nil {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() {
-		conn.Close()
+		here.Close()
 		there.Close()
 	})
-	return conn.(*net.TCPConn), there
+	return here, there
 }
 
 const benchSize = 256 * mib

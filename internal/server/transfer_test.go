@@ -3,18 +3,13 @@ package server
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -103,11 +98,12 @@ func (d *depot) settled(task string) []string {
 
 // url is the path of a transfer. args alternate keys and values.
 func (d *depot) url(path string, args ...string) string {
-	q := path + "?session_id=" + d.session
+	var q strings.Builder
+	q.WriteString(path + "?session_id=" + d.session)
 	for i := 0; i < len(args); i += 2 {
-		q += "&" + args[i] + "=" + args[i+1]
+		q.WriteString("&" + args[i] + "=" + args[i+1])
 	}
-	return q
+	return q.String()
 }
 
 // download is the body of an export that succeeds.
@@ -179,181 +175,6 @@ func (d *depot) untilBlank(conn net.Conn) string {
 	return string(head)
 }
 
-func TestExportForms(t *testing.T) {
-	d := newDepot(t)
-	contents := random(6*mib, 1, [2]int64{mib, 3 * mib})
-	ref, uuid := d.filled(contents)
-	basic := "Authorization: Basic " + base64.StdEncoding.EncodeToString([]byte("root:secret")) + "\r\n"
-	for name, request := range map[string]string{
-		"the document":     "GET " + d.url("/export_raw_vdi", "task_id", "%s", "vdi", ref, "format", "raw") + " HTTP/1.0\r\nConnection: close\r\n\r\n\r\n",
-		"xe":               "GET " + d.url("/export_raw_vdi", "task_id", "%s", "vdi", ref) + " HTTP/1.0\r\n\r\n",
-		"trailing slash":   "GET " + d.url("/export_raw_vdi/", "format", "raw", "vdi", ref, "task_id", "%s") + " HTTP/1.1\r\nHost: h\r\nConnection: keep-alive\r\n\r\n",
-		"uuid, upper case": "GET " + d.url("/export_raw_vdi", "task_id", "%s", "vdi", uuid, "format", "RAW") + " HTTP/1.1\r\nHost: h\r\n\r\n",
-		"percent-encoded":  "GET " + d.url("/export_raw_vdi", "task_id", "%s", "vdi", strings.ReplaceAll(ref, ":", "%%3A")) + " HTTP/1.1\r\nHost: h\r\n\r\n",
-		"cookie":           "GET /export_raw_vdi?vdi=" + uuid + " HTTP/1.1\r\nHost: h\r\nCookie: session_id=" + d.session + "; task_id=%s\r\n\r\n",
-		"task in a header": "GET " + d.url("/export_raw_vdi", "vdi", uuid) + " HTTP/1.1\r\nHost: h\r\ntask-id: %s\r\n\r\n",
-		"basic":            "GET /export_raw_vdi?vdi=" + uuid + "&task_id=%s HTTP/1.1\r\nHost: h\r\n" + basic + "\r\n",
-	} {
-		t.Run(name, func(t *testing.T) {
-			task := d.task()
-			got := d.send(t, "tcp", fmt.Sprintf(request, task))
-			want := "HTTP/1.1 200 OK\r\nConnection: close\r\nCache-Control: no-cache, no-store\r\ntask-id: " + task +
-				"\r\ncontent-type: application/octet-stream\r\ncontent-disposition: attachment; filename=\"" + uuid + ".raw\"" +
-				"\r\nContent-Length: 6291456\r\n\r\n"
-			head, body, _ := strings.Cut(got, "\r\n\r\n")
-			if head+"\r\n\r\n" != want {
-				t.Fatalf("got:\n%s\nwant:\n%s", head, want)
-			}
-			if body != string(contents) {
-				t.Error("wrong contents")
-			}
-			if o := d.settled(task); !slices.Equal(o, []string{"success"}) {
-				t.Errorf("task says %q", o)
-			}
-		})
-	}
-	t.Run("sending side closed", func(t *testing.T) {
-		conn := d.dial(t, "tcp").(*net.TCPConn)
-		if _, err := io.WriteString(conn, "GET "+d.url("/export_raw_vdi", "vdi", ref)+" HTTP/1.0\r\n\r\n"); err != nil {
-			t.Fatal(err)
-		}
-		if err := conn.CloseWrite(); err != nil {
-			t.Fatal(err)
-		}
-		if got, err := io.ReadAll(conn); err != nil || !bytes.HasSuffix(got, contents) {
-			t.Errorf("%d bytes, error %v", len(got), err)
-		}
-	})
-	t.Run("without a task", func(t *testing.T) {
-		got := d.send(t, "tcp", "GET "+d.url("/export_raw_vdi", "vdi", ref)+" HTTP/1.0\r\n\r\n")
-		_, rest, _ := strings.Cut(got, "task-id: ")
-		task, _, _ := strings.Cut(rest, "\r\n")
-		if o := d.settled(task); !strings.HasSuffix(got, string(contents)) || !slices.Equal(o, []string{"success"}) {
-			t.Errorf("task %s says %q", task, o)
-		}
-	})
-}
-
-func TestImportForms(t *testing.T) {
-	d := newDepot(t)
-	contents := random(4*mib, 1, [2]int64{0, 3 * mib})
-	image := string(imageOf(t, contents, nil))
-	raw := string(contents)
-	chunks := func(s string) string {
-		return fmt.Sprintf("%x\r\n%s\r\n%x;x=y\r\n%s\r\n0\r\n\r\n", 100, s[:100], len(s)-100, s[100:])
-	}
-	length := func(n int) string { return fmt.Sprintf("Content-Length: %d", n) }
-	const unknown = "Content-Length: 1125899906842624"
-	type form struct {
-		version, format string
-		headers         []string
-		body            string
-		end             bool // the client closes when everything is sent
-	}
-	for name, tt := range map[string]form{
-		"the document, vhd":         {"HTTP/1.0", "vhd", []string{"Connection: close"}, "\r\n" + image, true},
-		"the document, raw":         {"HTTP/1.0", "raw", []string{"Connection: close"}, raw, true},
-		"xe, file":                  {"HTTP/1.0", "vhd", []string{length(len(image))}, image, false},
-		"xe, file, closes":          {"HTTP/1.0", "vhd", []string{length(len(image))}, image, true},
-		"xe, pipe":                  {"HTTP/1.0", "vhd", nil, image, true},
-		"xe, raw file":              {"HTTP/1.0", "raw", []string{length(len(raw))}, raw, false},
-		"HTTP/1.1, length":          {"HTTP/1.1", "vhd", []string{"Host: h", length(len(image))}, image, false},
-		"HTTP/1.1, no length":       {"HTTP/1.1", "raw", []string{"Host: h"}, raw, true},
-		"HTTP/1.1, chunked":         {"HTTP/1.1", "vhd", []string{"Host: h", "Transfer-Encoding: chunked"}, chunks(image), false},
-		"HTTP/1.1, chunked raw":     {"HTTP/1.1", "raw", []string{"Host: h", "Transfer-Encoding: chunked"}, chunks(raw), false},
-		"unknown length, vhd":       {"HTTP/1.1", "vhd", []string{"Host: h", unknown}, image, true},
-		"unknown length, raw":       {"HTTP/1.1", "raw", []string{"Host: h", unknown}, raw, true},
-		"expects to be continued":   {"HTTP/1.1", "vhd", []string{"Host: h", "Expect: 100-continue", length(len(image))}, image, false},
-		"length with a CRLF in it":  {"HTTP/1.0", "VHD", []string{length(len(image) + 2)}, "\r\n" + image, false},
-		"private chunks":            {"HTTP/1.0", "raw&chunked", nil, string(frames(piece{data: contents[:mib]}, piece{off: mib, data: contents[mib : 3*mib]}, piece{})), false},
-		"private chunks, in chunks": {"HTTP/1.1", "raw&chunked=1", []string{"Host: h", "Transfer-Encoding: chunked"}, chunks(string(frames(piece{data: contents[:3*mib]}, piece{}))), false},
-	} {
-		t.Run(name, func(t *testing.T) {
-			ref, uuid := d.disk(4 * mib)
-			task := d.task()
-			reply := d.put(d.url("/import_raw_vdi", "task_id", task, "vdi", uuid, "format", tt.format)+" "+tt.version, tt.headers, tt.body, tt.end)
-			want := "HTTP/1.1 200 OK\r\nConnection: close\r\nCache-Control: no-cache, no-store\r\ntask-id: " + task +
-				"\r\ncontent-type: application/octet-stream\r\n\r\n"
-			if slices.Contains(tt.headers, "Expect: 100-continue") {
-				want = "HTTP/1.1 100 Continue\r\n\r\n" + want
-			}
-			if reply != want {
-				t.Errorf("got:\n%s\nwant:\n%s", reply, want)
-			}
-			if o := d.settled(task); !slices.Equal(o, []string{"success", "<value>" + ref + "</value>"}) {
-				t.Fatalf("task says %q", o)
-			}
-			if !bytes.Equal(d.download(ref, "raw", ""), contents) {
-				t.Error("wrong contents")
-			}
-		})
-	}
-}
-
-// A request that comes in pieces, and whose body follows at once.
-func TestImportWithoutWaiting(t *testing.T) {
-	d := newDepot(t)
-	contents := random(4*mib, 1, [2]int64{0, 4 * mib})
-	ref, _ := d.disk(4 * mib)
-	task := d.task()
-	conn := d.dial(t, "tcp")
-	for _, s := range []string{"PUT " + d.url("/import_raw_vdi/", "vdi", ref, "task_id", task) + " HTTP/1.0\r\n", "Connection: close\r\n", "\r\n" + string(contents[:100]), string(contents[100:])} {
-		if _, err := io.WriteString(conn, s); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.ReadAll(conn); err != nil {
-		t.Error(err)
-	}
-	if o := d.settled(task); o[0] != "success" || !bytes.Equal(d.download(ref, "raw", ""), contents) {
-		t.Errorf("task says %q", o)
-	}
-}
-
-// A probe is answered like an import and touches nothing, not even the task
-// of the import that follows at once.
-func TestImportProbe(t *testing.T) {
-	d := newDepot(t)
-	contents := random(2*mib, 1, [2]int64{0, 2 * mib})
-	ref, _ := d.filled(contents)
-	for _, format := range []string{"vhd", "raw"} {
-		probe := "PUT " + d.url("/import_raw_vdi/", "format", format, "vdi", ref) + " HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n"
-		if got := d.send(t, "tcp", probe); !strings.HasPrefix(got, "HTTP/1.1 200 OK\r\n") {
-			t.Errorf("%s: %s", format, got)
-		}
-		if !bytes.Equal(d.download(ref, "raw", ""), contents) {
-			t.Errorf("%s: the disk has changed", format)
-		}
-	}
-	d.upload(ref, "vhd", imageOf(t, contents, nil))
-	bad := "PUT " + d.url("/import_raw_vdi/", "vdi", "OpaqueRef:none") + " HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n"
-	if got := d.send(t, "tcp", bad); !strings.HasPrefix(got, "HTTP/1.1 500 ") || !strings.Contains(got, "HANDLE_INVALID: [ VDI; OpaqueRef:none ]") {
-		t.Errorf("probe of nothing: %s", got)
-	}
-}
-
-func TestImportMakesDisk(t *testing.T) {
-	d := newDepot(t)
-	contents := random(3*mib, 1, [2]int64{0, 3 * mib})
-	task := d.task()
-	d.put(d.url("/import_raw_vdi", "task_id", task, "sr_id", d.sr)+" HTTP/1.0", []string{fmt.Sprintf("Content-Length: %d", len(contents))}, string(contents), false)
-	o := d.settled(task)
-	if len(o) != 2 || o[0] != "success" {
-		t.Fatalf("task says %q", o)
-	}
-	ref := strings.TrimSuffix(strings.TrimPrefix(o[1], "<value>"), "</value>")
-	got := d.do("VDI.get_record", d.session, ref).(map[string]any)
-	if got["name_label"] != "Imported VDI" || got["type"] != "user" || fmt.Sprint(got["virtual_size"]) != "4194304" {
-		t.Errorf("record is %v", got)
-	}
-	if !bytes.Equal(d.download(ref, "raw", ""), append(contents, make([]byte, mib)...)) {
-		t.Error("wrong contents")
-	}
-}
-
 // Everything that is wrong with a request is answered by its status, the code
 // on the page, and the task.
 func TestTransferRefusals(t *testing.T) {
@@ -410,47 +231,6 @@ func TestTransferRefusals(t *testing.T) {
 	}
 	if !bytes.Equal(d.download(ref, "raw", ""), contents) {
 		t.Error("the disk has changed")
-	}
-}
-
-// Bodies that are not what they should be fail the task and cut the
-// connection. Where nothing of the body could be used the disk is unchanged.
-func TestImportBadBodies(t *testing.T) {
-	d := newDepot(t)
-	old := random(4*mib, 1, [2]int64{0, 4 * mib})
-	good := imageOf(t, random(4*mib, 2, [2]int64{0, 4 * mib}), nil)
-	flipped := bytes.Clone(good)
-	flipped[12] ^= 1
-	for name, tt := range map[string]struct {
-		format    string
-		headers   []string
-		body      []byte
-		reason    string
-		unchanged bool
-	}{
-		"raw as vhd":             {"vhd", nil, old, "footer cookie", true},
-		"flipped bit":            {"vhd", nil, flipped, "footer checksum", true},
-		"disk too small":         {"vhd", nil, imageOf(t, random(8*mib, 1, [2]int64{7 * mib, 4096}), nil), "the disk ends at 4194304", true},
-		"cut vhd":                {"vhd", nil, good[:3*mib], "unexpected EOF", false},
-		"cut vhd, known length":  {"vhd", []string{fmt.Sprintf("Content-Length: %d", len(good))}, good[:3*mib], "unexpected EOF", false},
-		"cut raw, known length":  {"raw", []string{"Content-Length: 4194304"}, good[:mib], "body ends after 1048576 of 4194304 bytes", false},
-		"raw too long":           {"raw", nil, append(bytes.Clone(old), 1), "more bytes than the disk has", true},
-		"empty vhd":              {"vhd", []string{"Content-Length: 0"}, nil, "stream ends at byte 0", true},
-		"chunk behind the disk":  {"raw&chunked", nil, frames(piece{off: 4 * mib, data: old[:1]}), "does not fit a disk of 4194304", true},
-		"chunks without the end": {"raw&chunked", nil, frames(piece{data: old[:7]}), "unexpected EOF", true},
-	} {
-		t.Run(name, func(t *testing.T) {
-			ref, _ := d.filled(old)
-			task := d.task()
-			d.put(d.url("/import_raw_vdi", "task_id", task, "vdi", ref, "format", tt.format)+" HTTP/1.0", tt.headers, string(tt.body), true)
-			if o := d.settled(task); len(o) != 3 || o[0] != "failure" || o[1] != "VDI_IO_ERROR" || !strings.Contains(o[2], tt.reason) {
-				t.Errorf("task says %q, want a VDI_IO_ERROR with %q", o, tt.reason)
-			}
-			if tt.unchanged && !bytes.Equal(d.download(ref, "raw", ""), old) {
-				t.Error("the disk has changed")
-			}
-			d.upload(ref, "raw", old) // nothing is left behind: it may simply be repeated
-		})
 	}
 }
 
@@ -561,94 +341,6 @@ func cmpOr(a, b error) error {
 	return b
 }
 
-// The walk-through of the document: full, delta, restore of both.
-func TestIncrementalBackup(t *testing.T) {
-	d := newDepot(t)
-	const size = 24 << 30
-	disk, _ := d.disk(size)
-	one := random(40*mib, 1, [2]int64{0, 9 * mib}, [2]int64{20 * mib, 12 * mib})
-	d.upload(disk, "raw", one)
-	full := d.do("VDI.snapshot", d.session, disk).(string)
-	fullImage := d.download(full, "vhd", "")
-
-	two := bytes.Clone(one)
-	copy(two[5*mib:], "changed")
-	clear(two[30*mib:][:mib])
-	d.upload(disk, "raw", two) // only what differs is written
-	delta := d.do("VDI.snapshot", d.session, disk).(string)
-	deltaImage := d.download(delta, "vhd", d.do("VDI.get_uuid", d.session, full).(string))
-
-	if got, want := blocksOf(t, fullImage), []int64{0, 1, 2, 3, 4, 10, 11, 12, 13, 14, 15}; !slices.Equal(got, want) {
-		t.Errorf("full has blocks %v, want %v", got, want)
-	}
-	if got, want := blocksOf(t, deltaImage), []int64{2, 15}; !slices.Equal(got, want) {
-		t.Errorf("delta has blocks %v, want %v", got, want)
-	}
-	if same := d.download(full, "vhd", ""); !bytes.Equal(same, fullImage) {
-		t.Error("a second export of the same snapshot gives other bytes")
-	}
-	if none := d.download(delta, "vhd", delta); len(blocksOf(t, none)) != 0 {
-		t.Error("a delta against itself has blocks")
-	}
-	if live := d.download(disk, "vhd", delta); len(blocksOf(t, live)) != 0 {
-		t.Error("a delta of the disk against its newest snapshot has blocks")
-	}
-	if one, two := d.download(disk, "vhd", ""), d.download(disk, "vhd", ""); !bytes.Equal(one, two) {
-		t.Error("a second export of a disk that nobody wrote gives other bytes")
-	}
-	if back := d.download(full, "vhd", delta); !slices.Equal(blocksOf(t, back), []int64{2, 15}) {
-		t.Error("a delta backwards has other blocks")
-	}
-
-	restored, _ := d.disk(size)
-	d.upload(restored, "vhd", fullImage)
-	if d.digest(restored, int64(len(one))) != sha256.Sum256(one) {
-		t.Error("the restored full differs")
-	}
-	d.upload(restored, "vhd", deltaImage)
-	if d.digest(restored, int64(len(two))) != sha256.Sum256(two) {
-		t.Error("the restored delta differs")
-	}
-	if used := d.do("VDI.get_physical_utilisation", d.session, restored); fmt.Sprint(used) > "40000000" && len(fmt.Sprint(used)) > 7 {
-		t.Errorf("the restored disk is not sparse: %v bytes", used)
-	}
-}
-
-func blocksOf(t *testing.T, b []byte) []int64 {
-	t.Helper()
-	_, _, blocks := readBlocks(t, b, 40*mib)
-	return blocks
-}
-
-// digest is the SHA-256 of the first n bytes of a VDI.
-func (d *depot) digest(vdi string, n int64) [32]byte {
-	d.t.Helper()
-	conn := d.dial(d.t, "tcp")
-	if _, err := io.WriteString(conn, "GET "+d.url("/export_raw_vdi", "vdi", vdi)+" HTTP/1.0\r\n\r\n"); err != nil {
-		d.t.Fatal(err)
-	}
-	d.untilBlank(conn)
-	b := make([]byte, n)
-	if _, err := io.ReadFull(conn, b); err != nil {
-		d.t.Fatal(err)
-	}
-	return sha256.Sum256(b)
-}
-
-// A live disk is exported as of one instant, whatever happens to it meanwhile.
-func TestExportIsOneInstant(t *testing.T) {
-	d := newDepot(t)
-	contents := random(64*mib, 1, [2]int64{0, 64 * mib})
-	ref, _ := d.filled(contents)
-	conn := d.stall("GET "+d.url("/export_raw_vdi", "vdi", ref), d.task())
-	d.upload(ref, "raw", random(64*mib, 2, [2]int64{0, 64 * mib}))
-	d.do("VDI.destroy", d.session, ref)
-	got, err := io.ReadAll(conn)
-	if err != nil || !bytes.Equal(got, contents) {
-		t.Errorf("%d bytes, error %v: not the contents when the export began", len(got), err)
-	}
-}
-
 // A stop cuts transfers that do not end within the grace period.
 func TestStopCutsTransfers(t *testing.T) {
 	d := &depot{fixture: start(t, time.Millisecond), t: t}
@@ -733,43 +425,6 @@ func TestTransfersOverTLS(t *testing.T) {
 	}
 	if n, err := io.Copy(io.Discard, conn); err == nil {
 		t.Errorf("a cancelled export ends in order after %d bytes", n)
-	}
-}
-
-// What the wide-spread tool makes of our images.
-func TestQemuReadsExports(t *testing.T) {
-	qemu, err := exec.LookPath("qemu-img")
-	if err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatal("qemu-img is not installed; CI needs it")
-		}
-		t.Skip("qemu-img is not installed (Debian package qemu-utils)")
-	}
-	d := newDepot(t)
-	contents := random(9*mib, 1, [2]int64{0, 3 * mib}, [2]int64{8 * mib, mib})
-	ref, _ := d.filled(contents)
-	dir := t.TempDir()
-	raw, image := filepath.Join(dir, "disk.raw"), filepath.Join(dir, "disk.vhd")
-	for file, format := range map[string]string{raw: "raw", image: "vhd"} {
-		if err := os.WriteFile(file, d.download(ref, format, ""), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if out, err := exec.Command(qemu, "compare", "-f", "raw", "-F", "vpc", raw, image).CombinedOutput(); err != nil {
-		t.Errorf("%v\n%s", err, out)
-	}
-	again := filepath.Join(dir, "again.vhd")
-	if out, err := exec.Command(qemu, "convert", "-f", "raw", "-O", "vpc", "-o", "force_size=on", raw, again).CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	b, err := os.ReadFile(again)
-	if err != nil {
-		t.Fatal(err)
-	}
-	other, _ := d.disk(10 * mib)
-	d.upload(other, "vhd", b)
-	if !bytes.Equal(d.download(other, "raw", ""), d.download(ref, "raw", "")) {
-		t.Error("an image of qemu-img gives other contents")
 	}
 }
 
