@@ -60,6 +60,7 @@ func TestExitCodes(t *testing.T) {
 		{[]string{"serve", "--log-level", "loud"}, exitUnusable, "loud"},
 		{[]string{"serve", "--tls-cert", file}, exitUnusable, "--tls-cert and --tls-key go together"},
 		{[]string{"serve", "--http", "off", "--https", "off"}, exitUnusable, "nothing to listen at"},
+		{[]string{"serve", "--grace", "0s"}, exitUnusable, "--grace must be more"},
 		{[]string{"serve", "--data", file}, exitUnusable, file},
 		{[]string{"serve", "--data", fresh(), "--http", "0.0.0.0:0"}, exitUnusable, "loopback addresses only"},
 		{[]string{"serve", "--data", fresh(), "--http", "nonsense"}, exitUnusable, "--http: "},

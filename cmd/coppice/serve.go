@@ -70,8 +70,8 @@ func (o *serveOptions) validate() error {
 	if o.addresses.http == off && o.addresses.https == off && len(o.addresses.more) == 0 {
 		errs = append(errs, errors.New("--http off and --https off leave nothing to listen at; add --listen"))
 	}
-	if o.grace < 0 {
-		errs = append(errs, errors.New("--grace is negative"))
+	if o.grace <= 0 {
+		errs = append(errs, errors.New("--grace must be more than 0s"))
 	}
 	return errors.Join(errs...)
 }

@@ -87,8 +87,15 @@ type Server struct {
 
 	streams  streams
 	handlers activity
-	draining context.Context // done when a stop begins
+	draining context.Context // ends when a stop begins
 	drain    context.CancelCauseFunc
+
+	// cutting ends when the grace period of a stop does, with ErrStopping.
+	// A handler that has taken its connection over goes by it: for net/http
+	// the context of a request ends when the client closes its sending side,
+	// but such a client may still be waiting for an answer.
+	cutting context.Context
+	cut     context.CancelCauseFunc
 }
 
 // New returns a Server that listens to nothing yet.
@@ -107,6 +114,7 @@ func New(cfg Config) *Server {
 		s.grace = DefaultGrace
 	}
 	s.draining, s.drain = context.WithCancelCause(context.Background())
+	s.cutting, s.cut = context.WithCancelCause(context.Background())
 	return s
 }
 
@@ -115,11 +123,10 @@ func New(cfg Config) *Server {
 // the listeners, and is called at most once. A stop that was asked for
 // returns nil; it has closed the API only if something had to be cut.
 func (s *Server) Serve(ctx context.Context, listeners ...net.Listener) error {
-	base, cut := context.WithCancelCause(context.WithoutCancel(ctx))
-	defer cut(ErrStopping)
+	defer s.cut(ErrStopping)
 	hs := &http.Server{
 		Handler:                      s,
-		BaseContext:                  func(net.Listener) context.Context { return base },
+		BaseContext:                  func(net.Listener) context.Context { return s.cutting },
 		ConnContext:                  withPeer,
 		ReadHeaderTimeout:            headerTimeout,
 		IdleTimeout:                  idleTimeout,
@@ -142,19 +149,19 @@ func (s *Server) Serve(ctx context.Context, listeners ...net.Listener) error {
 	case err = <-failed:
 	}
 	s.drain(ErrStopping)
-	graceCtx, done := context.WithTimeout(base, s.grace)
+	graceCtx, done := context.WithTimeout(s.cutting, s.grace)
 	defer done()
 	if hs.Shutdown(graceCtx) != nil || !s.handlers.wait(graceCtx) {
 		s.log.Warn("cutting what did not end within the grace period", "grace", s.grace)
-		err = errors.Join(err, s.cut(cut, hs))
+		err = errors.Join(err, s.endAll(hs))
 	}
 	accepting.Wait()
 	return err
 }
 
-// cut ends every handler that is left, and returns when they have ended.
-func (s *Server) cut(cancel context.CancelCauseFunc, hs *http.Server) error {
-	cancel(ErrStopping)
+// endAll ends every handler that is left, and returns when they have ended.
+func (s *Server) endAll(hs *http.Server) error {
+	s.cut(ErrStopping)
 	var closing sync.WaitGroup
 	var closed error
 	closing.Go(func() { closed = s.api.Close() })

@@ -2,6 +2,7 @@ package server
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"io"
 	"net"
@@ -26,7 +27,8 @@ type stream struct {
 
 // hijack takes the connection of w over and enters it into the list of those
 // that a stop waits for. With idle > 0 a peer that neither sends nor takes a
-// byte for so long makes Read or Write fail.
+// byte for so long makes Read or Write fail. From here on s.cutting is the
+// context to go by, not that of the request.
 func (s *Server) hijack(w http.ResponseWriter, idle time.Duration) (*stream, error) {
 	conn, rw, err := http.NewResponseController(w).Hijack()
 	if err != nil {
@@ -35,10 +37,20 @@ func (s *Server) hijack(w http.ResponseWriter, idle time.Duration) (*stream, err
 	if reply, ok := w.(*reply); ok {
 		reply.hijacked = true
 	}
-	c := &stream{Conn: conn, r: rw.Reader, idle: idle}
-	s.streams.add(c)
+	c := &stream{Conn: conn, r: takeBuffered(rw.Reader, conn), idle: idle}
 	c.done = sync.OnceFunc(func() { s.streams.remove(c) })
+	s.streams.add(c)
 	return c, nil
+}
+
+// takeBuffered returns a reader of what net/http had read ahead and then of
+// conn itself, so that nothing of net/http is between them any more.
+func takeBuffered(from *bufio.Reader, conn net.Conn) *bufio.Reader {
+	n := from.Buffered()
+	ahead, _ := from.Peek(n) // cannot fail for what is there
+	r := bufio.NewReaderSize(io.MultiReader(bytes.NewReader(bytes.Clone(ahead)), conn), max(n, 4096))
+	_, _ = r.Peek(n)
+	return r
 }
 
 func (c *stream) Read(p []byte) (int, error) {
