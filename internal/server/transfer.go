@@ -1,7 +1,6 @@
 package server
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -148,13 +147,6 @@ func (c *stream) interrupt() {
 	_ = c.SetDeadline(time.Unix(1, 0))
 }
 
-// wire reads what net/http has read ahead and then the connection itself. To
-// read on through net/http would end the context of the request with the body.
-func (c *stream) wire() io.Reader {
-	ahead, _ := c.r.Peek(c.r.Buffered()) // cannot fail for what is there
-	return io.MultiReader(bytes.NewReader(bytes.Clone(ahead)), c.Conn)
-}
-
 // meter passes progress on in at most 200 steps.
 type meter struct {
 	report func(done, total int64)
@@ -181,7 +173,7 @@ type body struct {
 
 // newBody frames the body of r, which comes on conn.
 func newBody(r *request, conn *stream) *body {
-	b := &body{r: conn.wire(), length: bodyLength(r)}
+	b := &body{r: conn, length: bodyLength(r)}
 	switch {
 	case len(r.TransferEncoding) > 0:
 		b.r = httputil.NewChunkedReader(b.r)
