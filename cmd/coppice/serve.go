@@ -121,7 +121,7 @@ func serve(ctx context.Context, e env, args []string) (err error) {
 // instance is a server with everything it stands on.
 type instance struct {
 	data      dataDir
-	created   string // root's password, when this start made it up
+	password  rootPassword
 	cert      *server.Certificate
 	endpoints endpoints
 	server    *server.Server
@@ -158,11 +158,9 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 	opened(dir.Close)
 	opened(lock.Close)
 
-	password, err := findPassword(dir, o.passwordFile)
-	if err != nil {
+	if i.password, err = findPassword(dir, o.passwordFile); err != nil {
 		return nil, err
 	}
-	i.created = password.created
 	if i.cert, err = o.certificate(data); err != nil {
 		return nil, err
 	}
@@ -186,7 +184,7 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 	a, err := api.New(ctx, api.Config{
 		DB:           objects,
 		Storage:      all.Registry(),
-		RootPassword: password.verifier,
+		RootPassword: i.password.verifier,
 		SavePassword: savePassword(dir),
 		Log:          log,
 		Version:      build.version,
@@ -197,7 +195,7 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 		return nil, err
 	}
 	opened(a.Close)
-	if err := password.keep(dir); err != nil {
+	if err := i.password.keep(dir); err != nil {
 		return nil, data.explain(err)
 	}
 	i.server = server.New(server.Config{API: a, Log: log, Version: build.version, Grace: o.grace})
@@ -254,14 +252,15 @@ func (i *instance) announce(w io.Writer) {
 	for _, ep := range i.endpoints {
 		fmt.Fprintf(w, "  %s\n", ep.url())
 	}
-	password := i.created
-	if password != "" {
-		fmt.Fprintf(w, "User root, password %s\n  made up now and shown only this once; --admin-password-file sets another\n", password)
-	} else {
-		fmt.Fprintf(w, "User root, password as set before; --admin-password-file sets another\n")
-		password = "PASSWORD"
+	switch {
+	case i.password.created != "":
+		fmt.Fprintf(w, "User root, password %s\n  made up now and shown only this once; --admin-password-file sets another\n", i.password.created)
+	case i.password.kept:
+		fmt.Fprintln(w, "User root, password as set before; --admin-password-file sets another")
+	default:
+		fmt.Fprintln(w, "User root, password as in the file that was given")
 	}
-	if args, ok := i.xeArgs(password); ok {
+	if args, ok := i.xeArgs(cmp.Or(i.password.created, "PASSWORD")); ok {
 		fmt.Fprintf(w, "To use xe:\n  export XE_EXTRA_ARGS=%s\n", args)
 	}
 }
