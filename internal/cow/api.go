@@ -44,6 +44,10 @@ type Options struct {
 	// regions; 0 leaves that to the host file system.
 	MaxBytes int64
 
+	// LogBytes is the size of the redo log, used by [Create]; 0 means that of
+	// a region, 32 MiB with the default geometry.
+	LogBytes int64
+
 	// CheckpointAfter is how long a change may wait, without anybody having
 	// asked for it to be durable, before it is written; 0 means 30 s.
 	CheckpointAfter time.Duration

@@ -3,8 +3,10 @@ package cow
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 )
 
@@ -15,8 +17,8 @@ type cut struct {
 	nextNum  uint64
 	vols     []cutVolume
 	dropped  []uint64
-	promised int64 // to volume operations
-	waiters  []chan error
+	promised int64  // to volume operations
+	log      logPos // everything before it is in the cut
 }
 
 type cutVolume struct {
@@ -53,23 +55,48 @@ func (s *Store) kick() {
 	}
 }
 
+// hurry asks for a checkpoint soon: space that was given up is to come back
+// without anybody waiting for it.
+func (s *Store) hurry() {
+	select {
+	case s.freeing <- struct{}{}:
+	default:
+	}
+}
+
+// freeAfter is how long space that was given up may wait for others to share
+// its checkpoint.
+const freeAfter = 50 * time.Millisecond
+
 // writeTrees is the tree writer: it makes one checkpoint after the other, when
 // asked to and when a change has waited long enough.
 func (s *Store) writeTrees() {
 	timer := time.NewTimer(0)
 	timer.Stop()
 	defer timer.Stop()
+	var due time.Time // zero: the timer is stopped
+	within := func(d time.Duration) {
+		if at := time.Now().Add(d); due.IsZero() || at.Before(due) {
+			due = at
+			timer.Reset(d)
+		}
+	}
 	for {
 		select {
 		case <-s.wake:
 		case <-timer.C:
 		case <-s.armed:
-			timer.Reset(s.checkpointAfter())
+			within(s.checkpointAfter())
+			continue
+		case <-s.freeing:
+			within(freeAfter)
 			continue
 		case <-s.stop:
 			s.answer(s.takeWaiters(), s.failure())
 			return
 		}
+		timer.Stop()
+		due = time.Time{}
 		s.checkpoint()
 		if !s.stuck && len(s.queue.ents) > 0 && s.failure() == nil {
 			s.kick()
@@ -87,19 +114,36 @@ func (s *Store) takeWaiters() []chan error {
 
 func (s *Store) answer(waiters []chan error, err error) {
 	for _, w := range waiters {
-		w <- err
+		select {
+		case w <- err:
+		default: // it has an answer of its own
+		}
 	}
 }
 
 // checkpoint makes everything up to now durable and answers who waits for it.
 // The first error stops the store: what is on disk stays at the generation
-// before.
+// before, and in the log.
 func (s *Store) checkpoint() {
 	waiters := s.takeWaiters()
+	s.waitMu.Lock()
+	ops := s.atCut
+	s.atCut = nil
+	s.waitMu.Unlock()
+	for _, r := range ops {
+		waiters = append(waiters, r.done)
+	}
 	err := s.failure()
-	if err == nil {
-		c := s.cut()
-		if err = s.write(c); err != nil {
+	for round, more := 0, true; more && err == nil; round++ {
+		var rest []*volume
+		if rest, err = s.commitAll(); err == nil {
+			if more = round == 0 && len(rest) > 0; more { // the next round has all of the log
+				rest = nil
+			}
+			err = s.cutAndWrite(ops, rest)
+			ops = nil
+		}
+		if err != nil {
 			s.fail(err)
 			err = s.failure()
 		}
@@ -107,22 +151,106 @@ func (s *Store) checkpoint() {
 	s.answer(waiters, err)
 }
 
-// cut notes the state to be written and starts the next one.
+// cutAndWrite makes one generation. Operations, and open changes of volumes,
+// that are too much for the log become part of the cut; no frame may follow
+// before the generation is durable, because it might build on them.
+func (s *Store) cutAndWrite(ops []*request, open []*volume) error {
+	keep := len(ops) > 0 || len(open) > 0
+	s.commits.role <- struct{}{}
+	for _, r := range ops {
+		if err := r.do(&batch{}); err != nil {
+			r.done <- err
+		}
+	}
+	for _, v := range open {
+		s.mu.Lock()
+		v.gate.Lock()
+		if !v.removed {
+			s.seal(&batch{}, v)
+			s.epoch++
+		}
+		v.gate.Unlock()
+		s.mu.Unlock()
+	}
+	c := s.cut()
+	if !keep {
+		<-s.commits.role
+	}
+	err := s.write(c)
+	if !keep {
+		s.commits.role <- struct{}{}
+	}
+	s.log.tail = s.super.log.virt
+	<-s.commits.role
+	return err
+}
+
+// commitAll has the open changes of all volumes in the log, and returns the
+// volumes for which there was no room.
+func (s *Store) commitAll() (rest []*volume, err error) {
+	s.changedMu.Lock()
+	var vols []*volume
+	direct := false
+	for v := range s.changed {
+		if w := v.view.Load(); w != nil && w.top != nil && !w.top.empty() {
+			vols = append(vols, v)
+			_, dir := w.top.occupies()
+			direct = direct || dir
+		}
+	}
+	s.changedMu.Unlock()
+	if len(vols) == 0 {
+		return nil, nil
+	}
+	if direct { // before the role is taken: small flushes go on meanwhile
+		if err := s.files.sync(); err != nil {
+			return nil, err
+		}
+	}
+	s.commits.role <- struct{}{}
+	defer func() { <-s.commits.role }()
+	b := &batch{}
+	used := uint64(0)
+	for _, v := range vols {
+		n := s.openCost(v, false)
+		if s.log.cost(used+n) > s.log.room() {
+			rest = append(rest, v)
+			continue
+		}
+		used += n
+		if err := s.catch(b, v); err != nil {
+			return nil, err
+		}
+	}
+	if len(b.items) > 0 {
+		err = s.writeBatch(b)
+	}
+	return rest, err
+}
+
+// cut notes the state to be written and starts the next one. What is not in
+// the log stays above it. The role is held.
 func (s *Store) cut() *cut {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.changedMu.Lock()
 	changed := s.changed
 	s.changed = map[*volume]struct{}{}
+	for v := range changed {
+		v.marked = false
+	}
 	s.changedMu.Unlock()
 
-	c := &cut{promised: s.opPromised, nextNum: s.nextNum}
+	c := &cut{promised: s.opPromised, nextNum: s.nextNum, log: s.log.head}
 	s.opPromised = 0
 	for v := range changed {
 		cv := cutVolume{v: v, removed: v.removed}
 		if !v.removed {
 			v.gate.Lock()
-			cv.view = s.seal(v)
+			cv.view = s.sealLogged(v)
+			if w := v.view.Load(); w.top != nil && !w.top.empty() {
+				s.markChanged(v)
+			}
 			v.gate.Unlock()
 			s.hold(cv.view)
 			cv.rec = record{
@@ -147,7 +275,7 @@ func (s *Store) cut() *cut {
 
 // write makes a cut durable and publishes it.
 func (s *Store) write(c *cut) error {
-	if len(c.vols) == 0 && len(c.dropped) == 0 && (len(s.queue.ents) == 0 || s.stuck) {
+	if len(c.vols) == 0 && len(c.dropped) == 0 && (len(s.queue.ents) == 0 || s.stuck) && !s.force && !s.space.hasSpare() {
 		s.space.unpromise(c.promised)
 		s.stuck = false
 		return nil
@@ -174,7 +302,7 @@ func (s *Store) write(c *cut) error {
 
 	next := s.super
 	next.gen++
-	next.epoch, next.nextID = c.epoch, c.nextNum
+	next.epoch, next.nextID, next.log = c.epoch, c.nextNum, c.log
 	next.table, next.queue, next.queueLen = table, s.queue.top(), uint64(len(s.queue.ents))
 	punch, err := s.space.commit(&next)
 	if err != nil {
@@ -183,10 +311,11 @@ func (s *Store) write(c *cut) error {
 	if err := writeSuper(s.superF, &next); err != nil {
 		return fmt.Errorf("checkpoint: %w", err)
 	}
-	s.super = next
+	s.super, s.force = next, false
+	s.durableGen.Store(next.gen)
 	s.publish(c, trees, blobs)
-	s.reaping.Store(len(s.queue.ents) > 0 && !s.stuck)
 	s.addRelease(release{era: s.eras.retire(), addrs: append(c.dropped, s.space.takeFreed()...)})
+	s.reaping.Store(len(s.queue.ents) > 0 && !s.stuck)
 	s.space.punch(punch)
 	return nil
 }
@@ -203,10 +332,12 @@ func (s *space) commit(next *super) (punch []int, err error) {
 	pages, sum := s.table.encode(next.gen, len(s.regions), func(i int) regionRecord { return s.regions[i].rec })
 	next.regions, next.tableCRC = uint64(len(s.regions)), sum
 	s.mu.Unlock()
-	if err := s.files.sync(); err != nil {
-		return nil, err
-	}
-	return punch, s.table.write(next.gen, pages)
+	var wg sync.WaitGroup // the two do not depend on each other
+	var tableErr error
+	wg.Go(func() { tableErr = s.table.write(next.gen, pages) })
+	err = s.files.sync()
+	wg.Wait()
+	return punch, errors.Join(err, tableErr)
 }
 
 // mergeCut merges the layers of the cut into trees, writes new attribute
@@ -456,6 +587,7 @@ func (s *Store) publish(c *cut, trees map[*layer]tree, blobs map[*blob]entry) {
 func (s *Store) addRelease(r release) {
 	s.relMu.Lock()
 	s.releases = append(s.releases, r)
+	s.relPending++
 	s.relMu.Unlock()
 	select {
 	case s.relWake <- struct{}{}:
@@ -489,11 +621,17 @@ func (s *Store) releaseUnits() {
 			if err := s.space.release(r.addrs); err != nil {
 				s.fail(err)
 			}
+			s.relMu.Lock()
+			s.relPending--
+			s.relMu.Unlock()
 			if r.done != nil {
 				close(r.done)
 			}
 		}
 		if len(todo) > 0 {
+			if s.space.hasSpare() {
+				s.hurry()
+			}
 			continue
 		}
 		select {

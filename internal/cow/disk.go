@@ -38,26 +38,41 @@ func (s *Store) OpenDisk(ctx context.Context, id ID, m Mode) (*Disk, error) {
 		return nil, err
 	}
 	defer s.end()
-	for {
-		s.mu.Lock()
-		v, err := s.lookup(id)
-		if err != nil {
-			s.mu.Unlock()
-			return nil, err
-		}
-		if len(v.view.Load().sealed) < s.limits.Chain || s.failure() != nil {
-			v.gate.Lock()
-			pin := s.derive(v, id, flagReadOnly|flagPin, nil)
-			s.epoch++
-			v.gate.Unlock()
-			s.mu.Unlock()
-			return &Disk{s: s, v: pin, id: id, pinned: true}, nil
-		}
-		s.mu.Unlock()
+	s.mu.Lock()
+	v, err := s.lookup(id)
+	s.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	for len(v.view.Load().sealed) >= s.limits.Chain && s.failure() == nil {
 		if err := s.sync(ctx); err != nil {
 			return nil, err
 		}
 	}
+	d := &Disk{s: s, id: id, pinned: true}
+	pin := func(b *batch) error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		v, err := s.lookup(id)
+		if err != nil {
+			return err
+		}
+		v.gate.Lock()
+		defer v.gate.Unlock()
+		d.v = s.derive(b, v, s.nextNum, id, flagReadOnly|flagPin, nil)
+		s.epoch++
+		return nil
+	}
+	if s.failure() != nil { // nothing is logged any more, but all can be read
+		return d, pin(&batch{})
+	}
+	if err := s.flushVolume(ctx, v); err != nil {
+		return nil, err
+	}
+	if err := s.commit(ctx, func() uint64 { return s.openCost(v, true) }, pin); err != nil {
+		return nil, err
+	}
+	return d, nil
 }
 
 // ID is the name under which the disk was opened.
@@ -106,6 +121,7 @@ func (d *Disk) Close() error {
 	defer d.v.gate.Unlock()
 	d.v.gone.Store(true)
 	s.unregister(d.v)
+	s.hurry()
 	return nil
 }
 
@@ -151,13 +167,7 @@ func (d *Disk) Flush(ctx context.Context) error {
 		return err
 	}
 	defer d.s.end()
-	if err := d.s.failure(); err != nil {
-		return err
-	}
-	if w := d.v.view.Load(); (w.top == nil || w.top.empty()) && len(w.sealed) == 0 {
-		return nil
-	}
-	return d.s.sync(ctx)
+	return d.s.flushVolume(ctx, d.v)
 }
 
 const (

@@ -19,12 +19,25 @@
 //
 // Between checkpoints trees do not change. A volume in memory is a view: the
 // root of its tree under a short chain of layers, which hold what has been
-// written since. Only the top layer takes writes. A snapshot seals the top
-// layer and puts it under both volumes; that is all it does. A checkpoint cuts
-// all changed volumes at one moment, merges their sealed layers into trees,
-// writes counters and region table, and switches over with one write of the
-// superblock. Durability comes from checkpoints: a flush waits for one, and
-// all that wait at the same time share it.
+// written since:
+//
+//	top      open: takes writes, is not in the log
+//	caught   is being written to the log
+//	logged   is in the log
+//	sealed…  in the log and final; may lie under several volumes
+//	tree     what the last checkpoint wrote
+//
+// A flush catches the top layer and writes it to the redo log: small writes
+// with their contents, large ones, whose contents went to the space files at
+// once, by address. Volume operations are records of the log, too. All that
+// wait at the same time share a frame, which is one write and one sync. A
+// snapshot seals the layers of its source and puts them under both volumes;
+// that is all it does.
+//
+// A checkpoint cuts all changed volumes at one moment between two frames,
+// merges their logged and sealed layers into trees, writes counters and region
+// table, and switches over with one write of the superblock, from where the
+// log is replayed after a crash. It runs beside everything else.
 //
 // A merge moves a page whose counter is 1, its children going along, and
 // copies one that is shared, each child gaining a reference. A reference to a
@@ -41,9 +54,11 @@
 //
 // # Failure
 //
-// A write that does not fit fails with a *[SpaceError] before it is
-// acknowledged; reads, flushes, deletes and reverts work on a full store. A
-// unit that fails its checksum twice is a *[CorruptError]. Any failed write or
+// After a crash a store has everything that was acknowledged as durable; of
+// what was not, each unit is old or new. A write that does not fit fails with
+// a *[SpaceError] before it is acknowledged; reads, flushes, deletes and
+// reverts work on a full store. A unit that fails its checksum twice is a
+// *[CorruptError]. Any failed write or
 // sync of metadata makes the store read-only until it is opened again
 // ([ErrFailed]), because after a failed sync nobody knows what the device has.
 //
@@ -56,6 +71,7 @@
 //	regions-0    region table of even generations
 //	regions-1    region table of odd generations
 //	space-0000…  units, 1 TiB per file
+//	log          redo log, a ring of frames
 //
 // A unit is named by its address, 40 bits: its number in all space files, one
 // behind the other. 8192 units are a region, 32 MiB, which begins with its own
@@ -132,6 +148,32 @@
 // Reap queue: a stack in a chain of blocks. A block is the entry of the block
 // below, of kind data, and 255 entries of roots to be given up.
 //
+// Log: frames, each at a multiple of the unit size. One that would have less
+// than the greatest frame, a quarter of the ring or 8 MiB, before the end of
+// the ring is at byte 0. CRCs of a frame start from the CRC of the log key, so
+// that no data in a volume passes for a frame:
+//
+//	 0  8 "COWFRAME"                44  4 bytes of payload
+//	 8 16 store UUID                48  4 CRC of the payload
+//	24  8 generation of the         52  8 zero
+//	      superblock then           60  4 CRC of bytes 0 to 59
+//	32  8 frame number              64    payload
+//	40  4 payload CRC of the frame before
+//
+// The log ends where a frame of the right number does not follow. The payload
+// is records, applied in order; each starts with its kind, 1 byte, and a volume
+// number, 8 bytes:
+//
+//	'W' first unit 8, count 8, contents of the units
+//	'M' first unit 8, count 8, address 8, CRC of each unit 4: adjoining units
+//	    in the space files, which were durable before the frame was written
+//	'Z' first unit 8, count 8: zeros
+//	'C' ID 16, size 8, attributes (length 4, bytes): create
+//	'S' epoch 8, flags 4, pairs 4; for each pair source 8, number 8, ID 16,
+//	    own attributes 1, attributes: snapshots or clones, of one instant
+//	'R' epoch 8, source 8: revert      'L' epoch 8, size 8: resize
+//	'D' delete                         'A' attributes
+//
 // Room for later: entry kinds for compressed and encrypted units, the level
-// byte's upper bits for a second copy of a page, feature bits, the log.
+// byte's upper bits for a second copy of a page, feature bits.
 package cow

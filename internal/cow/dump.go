@@ -61,6 +61,7 @@ func (d *dumper) store() error {
 		s.geo.UnitSize, s.geo.Fanout, s.geo.regionUnits(), s.geo.RegionsPerFile)
 	fmt.Fprintf(d.w, "  generation %d, epoch %d, next volume %d\n", s.gen, s.epoch, s.nextID)
 	fmt.Fprintf(d.w, "  volume table: %v\n  reap queue: %d entries, %v\n", s.table, s.queueLen, s.queue)
+	fmt.Fprintf(d.w, "  log: %d bytes, replay from frame %d at byte %d\n", s.logSize, s.log.seq, s.log.off)
 	free, unbacked := 0, 0
 	for _, r := range d.space.regions {
 		free += int(r.rec.free)
@@ -204,7 +205,7 @@ func removeFiles(dir vfs.FS) error {
 		var i int
 		_, scanErr := fmt.Sscanf(n, "space-%04d", &i)
 		isSpace := scanErr == nil && n == spaceName(i)
-		if isSpace || n == regionsName(0) || n == regionsName(1) || n == superTemp {
+		if isSpace || n == regionsName(0) || n == regionsName(1) || n == logName || n == superTemp {
 			if err := dir.Remove(n); err != nil {
 				return err
 			}

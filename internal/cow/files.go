@@ -18,7 +18,8 @@ type spaceFiles struct {
 
 	mu     sync.Mutex // serialises growth and sync
 	files  atomic.Pointer[[]*spaceFile]
-	newDir bool // a file was created since the last sync; guarded by mu
+	newDir bool  // a file was created since the last sync; guarded by mu
+	failed error // of the first sync that failed: later ones must not seem to succeed; guarded by mu
 }
 
 type spaceFile struct {
@@ -140,6 +141,13 @@ func (sf *spaceFiles) punch(addr uint64, n int) error {
 func (sf *spaceFiles) sync() error {
 	sf.mu.Lock()
 	defer sf.mu.Unlock()
+	if sf.failed == nil {
+		sf.failed = sf.syncAll()
+	}
+	return sf.failed
+}
+
+func (sf *spaceFiles) syncAll() error {
 	for i, f := range *sf.files.Load() {
 		if !f.dirty.Swap(false) {
 			continue

@@ -129,7 +129,9 @@ func TestHostSpaceComesBack(t *testing.T) {
 	if err := w.emptied(0); err != nil {
 		t.Fatal(err)
 	}
-	// A change has the next checkpoint look for free regions once more.
+	if err := w.s.sync(ctx); err != nil { // the last release is behind the checkpoint before
+		t.Fatal(err)
+	}
 	if _, err := w.s.Create(ctx, ID{2}, size, nil); err != nil {
 		t.Fatal(err)
 	}

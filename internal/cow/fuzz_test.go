@@ -6,7 +6,7 @@ import (
 )
 
 func FuzzSuper(f *testing.F) {
-	good := (&super{geo: tiny, gen: 3, epoch: 9, nextID: 4, regions: 2, table: entry{addr: 20, kind: kindPage, level: 2}}).encode()
+	good := (&super{geo: tiny, gen: 3, epoch: 9, nextID: 4, regions: 2, logSize: 64 << 10, table: entry{addr: 20, kind: kindPage, level: 2}}).encode()
 	f.Add(good)
 	f.Add([]byte(superMagic))
 	f.Fuzz(func(t *testing.T, b []byte) {

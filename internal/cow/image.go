@@ -14,6 +14,7 @@ type image struct {
 	*pageReader
 	super  *super
 	superF vfs.File
+	logF   vfs.File
 	space  *space
 }
 
@@ -58,6 +59,12 @@ func readImage(dir vfs.FS, o Options) (_ *image, err error) {
 			return nil, err
 		}
 	}
+	if im.logF, err = dir.Open(logName); err != nil {
+		return nil, &CorruptError{Detail: "opening " + logName, Cause: err}
+	}
+	if err = settle(im.logF, logName); err != nil {
+		return nil, err
+	}
 	recs, err := im.space.table.read(im.super.gen, int(im.super.regions), im.super.tableCRC, im.super.geo)
 	if err != nil {
 		return nil, err
@@ -82,8 +89,10 @@ func (im *image) newReader(cache int64) *pageReader {
 
 func (im *image) close() error {
 	var errs []error
-	if im.superF != nil {
-		errs = append(errs, im.superF.Close())
+	for _, f := range []vfs.File{im.superF, im.logF} {
+		if f != nil {
+			errs = append(errs, f.Close())
+		}
 	}
 	if im.space != nil {
 		errs = append(errs, im.space.table.close(), im.space.files.close())

@@ -41,7 +41,8 @@ func (s slot) same(o slot) bool {
 // Only the top layer of a writable volume changes; a sealed one is immutable
 // and may lie under several volumes.
 type layer struct {
-	pathCost int64 // units promised for the first change of a chunk: a path of map pages
+	pathCost  int64 // units promised for the first change of a chunk: a path of map pages
+	tableCost int64 // units promised for the first change of all: a path of the volume table
 
 	mu    sync.RWMutex              // guards the maps; not needed once sealed, but harmless
 	slots btree.Map[uint64, []slot] // by chunk; each sorted by idx, never empty
@@ -49,9 +50,9 @@ type layer struct {
 	load  load                      // what the layer occupies
 
 	epoch  uint64 // at which it was sealed
+	direct bool   // has had a slotAddr
 	refs   int    // views and checkpoints that hold it; guarded by Store.mu
 	merged bool   // its contents belong to a tree; guarded by Store.mu
-	marked bool   // its volume is known to have changed; guarded by Store.changedMu
 }
 
 // load is what a change adds to the memory and the promises of a layer.
@@ -68,7 +69,9 @@ func (l *load) add(o load) {
 }
 
 // newLayer makes an empty layer of a volume whose tree has the given height.
-func newLayer(height int) *layer { return &layer{pathCost: int64(height)} }
+func newLayer(height int) *layer {
+	return &layer{pathCost: int64(height), tableCost: maxTableHeight + 1}
+}
 
 func (l *layer) empty() bool {
 	l.mu.RLock()
@@ -80,12 +83,14 @@ func (l *layer) empty() bool {
 // grew by and the units of the space files that nobody refers to now.
 // l.mu is held.
 func (l *layer) putRun(chunk uint64, add []slot) (d load, dropped []uint64) {
+	d.promised = l.first()
 	old, ok := l.slots.Get(chunk)
 	if !ok {
 		d.promised += l.pathCost
 	}
 	for _, s := range add {
 		d.add(s.load())
+		l.direct = l.direct || s.state == slotAddr
 	}
 	d.entries += int64(len(add))
 	var out []slot
@@ -115,6 +120,58 @@ func (l *layer) putRun(chunk uint64, add []slot) (d load, dropped []uint64) {
 	return d, dropped
 }
 
+// first is what the first change of a layer promises.
+func (l *layer) first() int64 {
+	c := l.tableCost
+	l.tableCost = 0
+	return c
+}
+
+// absorb takes over everything that o has, which lies above l. o must not
+// change any more; its units become l's. l.mu is held.
+func (l *layer) absorb(o *layer) (d load, dropped []uint64) {
+	o.mu.RLock()
+	defer o.mu.RUnlock()
+	do := func(g load, gone []uint64) {
+		d.add(g)
+		dropped = append(dropped, gone...)
+	}
+	o.zeros.Scan(func(from, to uint64) bool {
+		do(l.zeroChunks(from, to))
+		return true
+	})
+	o.slots.Scan(func(c uint64, ss []slot) bool {
+		do(l.putRun(c, ss))
+		return true
+	})
+	return d, dropped
+}
+
+// occupies returns the layer's load and whether it has units that were
+// written to the space files.
+func (l *layer) occupies() (load, bool) {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	return l.load, l.direct
+}
+
+// spend takes n units out of the layer's promise: they have been used or given
+// back.
+func (l *layer) spend(n int64) {
+	l.mu.Lock()
+	l.load.promised -= n
+	l.mu.Unlock()
+}
+
+// takeLoad takes the layer's load out of it, for another account.
+func (l *layer) takeLoad() load {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	g := l.load
+	l.load = load{}
+	return g
+}
+
 // load is what the slot itself occupies.
 func (s slot) load() load {
 	if s.state == slotBuf {
@@ -135,6 +192,7 @@ func (s slot) drop(d *load, dropped []uint64) []uint64 {
 
 // zeroChunks makes whole chunks [from, to) zero. l.mu is held.
 func (l *layer) zeroChunks(from, to uint64) (d load, dropped []uint64) {
+	d.promised = l.first()
 	var gone []uint64
 	l.slots.Ascend(from, func(c uint64, ss []slot) bool {
 		if c >= to {

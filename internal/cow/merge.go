@@ -48,8 +48,9 @@ func (w *treeWriter) mergeLayer(t tree, l *layer) (tree, error) {
 	if err != nil {
 		return t, err
 	}
-	w.space.unpromise(l.load.promised)
-	l.load.promised = 0
+	rest, _ := l.occupies()
+	w.space.unpromise(rest.promised)
+	l.spend(rest.promised)
 	t = tree{root: root, mapped: uint64(int64(t.mapped) + w.mapped), inexact: w.inexact}
 	if root.isHole() {
 		t.mapped, t.inexact = 0, false
@@ -209,7 +210,7 @@ func (w *treeWriter) place(slots []slot, l *layer) ([]uint64, error) {
 		if err != nil {
 			return nil, err
 		}
-		l.load.promised -= int64(got)
+		l.spend(int64(got))
 		for i := range got {
 			units = append(units, addr+uint64(i))
 		}

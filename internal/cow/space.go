@@ -162,16 +162,25 @@ func (s *space) grow() error {
 		return errMax
 	}
 	for i, r := range s.regions {
-		if !r.rec.unbacked || r.punching {
-			continue
+		if r.rec.unbacked && !r.punching {
+			return s.back(i)
 		}
-		if err := s.files.allocate(i); err != nil {
-			return err
-		}
-		r.rec.unbacked = false
-		s.gained(i)
-		return nil
 	}
+	return s.append()
+}
+
+// back has the host provide the space of a region again.
+func (s *space) back(i int) error {
+	if err := s.files.allocate(i); err != nil {
+		return err
+	}
+	s.regions[i].rec.unbacked = false
+	s.gained(i)
+	return nil
+}
+
+// append adds a region at the end.
+func (s *space) append() error {
 	i := len(s.regions)
 	if i >= s.geo.maxRegions() {
 		return errMax
@@ -351,6 +360,28 @@ func (s *space) takeFreed() []uint64 {
 	return f
 }
 
+// spare returns the last wholly free region before the given one that is not
+// needed soon, -1 when there is none. s.mu is held.
+func (s *space) spare(before int) int {
+	n := int64(s.geo.dataUnits())
+	if s.free-s.reserved < 2*s.reserve()+2*n {
+		return -1
+	}
+	for i := before - 1; i >= 0; i-- {
+		if r := s.regions[i]; !r.rec.unbacked && r.numHeld == 0 && int64(r.rec.free) == n {
+			return i
+		}
+	}
+	return -1
+}
+
+// hasSpare reports whether a checkpoint would give host space back.
+func (s *space) hasSpare() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.spare(len(s.regions)) >= 0
+}
+
 // unback picks wholly free regions that are not needed soon and flags them as
 // having no host space; [space.punch] makes that true once the flags are
 // durable.
@@ -358,15 +389,8 @@ func (s *space) unback() []int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var out []int
-	n := int64(s.geo.dataUnits())
-	for i := len(s.regions) - 1; i >= 0; i-- {
+	for i := s.spare(len(s.regions)); i >= 0; i = s.spare(i) {
 		r := s.regions[i]
-		if s.free-s.reserved < 2*s.reserve()+2*n {
-			break
-		}
-		if r.rec.unbacked || r.numHeld > 0 || int64(r.rec.free) != n {
-			continue
-		}
 		for c := range s.cursor {
 			if s.cursor[c].region == i {
 				s.cursor[c].region = -1
@@ -374,7 +398,7 @@ func (s *space) unback() []int {
 		}
 		r.used = nil
 		r.rec.unbacked, r.punching = true, true
-		s.free -= n
+		s.free -= int64(s.geo.dataUnits())
 		s.backed--
 		s.table.mark(i)
 		out = append(out, i)

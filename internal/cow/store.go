@@ -15,7 +15,7 @@ import (
 
 // Store is an open store. It is safe for concurrent use.
 //
-// Locks, in the order in which they are taken: life, mu, the gate of a volume
+// Locks, in the order in which they are taken: life, the commit role, mu, the gate of a volume
 // (several in the order of their numbers), the mutex of a layer, then any of
 // changedMu, waitMu, dropMu, relMu and space.mu, which are leaves. None is held across
 // a sync; life (shared) is held for the length of a call.
@@ -55,22 +55,30 @@ type Store struct {
 
 	// The tree writer's, touched by its goroutine only.
 	super   super
+	force   bool               // the next checkpoint is made even if nothing has changed
 	durable map[uint64]*record // the volume table as last written
 	queue   *reapQueue
 	stuck   bool // the reaper met damage and waits for the next checkpoint
 
-	reaping atomic.Bool
+	reaping    atomic.Bool
+	durableGen atomic.Uint64 // of the superblock
+
+	commits committer
+	log     redoLog // for the holder of the commit role
 
 	wake    chan struct{} // somebody wants a checkpoint
 	armed   chan struct{} // the first change since the last cut
+	freeing chan struct{} // space has been given up
 	stop    chan struct{}
 	wg      sync.WaitGroup
 	waitMu  sync.Mutex
-	waiters []chan error // answered by the next checkpoint
+	waiters []chan error // answered by the next checkpoint; guarded by waitMu
+	atCut   []*request   // operations too large for a frame; guarded by waitMu
 
-	relMu    sync.Mutex
-	releases []release
-	relWake  chan struct{}
+	relMu      sync.Mutex
+	releases   []release // not begun; guarded by relMu
+	relPending int       // not ended; guarded by relMu
+	relWake    chan struct{}
 }
 
 // failure is why a store has stopped writing.
@@ -93,8 +101,13 @@ func Create(ctx context.Context, dir vfs.FS, o Options) (*Store, error) {
 	if o.Geometry == (Geometry{}) {
 		o.Geometry = DefaultGeometry()
 	}
-	g := o.Geometry
-	if err := g.validate(); err != nil {
+	if o.LogBytes == 0 {
+		o.LogBytes = max(minLogBytes(o.Geometry), o.Geometry.regionBytes())
+	}
+	if err := o.Geometry.validate(); err != nil {
+		return nil, err
+	}
+	if err := checkLogSize(o.LogBytes, o.Geometry); err != nil {
 		return nil, err
 	}
 	return withLock(dir, func(lock io.Closer) (*Store, error) {
@@ -136,7 +149,15 @@ func createFiles(dir vfs.FS, o Options) (err error) {
 	if err = sp.promise(1, floorWrite); err != nil { // grows to the reserve
 		return err
 	}
-	s := super{geo: o.Geometry, gen: 1, epoch: 1, nextID: 1, regions: uint64(len(sp.regions))}
+	logF, err := dir.Create(logName)
+	if err != nil {
+		return err
+	}
+	if err = errors.Join(logF.Allocate(0, o.LogBytes), logF.Datasync(), logF.Close()); err != nil {
+		return err
+	}
+	s := super{geo: o.Geometry, gen: 1, epoch: 1, nextID: 1, regions: uint64(len(sp.regions)), logSize: uint64(o.LogBytes)}
+	s.log.seq = 1
 	rand.Read(s.uuid[:])
 	rand.Read(s.logKey[:])
 	pages, sum := sp.table.encode(s.gen, len(sp.regions), func(i int) regionRecord { return sp.regions[i].rec })
@@ -201,9 +222,16 @@ func open(ctx context.Context, dir vfs.FS, o Options, lock io.Closer) (_ *Store,
 		nextNum: im.super.nextID, epoch: im.super.epoch,
 		changed: map[*volume]struct{}{},
 		super:   *im.super, durable: map[uint64]*record{},
-		wake: make(chan struct{}, 1), armed: make(chan struct{}, 1), stop: make(chan struct{}), relWake: make(chan struct{}, 1),
+		wake: make(chan struct{}, 1), armed: make(chan struct{}, 1), freeing: make(chan struct{}, 1), stop: make(chan struct{}), relWake: make(chan struct{}, 1),
 	}
 	s.eras.init()
+	s.durableGen.Store(s.super.gen)
+	s.commits.role = make(chan struct{}, 1)
+	s.log = redoLog{
+		file: im.logF, codec: newFrameCodec(im.super), size: im.super.logSize,
+		align: uint64(s.geo.UnitSize), head: im.super.log,
+	}
+	s.limits.Entries = min(s.limits.Entries, int64(s.log.size/160))
 	if s.queue, err = loadQueue(s.pageReader, im.super.queue, im.super.queueLen); err != nil {
 		return nil, err
 	}
@@ -218,10 +246,21 @@ func open(ctx context.Context, dir vfs.FS, o Options, lock io.Closer) (_ *Store,
 			return nil, err
 		}
 	}
+	if s.force, err = s.replay(); err != nil {
+		return nil, err
+	}
 	s.reaping.Store(len(s.queue.ents) > 0)
+	replayed, work := s.force, len(s.changed) > 0 || len(s.queue.ents) > 0
 	s.wg.Go(s.writeTrees)
 	s.wg.Go(s.releaseUnits)
-	if len(s.changed) > 0 || len(s.queue.ents) > 0 {
+	if replayed { // nothing may be written to the log before
+		if err := s.sync(ctx); err != nil {
+			close(s.stop)
+			s.wg.Wait()
+			return nil, err
+		}
+	}
+	if work {
 		s.kick()
 	}
 	return s, nil
@@ -240,13 +279,13 @@ func (s *Store) addRecord(r record) error {
 	}
 	if r.flags&flagPin != 0 {
 		v.removed = true
-		s.changed[v] = struct{}{}
+		s.markChanged(v)
 		return nil
 	}
 	nv := &view{size: r.size, base: tree{root: r.root, mapped: r.mapped, inexact: r.flags&flagInexact != 0}}
 	nv.height = max(s.geo.height(s.geo.units(r.size)), int(r.root.level))
 	if r.flags&flagReadOnly == 0 {
-		nv.top = newLayer(nv.height)
+		nv.top, nv.logged = newLayer(nv.height), newLayer(nv.height)
 	}
 	s.setView(v, nv)
 	s.register(v)
@@ -267,7 +306,7 @@ func (s *Store) Close() error {
 	err := s.sync(context.Background())
 	close(s.stop)
 	s.wg.Wait()
-	return errors.Join(err, s.space.table.close(), s.files.close(), s.superF.Close(), s.lock.Close())
+	return errors.Join(err, s.space.table.close(), s.files.close(), s.log.file.Close(), s.superF.Close(), s.lock.Close())
 }
 
 // begin starts a call; end must be called when it ends.
@@ -350,7 +389,7 @@ func (s *Store) reclaimable() bool {
 	n += len(s.dropped)
 	s.dropMu.Unlock()
 	s.relMu.Lock()
-	n += len(s.releases)
+	n += s.relPending
 	s.relMu.Unlock()
 	return n > 0
 }

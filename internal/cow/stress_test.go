@@ -320,3 +320,204 @@ func TestRelations(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestGroupIsOneInstant snapshots two disks while a writer alternates between
+// them: the second may lag behind the first by one write, never lead.
+func TestGroupIsOneInstant(t *testing.T) {
+	ctx := context.Background()
+	m := vfs.NewMem(0)
+	s, err := Create(ctx, m, tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var disks [2]*Disk
+	for i := range disks {
+		id := ID{byte(i + 1)}
+		if _, err := s.Create(ctx, id, int64(tiny.UnitSize), nil); err != nil {
+			t.Fatal(err)
+		}
+		if disks[i], err = s.OpenDisk(ctx, id, Live); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		b := make([]byte, tiny.UnitSize)
+		for n := uint64(1); ; n++ {
+			stamp(b, n)
+			for _, d := range disks {
+				if _, err := d.WriteAt(b, 0); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+			select {
+			case <-stop:
+				return
+			default:
+			}
+		}
+	})
+	wg.Go(func() { // flushes of one of them, to share frames with the snapshots
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if err := disks[0].Flush(ctx); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	for i := range byte(100) {
+		pairs := []Pair{{Src: ID{2}, New: ID{20, i}}, {Src: ID{1}, New: ID{10, i}}}
+		if _, err := s.Snapshot(ctx, pairs); err != nil {
+			t.Fatal(err)
+		}
+		var n [2]uint64
+		for k, p := range pairs {
+			d, err := s.OpenDisk(ctx, p.New, Live)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := make([]byte, tiny.UnitSize)
+			if _, err := d.ReadAt(got, 0); err != nil {
+				t.Fatal(err)
+			}
+			if n[k], err = readStamp(got); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Delete(ctx, p.New); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n[1] != n[0] && n[1] != n[0]+1 {
+			t.Fatalf("the disk that is written first has %d, the other one %d", n[1], n[0])
+		}
+	}
+	close(stop)
+	wg.Wait()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := checkClean(m); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestDeleteUnderWriters deletes volumes that are being written, flushed and
+// reverted; nothing of them may stay behind.
+func TestDeleteUnderWriters(t *testing.T) {
+	ctx := context.Background()
+	w, err := newWorld(tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := w.s
+	for i := range byte(30) {
+		id := ID{1, i}
+		if _, err := s.Create(ctx, id, 64<<10, nil); err != nil {
+			t.Fatal(err)
+		}
+		d, err := s.OpenDisk(ctx, id, Live)
+		if err != nil {
+			t.Fatal(err)
+		}
+		gone := func(err error) bool {
+			if err != nil && !errors.Is(err, ErrNotFound) {
+				t.Error(err)
+			}
+			return err != nil
+		}
+		var wg sync.WaitGroup
+		started := make(chan struct{}, 4)
+		for k := range 4 {
+			wg.Go(func() {
+				rng := rand.New(rand.NewPCG(uint64(i), uint64(k)))
+				for n := 0; ; n++ {
+					if n == 3 {
+						started <- struct{}{}
+					}
+					var err error
+					switch size := []int{100, 2 << 10, 9 << 10, 0}[k]; size {
+					case 0:
+						err = d.Flush(ctx)
+					default:
+						_, err = d.WriteAt(noise(size), rng.Int64N(64<<10-int64(size)))
+					}
+					if gone(err) {
+						return
+					}
+				}
+			})
+		}
+		for range 4 {
+			<-started
+		}
+		if err := s.Delete(ctx, id); err != nil {
+			t.Fatal(err)
+		}
+		wg.Wait()
+	}
+	if err := w.emptied(0); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := checkClean(w.mem); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestHolesAreDated expects that a hole made by zeroing keeps the epoch of its
+// making in every unit when it is opened again.
+func TestHolesAreDated(t *testing.T) {
+	ctx := context.Background()
+	s, err := Create(ctx, vfs.NewMem(0), tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Create(ctx, ID{1}, 256<<10, nil); err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.OpenDisk(ctx, ID{1}, Live)
+	if err != nil {
+		t.Fatal(err)
+	}
+	do := func(_ int, err error) {
+		t.Helper()
+		if err == nil {
+			err = s.sync(ctx)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	do(d.WriteAt(noise(256<<10), 0))
+	do(0, d.Zero(ctx, 0, 256<<10))
+	root := d.v.view.Load().base.root
+	if !root.isHole() || root.birth == 0 {
+		t.Fatalf("root after zeroing everything: %v", root)
+	}
+	do(d.WriteAt(noise(1<<10), 37<<10))
+	leaf, err := s.leaf(d.v.view.Load().base.root, 37/4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 4 {
+		e, err := s.child(leaf, i)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i != 37%4 && (!e.isHole() || e.birth != root.birth) {
+			t.Errorf("unit %d beside the new one: %v, want a hole of epoch %d", i, e, root.birth)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -32,8 +32,8 @@ type super struct {
 	gen              uint64 // generation, one per checkpoint
 	epoch            uint64 // the next layer is sealed at this epoch
 	nextID           uint64 // of the next volume record
-	logOff, logSeq   uint64 // where replay starts
-	logCRC           uint32 // of the frame before
+	log              logPos // where replay starts
+	logSize          uint64 // bytes of the ring
 	table            entry  // root of the volume table
 	queue            entry  // top block of the reap queue
 	queueLen         uint64 // entries in the queue
@@ -57,14 +57,15 @@ func (s *super) encode() []byte {
 	le.PutUint64(b[68:], s.gen)
 	le.PutUint64(b[76:], s.epoch)
 	le.PutUint64(b[84:], s.nextID)
-	le.PutUint64(b[92:], s.logOff)
-	le.PutUint64(b[100:], s.logSeq)
-	le.PutUint32(b[108:], s.logCRC)
+	le.PutUint64(b[92:], s.log.off)
+	le.PutUint64(b[100:], s.log.seq)
+	le.PutUint32(b[108:], s.log.prev)
 	s.table.put(b[112:])
 	s.queue.put(b[128:])
 	le.PutUint64(b[144:], s.queueLen)
 	le.PutUint64(b[152:], s.regions)
 	le.PutUint32(b[160:], s.tableCRC)
+	le.PutUint64(b[164:], s.logSize)
 	le.PutUint32(b[superSize-4:], checksum(b[:superSize-4]))
 	return b
 }
@@ -100,9 +101,8 @@ func decodeSuper(b []byte) (*super, error) {
 		gen:      le.Uint64(b[68:]),
 		epoch:    le.Uint64(b[76:]),
 		nextID:   le.Uint64(b[84:]),
-		logOff:   le.Uint64(b[92:]),
-		logSeq:   le.Uint64(b[100:]),
-		logCRC:   le.Uint32(b[108:]),
+		log:      logPos{off: le.Uint64(b[92:]), seq: le.Uint64(b[100:]), prev: le.Uint32(b[108:])},
+		logSize:  le.Uint64(b[164:]),
 		table:    getEntry(b[112:]),
 		queue:    getEntry(b[128:]),
 		queueLen: le.Uint64(b[144:]),
@@ -117,6 +117,9 @@ func decodeSuper(b []byte) (*super, error) {
 	}
 	if s.regions > uint64(s.geo.maxRegions()) || s.epoch > maxEpoch || s.queueLen > 1<<40 {
 		return nil, &CorruptError{Detail: "superblock: count out of range"}
+	}
+	if checkLogSize(int64(s.logSize), s.geo) != nil || s.log.off > s.logSize || s.log.off%uint64(s.geo.UnitSize) != 0 {
+		return nil, &CorruptError{Detail: "superblock: log position out of range"}
 	}
 	return s, nil
 }

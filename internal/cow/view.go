@@ -5,15 +5,36 @@ package cow
 type view struct {
 	size   int64    // bytes
 	height int      // at least that of every tree the volume has had
-	top    *layer   // takes writes; nil for a read-only volume
+	top    *layer   // takes writes and is not in the log; nil for a read-only volume
+	caught *layer   // is being written to the log; nil when no frame is
+	logged *layer   // is in the log; nil for a read-only volume
 	sealed []*layer // newest first
 	base   tree
 }
 
+// frozen is the view as it stays when the volume changes: everything sealed.
+func (v *view) frozen() *view {
+	f := *v
+	f.top, f.caught, f.logged = nil, nil, nil
+	return &f
+}
+
+// clean reports whether the tree has everything.
+func (v *view) clean() bool {
+	c := true
+	v.chain(func(l *layer) bool {
+		c = l.empty()
+		return c
+	})
+	return c
+}
+
 // chain calls f for every layer, newest first, until f returns false.
 func (v *view) chain(f func(*layer) bool) {
-	if v.top != nil && !f(v.top) {
-		return
+	for _, l := range [...]*layer{v.top, v.caught, v.logged} {
+		if l != nil && !f(l) {
+			return
+		}
 	}
 	for _, l := range v.sealed {
 		if !f(l) {
@@ -55,12 +76,17 @@ func (v *view) version(chunk uint64, idx int, top slot) version {
 	if top.state != slotNone {
 		return version{s: top}
 	}
-	for _, l := range v.sealed {
+	below := *v
+	below.top = nil
+	ver := version{root: v.base.root}
+	below.chain(func(l *layer) bool {
 		if s := l.get(chunk, idx); s.state != slotNone {
-			return version{s: s}
+			ver = version{s: s}
+			return false
 		}
-	}
-	return version{root: v.base.root}
+		return true
+	})
+	return ver
 }
 
 func (a version) same(b version) bool { return a.s.same(b.s) && a.root == b.root }

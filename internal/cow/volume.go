@@ -28,6 +28,8 @@ type volume struct {
 	sealedAt uint64
 	attrs    *blob // nil when empty
 	removed  bool  // to be taken out of the volume table
+
+	marked bool // is in Store.changed; guarded by Store.changedMu
 }
 
 func (v *volume) readOnly() bool { return v.flags&flagReadOnly != 0 }
@@ -89,6 +91,9 @@ func (s *Store) markChanged(v *volume) {
 }
 
 func (s *Store) markLocked(v *volume) {
+	if v.marked {
+		return
+	}
 	if len(s.changed) == 0 {
 		select {
 		case s.armed <- struct{}{}:
@@ -96,6 +101,7 @@ func (s *Store) markLocked(v *volume) {
 		}
 	}
 	s.changed[v] = struct{}{}
+	v.marked = true
 }
 
 // setView replaces the contents of v. mu is held; when the top layer changes,
@@ -128,10 +134,10 @@ func (s *Store) unhold(w *view) {
 
 // forget takes a layer out of the accounts.
 func (s *Store) forget(l *layer) {
-	s.entries.Add(-l.load.entries)
-	s.buffers.Add(-l.load.buffers)
-	s.space.unpromise(l.load.promised)
-	l.load = load{}
+	g := l.takeLoad()
+	s.entries.Add(-g.entries)
+	s.buffers.Add(-g.buffers)
+	s.space.unpromise(g.promised)
 }
 
 // dropUnits has the next checkpoint release units that no tree refers to.
@@ -143,23 +149,47 @@ func (s *Store) dropUnits(addrs []uint64) {
 	}
 }
 
-// seal ends the top layer of v, unless it is empty, and returns v's view
-// without a top. mu and the gate are held.
-func (s *Store) seal(v *volume) *view {
+// seal ends the layers of v that take changes, and returns v's view as it is
+// then: all sealed. Open changes go to the batch; there are none when b is nil.
+// The role, mu and the gate are held.
+func (s *Store) seal(b *batch, v *volume) *view {
 	w := v.view.Load()
 	if w.top == nil {
 		return w
 	}
-	frozen := *w
-	frozen.top = nil
-	if !w.top.empty() {
-		w.top.epoch = s.epoch
-		frozen.sealed = append([]*layer{w.top}, w.sealed...)
-		nv := frozen
-		nv.top = newLayer(w.height)
+	frozen := w.frozen()
+	for _, l := range []*layer{w.logged, w.caught, w.top} {
+		if l == nil || l.empty() {
+			continue
+		}
+		if l == w.top {
+			b.items = append(b.items, batchItem{num: v.num, layer: l})
+			b.direct = b.direct || l.direct
+		}
+		l.epoch = s.epoch
+		frozen.sealed = append([]*layer{l}, frozen.sealed...)
+	}
+	if len(frozen.sealed) > len(w.sealed) {
+		nv := *frozen
+		nv.top, nv.logged = newLayer(w.height), newLayer(w.height)
 		s.setView(v, &nv)
 	}
-	return &frozen
+	return frozen
+}
+
+// sealLogged ends the logged layer of v and returns v's view without what is
+// not in the log. The role, mu and the gate are held, and nothing is caught.
+func (s *Store) sealLogged(v *volume) *view {
+	w := v.view.Load()
+	if w.logged == nil || w.logged.empty() {
+		return w.frozen()
+	}
+	w.logged.epoch = s.epoch
+	nv := *w
+	nv.sealed = append([]*layer{w.logged}, w.sealed...)
+	nv.logged = newLayer(w.height)
+	s.setView(v, &nv)
+	return nv.frozen()
 }
 
 // lookup returns the volume of a name. mu is held.
@@ -190,6 +220,10 @@ func (s *Store) Stat(ctx context.Context, id ID) (Info, error) {
 		return Info{}, err
 	}
 	defer s.end()
+	return s.stat(id)
+}
+
+func (s *Store) stat(id ID) (Info, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	v, err := s.lookup(id)
@@ -250,7 +284,7 @@ func (s *Store) opCost(attrs []byte) int64 {
 
 // tableCost is the number of units that a changed record takes: a leaf and a
 // path of the volume table.
-func (s *Store) tableCost() int64 { return int64(maxTableHeight) + 1 }
+func (s *Store) tableCost() int64 { return maxTableHeight + 1 }
 
 // maxTableHeight bounds the height of the volume table for promises; with the
 // default geometry it holds 16 records × 2^24.
@@ -268,10 +302,68 @@ func (s *Store) admit(ctx context.Context, units int64) error {
 	return nil
 }
 
+// operate has a volume operation in the log. build checks it and returns its
+// record, whose epoch operate sets; mu is held then. cost is the number of
+// units that the operation is promised, 0 for one that must always succeed.
+// The sources, whose contents the operation fixes, are flushed first so that
+// little is left to do under the role.
+func (s *Store) operate(ctx context.Context, units int64, sources []ID, build func() (*logRecord, error)) error {
+	if units > 0 {
+		if err := s.admit(ctx, units); err != nil {
+			return err
+		}
+	}
+	for _, id := range sources {
+		s.mu.Lock()
+		v := s.byID[id]
+		s.mu.Unlock()
+		if v != nil {
+			if err := s.flushVolume(ctx, v); err != nil {
+				return err
+			}
+		}
+	}
+	s.mu.Lock()
+	r, err := build()
+	s.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	do := func(b *batch) error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		r, err := build()
+		if err != nil {
+			return err
+		}
+		r.epoch = s.epoch
+		if err := s.apply(b, r); err != nil {
+			return err
+		}
+		b.items = append(b.items, batchItem{record: *r})
+		return nil
+	}
+	if uint64(r.bytes()) > s.log.maxFrame()-frameHeader {
+		return s.commitAtCut(ctx, do)
+	}
+	cost := func() uint64 {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		n := uint64(r.bytes())
+		for _, id := range sources {
+			if v := s.byID[id]; v != nil {
+				n += s.openCost(v, true)
+			}
+		}
+		return n
+	}
+	return s.commit(ctx, cost, do)
+}
+
 // Create makes a volume of zeros. It is durable on return, and whole or not
 // there after a crash or a cancel. Errors: [ErrInvalid], [ErrExists], a
 // *SpaceError, [ErrFailed].
-func (s *Store) Create(ctx context.Context, id ID, size int64, attrs []byte) (Info, error) {
+func (s *Store) Create(ctx context.Context, id ID, size int64, attrs []byte) (info Info, err error) {
 	if err := s.beginWrite(); err != nil {
 		return Info{}, err
 	}
@@ -279,73 +371,37 @@ func (s *Store) Create(ctx context.Context, id ID, size int64, attrs []byte) (In
 	if err := cmp.Or(s.checkSize(size), s.checkNew(id, attrs)); err != nil {
 		return Info{}, err
 	}
-	if err := s.admit(ctx, s.opCost(attrs)); err != nil {
+	err = s.operate(ctx, s.opCost(attrs), nil, func() (*logRecord, error) {
+		if s.byID[id] != nil {
+			return nil, fmt.Errorf("%w: %v", ErrExists, id)
+		}
+		return &logRecord{kind: recCreate, num: s.nextNum, id: id, size: size, attrs: attrs}, nil
+	})
+	if err != nil {
 		return Info{}, err
 	}
-	s.mu.Lock()
-	if s.byID[id] != nil {
-		s.mu.Unlock()
-		return Info{}, fmt.Errorf("%w: %v", ErrExists, id)
-	}
-	v := &volume{num: s.nextNum, id: id, attrs: newBlob(attrs)}
-	s.nextNum++
-	h := s.geo.height(s.geo.units(size))
-	s.setView(v, &view{size: size, height: h, top: newLayer(h)})
-	s.register(v)
-	s.markChanged(v)
-	info := s.info(v)
-	s.mu.Unlock()
-	return info, s.sync(ctx)
+	return s.stat(id)
 }
 
-// derive makes a volume with the contents that src has now. mu is held, and
-// the gate of src exclusively.
-func (s *Store) derive(src *volume, id ID, flags uint32, attrs *blob) *volume {
-	w := s.seal(src)
-	v := &volume{num: s.nextNum, id: id, flags: flags, attrs: attrs, sealedAt: s.epoch}
-	s.nextNum++
-	switch {
-	case flags&flagPin != 0: // nobody descends from a pin
-	case src.readOnly():
-		v.parent = src.num
-	default:
-		v.parent = src.parent
-	}
-	nv := *w
-	if flags&flagReadOnly == 0 {
-		nv.top = newLayer(nv.height)
-	}
-	s.setView(v, &nv)
-	s.register(v)
-	if flags&flagReadOnly != 0 && flags&flagPin == 0 && !src.readOnly() {
-		s.setParent(src, v.num)
-		s.markChanged(src)
-	}
-	s.markChanged(v)
-	return v
-}
-
-// deriveAll makes a volume from each source, all from one instant.
-func (s *Store) deriveAll(ctx context.Context, pairs []Pair, flags uint32) ([]Info, error) {
+// derived makes a volume from each source, all from one instant.
+func (s *Store) derived(ctx context.Context, pairs []Pair, flags uint32) ([]Info, error) {
 	if err := s.beginWrite(); err != nil {
 		return nil, err
 	}
 	defer s.end()
 	cost := int64(0)
+	var sources []ID
 	for _, p := range pairs {
 		if err := s.checkNew(p.New, p.Attrs); err != nil {
 			return nil, err
 		}
 		cost += s.opCost(p.Attrs) + s.tableCost()
+		sources = append(sources, p.Src)
 	}
-	if err := s.admit(ctx, cost); err != nil {
-		return nil, err
-	}
-	infos, err := func() ([]Info, error) {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		srcs, gates, names := []*volume{}, []*volume{}, map[ID]bool{}
-		for _, p := range pairs {
+	err := s.operate(ctx, cost, sources, func() (*logRecord, error) {
+		r := &logRecord{kind: recDerive, flags: flags}
+		names := map[ID]bool{}
+		for i, p := range pairs {
 			v, err := s.lookup(p.Src)
 			if err != nil {
 				return nil, err
@@ -354,36 +410,20 @@ func (s *Store) deriveAll(ctx context.Context, pairs []Pair, flags uint32) ([]In
 				return nil, fmt.Errorf("%w: %v", ErrExists, p.New)
 			}
 			names[p.New] = true
-			srcs = append(srcs, v)
+			r.pairs = append(r.pairs, logPair{src: v.num, num: s.nextNum + uint64(i), id: p.New, own: p.Attrs != nil, attrs: p.Attrs})
 		}
-		gates = append(gates, srcs...)
-		slices.SortFunc(gates, func(a, b *volume) int { return cmp.Compare(a.num, b.num) })
-		gates = slices.Compact(gates)
-		for _, v := range gates {
-			v.gate.Lock()
-		}
-		vs := make([]*volume, len(pairs))
-		for i, p := range pairs {
-			attrs := srcs[i].attrs
-			if p.Attrs != nil {
-				attrs = newBlob(p.Attrs)
-			}
-			vs[i] = s.derive(srcs[i], p.New, flags, attrs)
-		}
-		s.epoch++
-		for _, v := range gates {
-			v.gate.Unlock()
-		}
-		infos := make([]Info, len(vs))
-		for i, v := range vs {
-			infos[i] = s.info(v)
-		}
-		return infos, nil
-	}()
+		return r, nil
+	})
 	if err != nil {
 		return nil, err
 	}
-	return infos, s.sync(ctx)
+	infos := make([]Info, len(pairs))
+	for i, p := range pairs {
+		if infos[i], err = s.stat(p.New); err != nil {
+			return nil, err
+		}
+	}
+	return infos, nil
 }
 
 // Snapshot makes a read-only volume from each source, with the contents that
@@ -391,17 +431,27 @@ func (s *Store) deriveAll(ctx context.Context, pairs []Pair, flags uint32) ([]In
 // before the call is in it. All come into being or none. The parent of a new
 // snapshot is the source's, and it becomes the source's parent.
 func (s *Store) Snapshot(ctx context.Context, pairs []Pair) ([]Info, error) {
-	return s.deriveAll(ctx, pairs, flagReadOnly)
+	return s.derived(ctx, pairs, flagReadOnly)
 }
 
 // Clone makes a writable volume with the contents of the source at one
 // instant during the call.
 func (s *Store) Clone(ctx context.Context, p Pair) (Info, error) {
-	infos, err := s.deriveAll(ctx, []Pair{p}, 0)
-	if len(infos) == 0 {
+	infos, err := s.derived(ctx, []Pair{p}, 0)
+	if err != nil {
 		return Info{}, err
 	}
-	return infos[0], err
+	return infos[0], nil
+}
+
+// writable returns the volume of a name that must not be read-only. mu is
+// held.
+func (s *Store) writable(id ID) (*volume, error) {
+	v, err := s.lookup(id)
+	if err == nil && v.readOnly() {
+		err = fmt.Errorf("%w: %v", ErrReadOnly, id)
+	}
+	return v, err
 }
 
 // Revert replaces contents and size of a writable volume by those of another.
@@ -411,50 +461,17 @@ func (s *Store) Revert(ctx context.Context, disk, to ID) error {
 		return err
 	}
 	defer s.end()
-	if err := s.revert(disk, to); err != nil {
-		return err
-	}
-	return s.sync(ctx)
-}
-
-func (s *Store) revert(disk, to ID) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	d, err := s.lookup(disk)
-	if err != nil {
-		return err
-	}
-	src, err := s.lookup(to)
-	if err != nil {
-		return err
-	}
-	if d.readOnly() {
-		return fmt.Errorf("%w: %v", ErrReadOnly, disk)
-	}
-	if d == src {
-		return nil
-	}
-	first, second := d, src
-	if first.num > second.num {
-		first, second = second, first
-	}
-	first.gate.Lock()
-	defer first.gate.Unlock()
-	second.gate.Lock()
-	defer second.gate.Unlock()
-	nv := *s.seal(src)
-	nv.height = max(nv.height, d.view.Load().height)
-	nv.top = newLayer(nv.height)
-	s.epoch++
-	s.setView(d, &nv)
-	if src.readOnly() {
-		s.setParent(d, src.num)
-	} else {
-		s.setParent(d, src.parent)
-	}
-	s.markChanged(d)
-	s.markChanged(src)
-	return nil
+	return s.operate(ctx, 0, []ID{to}, func() (*logRecord, error) {
+		d, err := s.writable(disk)
+		if err != nil {
+			return nil, err
+		}
+		src, err := s.lookup(to)
+		if err != nil {
+			return nil, err
+		}
+		return &logRecord{kind: recRevert, num: d.num, to: src.num}, nil
+	})
 }
 
 // Resize changes the size of a writable volume. What a shrink cuts off is
@@ -467,42 +484,17 @@ func (s *Store) Resize(ctx context.Context, id ID, size int64) (Info, error) {
 	if err := s.checkSize(size); err != nil {
 		return Info{}, err
 	}
-	info, err := s.resize(id, size)
+	err := s.operate(ctx, 0, []ID{id}, func() (*logRecord, error) {
+		v, err := s.writable(id)
+		if err != nil {
+			return nil, err
+		}
+		return &logRecord{kind: recResize, num: v.num, size: size}, nil
+	})
 	if err != nil {
 		return Info{}, err
 	}
-	return info, s.sync(ctx)
-}
-
-func (s *Store) resize(id ID, size int64) (Info, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	v, err := s.lookup(id)
-	if err != nil {
-		return Info{}, err
-	}
-	if v.readOnly() {
-		return Info{}, fmt.Errorf("%w: %v", ErrReadOnly, id)
-	}
-	v.gate.Lock()
-	defer v.gate.Unlock()
-	if size == v.view.Load().size {
-		return s.info(v), nil
-	}
-	nv := *s.seal(v)
-	s.epoch++
-	nv.height = max(nv.height, s.geo.height(s.geo.units(size)))
-	nv.top = newLayer(nv.height)
-	if size < nv.size {
-		// What a layer promises for the cut-off tail comes from the reserve.
-		d, _ := nv.top.zeroUnits(s.geo.units(size), s.geo.units(nv.size), uint64(s.geo.Fanout))
-		s.entries.Add(d.entries)
-		s.space.promiseOwn(d.promised)
-	}
-	nv.size = size
-	s.setView(v, &nv)
-	s.markChanged(v)
-	return s.info(v), nil
+	return s.stat(id)
 }
 
 // Delete removes a volume, whatever has been derived from it. Pinned disks
@@ -513,18 +505,13 @@ func (s *Store) Delete(ctx context.Context, id ID) error {
 		return err
 	}
 	defer s.end()
-	s.mu.Lock()
-	v, err := s.lookup(id)
-	if err != nil {
-		s.mu.Unlock()
-		return err
-	}
-	v.gate.Lock()
-	v.gone.Store(true)
-	s.unregister(v)
-	v.gate.Unlock()
-	s.mu.Unlock()
-	return s.sync(ctx)
+	return s.operate(ctx, 0, nil, func() (*logRecord, error) {
+		v, err := s.lookup(id)
+		if err != nil {
+			return nil, err
+		}
+		return &logRecord{kind: recDelete, num: v.num}, nil
+	})
 }
 
 // SetAttrs replaces the attribute blob of a volume, read-only ones included.
@@ -536,19 +523,13 @@ func (s *Store) SetAttrs(ctx context.Context, id ID, attrs []byte) error {
 	if err := s.checkNew(id, attrs); err != nil {
 		return err
 	}
-	if err := s.admit(ctx, s.opCost(attrs)); err != nil {
-		return err
-	}
-	s.mu.Lock()
-	v, err := s.lookup(id)
-	if err != nil {
-		s.mu.Unlock()
-		return err
-	}
-	v.attrs = newBlob(attrs)
-	s.markChanged(v)
-	s.mu.Unlock()
-	return s.sync(ctx)
+	return s.operate(ctx, s.opCost(attrs), nil, func() (*logRecord, error) {
+		v, err := s.lookup(id)
+		if err != nil {
+			return nil, err
+		}
+		return &logRecord{kind: recAttrs, num: v.num, attrs: attrs}, nil
+	})
 }
 
 // Attrs returns the attribute blob of a volume.

@@ -21,6 +21,7 @@ func tinyOptions() Options {
 		Geometry: tiny,
 		Limits:   Limits{DirectMin: 6 << 10, PageCache: 64 << 10, Chain: 4, ReapPages: 8},
 		FirstFit: true,
+		LogBytes: 40 << 10, // a group with long attributes is more than a frame
 	}
 }
 
@@ -143,7 +144,11 @@ type pinned struct {
 func (w *world) hook(vfs.Call) error {
 	if w.arm.Load() > 0 {
 		if w.arm.Add(-1) == 0 {
-			w.crashed.Store(w.mem.Crash(w.rng.IntN))
+			m := w.mem.Kill()
+			if w.rng.IntN(3) > 0 {
+				m = w.mem.Crash(w.rng.IntN)
+			}
+			w.crashed.Store(m)
 		}
 	}
 	return nil
@@ -323,7 +328,7 @@ func (w *world) step(o op) error {
 			m.settle()
 			p := Pair{Src: src.id, New: m.id}
 			if o.b%3 == 0 {
-				p.Attrs = content(o.seed, int(o.c)%tiny.UnitSize)
+				p.Attrs = content(o.seed, int(o.c)%(4*tiny.UnitSize+1))
 				m.attrs = p.Attrs
 			}
 			switch {

@@ -81,7 +81,7 @@ func (d *Disk) Zero(ctx context.Context, off, n int64) error {
 	}
 	u := int64(d.s.geo.UnitSize)
 	w := writer{disk: d}
-	zeros := make([]byte, u)
+	zeros := make([]byte, min(u, n))
 	if head := off % u; head != 0 && n > 0 {
 		k := min(n, u-head)
 		if err := w.patch(uint64(off/u), int(head), zeros[:k]); err != nil {
@@ -162,9 +162,6 @@ func (w *writer) units(first uint64, p []byte) error {
 	} else {
 		s.space.unpromise(promised)
 	}
-	if err == errRetry { // the volume has grown: the path costs more
-		return w.units(first, p)
-	}
 	if err != nil {
 		var lost []uint64
 		for _, sl := range slots {
@@ -173,6 +170,9 @@ func (w *writer) units(first uint64, p []byte) error {
 			}
 		}
 		s.dropUnits(lost)
+	}
+	if err == errRetry { // the volume has grown: the path costs more
+		return w.units(first, p)
 	}
 	return err
 }
@@ -184,11 +184,10 @@ func (w *writer) plan(first uint64, p []byte) ([]slot, error) {
 	u, fan := s.geo.UnitSize, uint64(s.geo.Fanout)
 	slots := make([]slot, len(p)/u)
 	zeros := false
-	zero := make([]byte, min(u, 4096))
 	for i := range slots {
 		b := p[i*u : (i+1)*u : (i+1)*u]
 		slots[i] = slot{idx: uint16((first + uint64(i)) % fan), state: slotBuf, buf: b}
-		if isZero(b, zero) {
+		if isZero(b) {
 			slots[i].state, slots[i].buf = slotZero, nil
 			zeros = true
 		} else {
@@ -253,12 +252,14 @@ func (s *Store) unchanged(now, old slot) bool {
 	return s.verified(b, old.entry()) == nil && bytes.Equal(now.buf, b)
 }
 
-func isZero(b, zero []byte) bool {
-	for len(b) > 0 {
-		if !bytes.Equal(b[:len(zero)], zero) {
+var zeroPage [4096]byte
+
+// isZero tells at the speed of memory; the length of b is a power of two.
+func isZero(b []byte) bool {
+	for n := min(len(b), len(zeroPage)); len(b) > 0; b = b[n:] {
+		if !bytes.Equal(b[:n], zeroPage[:n]) {
 			return false
 		}
-		b = b[len(zero):]
 	}
 	return true
 }
@@ -316,29 +317,15 @@ func (w *writer) publish(height int, promised int64, end uint64, f func(*layer) 
 	}
 	view.top.mu.Lock()
 	d, dropped, err := f(view.top)
-	if err == nil && s.markTop(v, view.top) { // the first change takes a path of the volume table, too
-		view.top.load.promised += s.tableCost()
-		d.promised += s.tableCost()
-	}
 	view.top.mu.Unlock()
+	if err == nil {
+		s.markChanged(v)
+	}
 	s.entries.Add(d.entries)
 	s.buffers.Add(d.buffers)
 	s.space.unpromise(promised - d.promised)
 	s.dropUnits(dropped)
 	return err
-}
-
-// markTop has the next checkpoint look at v. It reports whether this is the
-// first change of the layer.
-func (s *Store) markTop(v *volume, top *layer) bool {
-	s.changedMu.Lock()
-	defer s.changedMu.Unlock()
-	if top.marked {
-		return false
-	}
-	top.marked = true
-	s.markLocked(v)
-	return true
 }
 
 // put stores slots, those of slotNone left out, as units from first on.
@@ -425,7 +412,7 @@ func (l *layer) zeroUnits(lo, hi, fan uint64) (d load, dropped []uint64) {
 // when the version it was made from is still the current one.
 func (w *writer) patch(unit uint64, at int, b []byte) error {
 	s := w.disk.s
-	u, fan := s.geo.UnitSize, uint64(s.geo.Fanout)
+	fan := uint64(s.geo.Fanout)
 	if err := s.throttle(context.Background()); err != nil {
 		return err
 	}
@@ -440,7 +427,7 @@ func (w *writer) patch(unit uint64, at int, b []byte) error {
 		}
 		copy(buf[at:], b)
 		sl := slot{idx: uint16(idx), state: slotBuf, buf: buf, crc: checksum(buf)}
-		if isZero(buf, make([]byte, min(u, 4096))) {
+		if isZero(buf) {
 			sl = slot{idx: uint16(idx), state: slotZero}
 		}
 		height := w.disk.v.view.Load().height
