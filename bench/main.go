@@ -37,7 +37,6 @@ type config struct {
 	dir     string
 	binary  string
 	only    *regexp.Regexp
-	keep    bool
 	scratch string // a directory of this run, below dir
 }
 
