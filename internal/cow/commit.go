@@ -264,6 +264,17 @@ func (s *Store) openCost(v *volume, inline bool) uint64 {
 	return n
 }
 
+// fewOpen reports whether the open changes of v go well into the frame of an
+// operation on it.
+func (s *Store) fewOpen(v *volume) bool {
+	w := v.view.Load()
+	if w.top == nil {
+		return true
+	}
+	l, direct := w.top.occupies()
+	return !direct && l.buffers <= s.limits.DirectMin && l.entries <= 1024
+}
+
 // flushVolume has the open changes of v in the log.
 func (s *Store) flushVolume(ctx context.Context, v *volume) error {
 	w := v.view.Load()

@@ -76,6 +76,11 @@ func TestOrderOfSyncs(t *testing.T) {
 			_, err := s.Snapshot(ctx, []Pair{{Src: id, New: ID{2}}, {Src: id, New: ID{3}}})
 			return err
 		}, frame},
+		{"another small write", write(20<<10, 700), nil},
+		{"snapshot of what is open", func() error {
+			_, err := s.Snapshot(ctx, []Pair{{Src: id, New: ID{5}}})
+			return err
+		}, frame},
 		{"clone", func() error {
 			_, err := s.Clone(ctx, Pair{Src: id, New: ID{4}})
 			return err

@@ -521,3 +521,149 @@ func TestHolesAreDated(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestPunchUnderWriters gives host space back while a writer fills regions that
+// no checkpoint knows yet.
+func TestPunchUnderWriters(t *testing.T) {
+	ctx := context.Background()
+	w, err := newWorld(tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := w.s
+	const size = 512 << 10
+	if _, err := s.Create(ctx, ID{1}, size, nil); err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.OpenDisk(ctx, ID{1}, Live)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		const n = 24 << 10
+		got := make([]byte, n)
+		for i := int64(0); ; i++ {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			p := bytes.Repeat([]byte{byte(i%255 + 1)}, n)
+			off := i * n % (size - n)
+			if _, err := d.WriteAt(p, off); err != nil {
+				t.Error(err)
+				return
+			}
+			if _, err := d.ReadAt(got, off); err != nil || !bytes.Equal(got, p) {
+				t.Errorf("write %d is not what it was: %v", i, err)
+				return
+			}
+		}
+	})
+	for i := range byte(40) {
+		id := ID{2, i}
+		if _, err := s.Create(ctx, id, size, nil); err != nil {
+			t.Fatal(err)
+		}
+		o, err := s.OpenDisk(ctx, id, Live)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := o.WriteAt(noise(size), 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Delete(ctx, id); err != nil {
+			t.Fatal(err)
+		}
+		for range 3 {
+			if err := s.sync(ctx); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	close(stop)
+	wg.Wait()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := checkClean(w.mem); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestEqualChecksums writes a unit over one with the same checksum and other
+// bytes: a checksum alone must not make a write look needless.
+func TestEqualChecksums(t *testing.T) {
+	ctx := context.Background()
+	s, err := Create(ctx, vfs.NewMem(0), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const n = 128 << 10
+	if _, err := s.Create(ctx, ID{1}, n, nil); err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.OpenDisk(ctx, ID{1}, Live)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := noise(n)
+	if _, err := d.WriteAt(p, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.sync(ctx); err != nil {
+		t.Fatal(err)
+	}
+	q := bytes.Clone(p)
+	q[10] ^= 1
+	forge(q[:4096], checksum(p[:4096]))
+	if bytes.Equal(p, q) || checksum(p[:4096]) != checksum(q[:4096]) {
+		t.Fatal("the test has no equal checksums")
+	}
+	if _, err := d.WriteAt(q, 0); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, n)
+	if _, err := d.ReadAt(got, 0); err != nil || !bytes.Equal(got, q) {
+		t.Errorf("the second write is lost (%v)", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// forge changes the last four bytes of b so that it has the given checksum,
+// which depends on them linearly.
+func forge(b []byte, want uint32) {
+	tail := b[len(b)-4:]
+	clear(tail)
+	base := checksum(b)
+	type row struct{ sum, bits uint32 }
+	var rows [32]row
+	for i := range rows {
+		binary.LittleEndian.PutUint32(tail, 1<<i)
+		rows[i] = row{checksum(b) ^ base, 1 << i}
+	}
+	need, bits := base^want, uint32(0)
+	for col := range uint32(32) { // elimination over GF(2)
+		for i := range rows {
+			if rows[i].sum>>col&1 == 0 || rows[i].sum&(1<<col-1) != 0 {
+				continue
+			}
+			for j := range rows {
+				if j != i && rows[j].sum>>col&1 == 1 {
+					rows[j].sum ^= rows[i].sum
+					rows[j].bits ^= rows[i].bits
+				}
+			}
+			if need>>col&1 == 1 {
+				need ^= rows[i].sum
+				bits ^= rows[i].bits
+			}
+			break
+		}
+	}
+	binary.LittleEndian.PutUint32(tail, bits)
+}

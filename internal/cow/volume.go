@@ -305,8 +305,8 @@ func (s *Store) admit(ctx context.Context, units int64) error {
 // operate has a volume operation in the log. build checks it and returns its
 // record, whose epoch operate sets; mu is held then. cost is the number of
 // units that the operation is promised, 0 for one that must always succeed.
-// The sources, whose contents the operation fixes, are flushed first so that
-// little is left to do under the role.
+// The sources, whose contents the operation fixes, are flushed first unless
+// their open changes are few, so that little is left to do under the role.
 func (s *Store) operate(ctx context.Context, units int64, sources []ID, build func() (*logRecord, error)) error {
 	if units > 0 {
 		if err := s.admit(ctx, units); err != nil {
@@ -317,7 +317,7 @@ func (s *Store) operate(ctx context.Context, units int64, sources []ID, build fu
 		s.mu.Lock()
 		v := s.byID[id]
 		s.mu.Unlock()
-		if v != nil {
+		if v != nil && !s.fewOpen(v) {
 			if err := s.flushVolume(ctx, v); err != nil {
 				return err
 			}
