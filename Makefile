@@ -26,7 +26,7 @@ lint: ## vet, staticcheck, errcheck, gofumpt, modernizers
 	go vet $(PKGS)
 	go vet -tags invariants $(PKGS)
 	$(TOOL) staticcheck $(PKGS)
-	$(TOOL) errcheck -exclude tools/errcheck.txt $(PKGS)
+	$(TOOL) errcheck -ignoretests -exclude tools/errcheck.txt $(PKGS)
 	@out="$$($(TOOL) gofumpt -l $$(git ls-files '*.go'))"; test -z "$$out" || { echo "gofumpt would change:"; echo "$$out"; exit 1; }
 	@out="$$(go fix -diff $(PKGS))"; test -z "$$out" || { echo "go fix would change:"; echo "$$out"; exit 1; }
 

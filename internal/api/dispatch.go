@@ -129,7 +129,7 @@ func (a *API) invokeAsync(ctx context.Context, o Origin, s *session, m *method, 
 		if err == nil {
 			res, err = a.execute(c.ctx, c, m, args)
 		}
-		c.end(res, err)
+		_ = c.end(res, err) // the task tells it
 	}()
 	return Result{Type: a.types.taskRef, Value: c.Task()}, nil
 }

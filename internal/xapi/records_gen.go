@@ -90,8 +90,7 @@ type DRTask struct {
 }
 
 // Diagnostics is a record of class Diagnostics.
-type Diagnostics struct {
-}
+type Diagnostics struct{}
 
 // DriverVariant is a record of class Driver_variant (prototyped).
 type DriverVariant struct {
@@ -800,8 +799,7 @@ type VUSB struct {
 }
 
 // Auth is a record of class auth.
-type Auth struct {
-}
+type Auth struct{}
 
 // Blob is a record of class blob.
 type Blob struct {

@@ -37,6 +37,10 @@ func records(p *printer, m *datamodel) error {
 	for _, name := range names {
 		c := m.Classes[name]
 		p.line("\n// %s is a record of class %s%s.", goName(name), name, stateNote(c.State))
+		if len(c.Fields) == 0 {
+			p.line("type %s struct{}", goName(name))
+			continue
+		}
 		p.line("type %s struct {", goName(name))
 		for _, f := range c.Fields {
 			typ, err := goType(f.Type)
