@@ -30,7 +30,7 @@ func Check(ctx context.Context, dir vfs.FS) iter.Seq2[Problem, error] {
 			yield(Problem{}, err)
 			return
 		}
-		defer im.close()
+		defer func() { _ = im.close() }() // nothing was written
 		c := &checker{
 			image: im, ctx: ctx, yield: yield,
 			refs: make([][]uint32, len(im.space.regions)), below: map[uint64]uint64{},
@@ -308,20 +308,22 @@ func (s *Store) checkVolume(ctx context.Context, i Info, yield func(Problem, err
 	if errors.Is(err, ErrNotFound) {
 		return true // deleted meanwhile
 	} else if err != nil {
-		return yield(Problem{}, err) && false
+		yield(Problem{}, err)
+		return false
 	}
-	defer to.Close()
+	defer func() { _ = to.Close() }()
 	var from *Disk
 	if i.Parent != (ID{}) {
 		if from, err = s.OpenDisk(ctx, i.Parent, Pinned); err == nil {
-			defer from.Close()
+			defer func() { _ = from.Close() }()
 		}
 	}
 	found := 0
 	report := func(err error) (int64, bool) {
 		ce, ok := errors.AsType[*CorruptError](err)
 		if !ok {
-			return 0, yield(Problem{}, err) && false
+			yield(Problem{}, err)
+			return 0, false
 		}
 		found++
 		return ce.Off, yield(Problem{Volume: i.ID, Off: ce.Off, Addr: ce.Addr, Detail: ce.Detail}, nil)

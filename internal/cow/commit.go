@@ -278,8 +278,18 @@ func (s *Store) fewOpen(v *volume) bool {
 // flushVolume has the open changes of v in the log.
 func (s *Store) flushVolume(ctx context.Context, v *volume) error {
 	w := v.view.Load()
-	if w.top == nil || w.top.empty() && w.caught == nil {
+	if w.top == nil {
 		return s.failure()
+	}
+	if w.top.empty() {
+		// What was open may be caught, or sealed, by a frame or a cut that is
+		// not durable yet; then the role is held.
+		select {
+		case s.commits.role <- struct{}{}:
+			<-s.commits.role
+			return s.failure()
+		default:
+		}
 	}
 	if _, direct := w.top.occupies(); direct { // not under the role: small flushes go on meanwhile
 		if err := s.files.sync(); err != nil {

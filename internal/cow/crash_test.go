@@ -86,6 +86,9 @@ func TestCrashUnderLoad(t *testing.T) {
 					return
 				}
 				if n%2 == 0 {
+					for range n % 7 { // others may seal what is open
+						runtime.Gosched()
+					}
 					if err := d.Flush(ctx); err != nil {
 						t.Error(err)
 						return
@@ -112,9 +115,24 @@ func TestCrashUnderLoad(t *testing.T) {
 		})
 	}
 	loop(func(uint64) error { return s.sync(ctx) })
+	loop(func(n uint64) error { // too large for a frame
+		p := []Pair{{base, ID{4}, noise(4 << 10)}, {base, ID{5}, noise(4 << 10)}, {base, ID{6}, noise(4 << 10)}}
+		if _, err := s.Snapshot(ctx, p); err != nil {
+			return err
+		}
+		for _, p := range p {
+			if err := s.Delete(ctx, p.New); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 	loop(func(n uint64) error {
-		if n > 60 {
-			return nil
+		if n > 60 { // more of them, which nobody asks for after the crash
+			if _, err := s.Snapshot(ctx, []Pair{{Src: base, New: ID{3}}}); err != nil {
+				return err
+			}
+			return s.Delete(ctx, ID{3})
 		}
 		_, err := s.Snapshot(ctx, []Pair{{Src: base, New: ID{2, byte(n)}}})
 		if err == nil {

@@ -160,3 +160,25 @@ func TestHostSpaceComesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestFailedSyncIsRemembered lets one of two syncs of the same file fail: the
+// other one must not succeed after it.
+func TestFailedSyncIsRemembered(t *testing.T) {
+	m := vfs.NewMem(0)
+	f := &vfs.Fault{Ops: []vfs.Op{vfs.OpDatasync}, Nth: 1, Err: errors.New("lost")}
+	sf, err := openSpace(vfs.NewInject(m, nil, f.Hook), tiny, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sf.allocate(0); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 2 {
+		if err := sf.sync(); !errors.Is(err, f.Err) {
+			t.Errorf("sync %d after a failed one: %v", i, err)
+		}
+	}
+	if err := sf.close(); err != nil {
+		t.Fatal(err)
+	}
+}

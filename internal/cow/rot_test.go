@@ -70,7 +70,7 @@ func useDamaged(m *vfs.Mem, want map[ID][]byte) error {
 		}
 		return fmt.Errorf("open: %w", err)
 	}
-	defer s.Close()
+	defer func() { _ = s.Close() }() // may have failed
 	for id, data := range want {
 		if _, err := s.Attrs(ctx, id); !tolerable(err) {
 			return fmt.Errorf("attributes: %w", err)

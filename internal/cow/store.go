@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -115,10 +116,8 @@ func Create(ctx context.Context, dir vfs.FS, o Options) (*Store, error) {
 		if err != nil {
 			return nil, err
 		}
-		for _, n := range names {
-			if n == superName {
-				return nil, ErrStoreExists
-			}
+		if slices.Contains(names, superName) {
+			return nil, ErrStoreExists
 		}
 		if err := removeFiles(dir); err != nil {
 			return nil, err

@@ -19,16 +19,6 @@ func (v *view) frozen() *view {
 	return &f
 }
 
-// clean reports whether the tree has everything.
-func (v *view) clean() bool {
-	c := true
-	v.chain(func(l *layer) bool {
-		c = l.empty()
-		return c
-	})
-	return c
-}
-
 // chain calls f for every layer, newest first, until f returns false.
 func (v *view) chain(f func(*layer) bool) {
 	for _, l := range [...]*layer{v.top, v.caught, v.logged} {
