@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // contestant is one way to do a job.
@@ -38,6 +40,7 @@ func compare(ctx context.Context, cfg config, title string, cs ...contestant) er
 					return fmt.Errorf("%s: %w", c.name, err)
 				}
 			}
+			unix.Sync() // nobody pays for the dirty pages of the one before
 			if round > 0 {
 				times[i] = append(times[i], elapsed)
 			}

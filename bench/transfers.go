@@ -17,8 +17,9 @@ const (
 )
 
 // makeImage writes a sparse raw image of the given size that holds data bytes
-// of noise, in runs of 4 MiB spread evenly over it.
-func makeImage(path string, size, data int64) (err error) {
+// of noise, in runs of 4 MiB spread evenly over it. The noise follows from
+// the seed.
+func makeImage(path string, seed byte, size, data int64) (err error) {
 	f, err := os.Create(path)
 	if err != nil {
 		return err
@@ -28,7 +29,7 @@ func makeImage(path string, size, data int64) (err error) {
 		return err
 	}
 	const run = 4 * mib
-	noise := rand.NewChaCha8([32]byte{1})
+	noise := rand.NewChaCha8([32]byte{seed})
 	buf := make([]byte, run)
 	stride := size / (data / run)
 	for off := int64(0); off+run <= size; off += stride {
@@ -44,7 +45,7 @@ func makeImage(path string, size, data int64) (err error) {
 func benchVHD(ctx context.Context, cfg config, srv *server) (err error) {
 	raw, vhd := filepath.Join(cfg.scratch, "disk.img"), filepath.Join(cfg.scratch, "disk.vhd")
 	out := filepath.Join(cfg.scratch, "out")
-	if err := makeImage(raw, 4*gib, gib); err != nil {
+	if err := makeImage(raw, 1, 4*gib, gib); err != nil {
 		return err
 	}
 	vdi, err := srv.createVDI(ctx, 4*gib)
@@ -128,11 +129,11 @@ func printPeak(srv *server) error {
 func benchDelta(ctx context.Context, cfg config, srv *server) error {
 	const changed = 64 * mib
 	raw := filepath.Join(cfg.scratch, "changed.img")
-	if err := makeImage(raw, changed, changed); err != nil {
+	if err := makeImage(raw, 2, changed, changed); err != nil {
 		return err
 	}
 	base := filepath.Join(cfg.scratch, "base.img")
-	if err := makeImage(base, 2*gib, 2*gib); err != nil {
+	if err := makeImage(base, 3, 2*gib, 2*gib); err != nil {
 		return err
 	}
 	prepare := func(size int64) (vdi, before, after string, err error) {
