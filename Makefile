@@ -39,7 +39,7 @@ bench: build ## side by side with qemu-img and the limit of the machine; prints 
 
 generate: ## regenerate code and documents from the datamodel
 	go generate ./...
-	go test -run TestCompatDocument . -update
+	go test -run "Document" . -update
 
 ci:
 	.ci/run
