@@ -286,3 +286,55 @@ func FuzzRecords(f *testing.F) {
 		}
 	})
 }
+
+// TestLargeOperation makes a group whose record is more than a frame takes: it
+// is done within the cut of a checkpoint, and no frame may be written until
+// that is durable.
+func TestLargeOperation(t *testing.T) {
+	ctx := context.Background()
+	m := vfs.NewMem(0)
+	var s *Store
+	var held []int // holders of the commit role when a superblock is written
+	watch := false
+	s, err := Create(ctx, vfs.NewInject(m, nil, func(c vfs.Call) error {
+		if watch && c.Op == vfs.OpWrite && c.Name == superName {
+			held = append(held, len(s.commits.role))
+		}
+		return nil
+	}), tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Create(ctx, ID{1}, 4<<10, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.sync(ctx); err != nil {
+		t.Fatal(err)
+	}
+	watch = true
+	var pairs []Pair
+	for i := range byte(4) {
+		pairs = append(pairs, Pair{Src: ID{1}, New: ID{2, i}, Attrs: noise(4 << 10)})
+	}
+	if infos, err := s.Snapshot(ctx, pairs); err != nil || len(infos) != len(pairs) {
+		t.Fatalf("%d snapshots, %v", len(infos), err)
+	}
+	if !slices.Equal(held, []int{1, 1}) {
+		t.Errorf("holders of the role at the writes of the superblock: %d, want one at each of two", held)
+	}
+	c := m.Crash(func(int) int { return 0 })
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = Open(ctx, c, tinyOptions()); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range pairs {
+		if attrs, err := s.Attrs(ctx, p.New); err != nil || !bytes.Equal(attrs, p.Attrs) {
+			t.Errorf("snapshot %v after a crash: %v", p.New, err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
