@@ -25,14 +25,14 @@ func (s *Server) exportRawVDI(w http.ResponseWriter, r *request) {
 	defer release()
 	req := transferRequest(r, "get_export_raw_vdi", session)
 	req.Base, _ = r.param("base")
-	ctx, done := lasting(r)
-	defer done()
+	// Not the request's context: a client may close its sending side and wait.
+	ctx := s.cutting
 	x, err := s.api.Export(ctx, r.origin, req)
 	if err != nil {
 		s.fail(w, r, err)
 		return
 	}
-	ctx, done = either(x.Context(), ctx)
+	ctx, done := either(x.Context(), ctx)
 	defer done()
 	f, img, err := planExport(ctx, req.Format, x)
 	if err != nil {

@@ -39,8 +39,8 @@ func (s *Server) importRawVDI(w http.ResponseWriter, r *request) {
 		w.WriteHeader(http.StatusOK)
 		return
 	}
-	ctx, done := lasting(r)
-	defer done()
+	// Not the request's context: a client may close its sending side and wait.
+	ctx := s.cutting
 	m, err := s.api.Import(ctx, r.origin, req)
 	if err != nil {
 		s.fail(w, r, err)
@@ -52,7 +52,7 @@ func (s *Server) importRawVDI(w http.ResponseWriter, r *request) {
 		s.refuse(w, r, m, err)
 		return
 	}
-	ctx, done = either(m.Context(), ctx)
+	ctx, done := either(m.Context(), ctx)
 	defer done()
 	s.run(ctx, w, r, m, func(ctx context.Context, conn *stream) error {
 		if r.ProtoAtLeast(1, 1) && r.Header.Get("Expect") != "" {

@@ -57,22 +57,6 @@ type transfer interface {
 	Finish(err error) error
 }
 
-// lasting is the context of a request whose client may close its sending side
-// behind it, which net/http takes for its end. It ends when the server cuts
-// what is left at a stop. The function that is returned releases it.
-func lasting(r *request) (context.Context, func()) {
-	ctx, cancel := context.WithCancelCause(context.WithoutCancel(r.Context()))
-	stop := context.AfterFunc(r.Context(), func() {
-		if cause := context.Cause(r.Context()); errors.Is(cause, ErrStopping) {
-			cancel(cause)
-		}
-	})
-	return ctx, func() {
-		stop()
-		cancel(nil)
-	}
-}
-
 // either returns a context that ends with the first of two, and how to
 // release it. It carries the values of ctx.
 func either(ctx, other context.Context) (context.Context, func()) {
