@@ -187,3 +187,47 @@ func BenchmarkSnapshot(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkSmallFlush writes and flushes single units of a small disk: what
+// the log costs.
+func BenchmarkSmallFlush(b *testing.B) {
+	const size = 64 << 20
+	s := benchStore(b)
+	d := benchDisk(b, s, 1, size)
+	p := noise(4096)
+	n := int64(0)
+	for b.Loop() {
+		n++
+		p[0], p[1], p[2] = byte(n), byte(n>>8), byte(n>>16)
+		if _, err := d.WriteAt(p, n*7919%(size/4096)*4096); err != nil {
+			b.Fatal(err)
+		}
+		if err := d.Flush(context.Background()); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkCreate makes stores in a real directory.
+func BenchmarkCreate(b *testing.B) {
+	for b.Loop() {
+		b.StopTimer()
+		dir, err := vfs.CreateDir(b.TempDir() + "/store")
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.StartTimer()
+		s, err := Create(context.Background(), dir, Options{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.StopTimer()
+		if err := s.Close(); err != nil {
+			b.Fatal(err)
+		}
+		if err := Destroy(dir); err != nil {
+			b.Fatal(err)
+		}
+		b.StartTimer()
+	}
+}

@@ -160,9 +160,9 @@
 //	32  8 frame number              64    payload
 //	40  4 payload CRC of the frame before
 //
-// The log ends where a frame of the right number does not follow. The payload
-// is records, applied in order; each starts with its kind, 1 byte, and a volume
-// number, 8 bytes:
+// A new log is zeros; it ends where a frame of the right number does not
+// follow. The payload is records, applied in order; each starts with its kind,
+// 1 byte, and a volume number, 8 bytes:
 //
 //	'W' first unit 8, count 8, contents of the units
 //	'M' first unit 8, count 8, address 8, CRC of each unit 4: adjoining units

@@ -148,11 +148,7 @@ func createFiles(dir vfs.FS, o Options) (err error) {
 	if err = sp.promise(1, floorWrite); err != nil { // grows to the reserve
 		return err
 	}
-	logF, err := dir.Create(logName)
-	if err != nil {
-		return err
-	}
-	if err = errors.Join(logF.Allocate(0, o.LogBytes), logF.Datasync(), logF.Close()); err != nil {
+	if err = createLog(dir, o.LogBytes); err != nil {
 		return err
 	}
 	s := super{geo: o.Geometry, gen: 1, epoch: 1, nextID: 1, regions: uint64(len(sp.regions)), logSize: uint64(o.LogBytes)}

@@ -1,0 +1,100 @@
+package cow
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"sync"
+	"testing"
+
+	"coppice/internal/vfs"
+)
+
+// TestLogIsWritten looks at what a creation has done to the log before it
+// makes the directory a store: every byte is written, then synced.
+func TestLogIsWritten(t *testing.T) {
+	const logBytes = 2<<20 + 4096
+	var written []byte
+	synced, early := false, false
+	m := vfs.NewMem(0)
+	hook := func(c vfs.Call) error {
+		switch {
+		case c.Name == logName && c.Op == vfs.OpWrite:
+			synced = false
+			written = append(written, make([]byte, c.Len)...)
+			if c.Off+c.Len != int64(len(written)) {
+				t.Errorf("write of %d bytes at %d", c.Len, c.Off)
+			}
+		case c.Name == logName && c.Op == vfs.OpDatasync:
+			synced = true
+		case c.Op == vfs.OpRename && (len(written) != logBytes || !synced):
+			early = true
+		}
+		return nil
+	}
+	o := tinyOptions()
+	o.LogBytes = logBytes
+	s, err := Create(context.Background(), vfs.NewInject(m, nil, hook), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if early || len(written) != logBytes {
+		t.Errorf("%d of %d bytes of the log are written, before the superblock is there: %v", len(written), logBytes, !early)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f, err := m.Open(logName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, logBytes)
+	if _, err := f.ReadAt(got, 0); err != nil || !bytes.Equal(got, make([]byte, logBytes)) {
+		t.Errorf("a fresh log is not all zero (%v)", err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestCreateAfterCrash takes the power away at every call of a creation. What
+// is left is no store, and the next creation does not mind it.
+func TestCreateAfterCrash(t *testing.T) {
+	ctx := context.Background()
+	var mu sync.Mutex
+	var crashed []*vfs.Mem
+	m := vfs.NewMem(0)
+	s, err := Create(ctx, vfs.NewInject(m, nil, func(vfs.Call) error {
+		mu.Lock()
+		defer mu.Unlock()
+		crashed = append(crashed, m.Crash(func(int) int { return 0 }), m.Kill())
+		return nil
+	}), tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	stores := 0
+	for i, c := range crashed {
+		s, err := Open(ctx, c, tinyOptions())
+		if errors.Is(err, ErrNoStore) {
+			s, err = Create(ctx, c, tinyOptions())
+		} else {
+			stores++
+		}
+		if err != nil {
+			t.Fatalf("crash %d of %d: %v", i, len(crashed), err)
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := checkClean(c); err != nil {
+			t.Fatalf("crash %d of %d: %v", i, len(crashed), err)
+		}
+	}
+	if stores == 0 || stores == len(crashed) {
+		t.Errorf("%d of %d crashes left a store", stores, len(crashed))
+	}
+}
