@@ -85,14 +85,6 @@ type Store struct {
 // failure is why a store has stopped writing.
 type failure struct{ err error }
 
-// release is units to be freed when the reads of an era and of all eras
-// before it are over.
-type release struct {
-	era   *era
-	addrs []uint64
-	done  chan struct{} // closed when it is done; may be nil
-}
-
 // Create makes a store in an empty directory and opens it. It fails with
 // [ErrStoreExists] when there is one, with [vfs.ErrLocked] when somebody has
 // the directory, and with a *SpaceError when the host has no room for the
