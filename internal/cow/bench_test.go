@@ -231,3 +231,27 @@ func BenchmarkCreate(b *testing.B) {
 		b.StartTimer()
 	}
 }
+
+// BenchmarkEqualWrite writes what the disk has already, as a second import of
+// an image does. To be compared with BenchmarkSequentialRead.
+func BenchmarkEqualWrite(b *testing.B) {
+	s := benchStore(b)
+	d := benchDisk(b, s, 1, benchSize)
+	p := noise(benchCall)
+	for off := int64(0); off < benchSize; off += benchCall {
+		if _, err := d.WriteAt(p, off); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if err := d.Flush(context.Background()); err != nil {
+		b.Fatal(err)
+	}
+	b.SetBytes(benchCall)
+	off := int64(0)
+	for b.Loop() {
+		if _, err := d.WriteAt(p, off%benchSize); err != nil {
+			b.Fatal(err)
+		}
+		off += benchCall
+	}
+}

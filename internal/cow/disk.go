@@ -295,16 +295,17 @@ func (r *pageReader) readView(w *view, p []byte, off int64) error {
 		}
 		return nil
 	}
-	return r.readPieces(pieces, p, off)
+	return eachPiece(pieces, func(pc piece) error { return r.readPiece(pc, p, off) })
 }
 
-// readPieces reads several pieces, large ones in turn and scattered ones at
-// the same time. The error is that of the lowest offset.
-func (r *pageReader) readPieces(pieces []piece, p []byte, off int64) error {
+// eachPiece calls do for several pieces, in turn when they are few, for
+// scattered ones at the same time. The error is that of the first piece that
+// has one.
+func eachPiece(pieces []piece, do func(piece) error) error {
 	workers := min(readWorkers, len(pieces)/4)
 	if workers <= 1 {
 		for _, pc := range pieces {
-			if err := r.readPiece(pc, p, off); err != nil {
+			if err := do(pc); err != nil {
 				return err
 			}
 		}
@@ -320,7 +321,7 @@ func (r *pageReader) readPieces(pieces []piece, p []byte, off int64) error {
 				if i >= len(pieces) {
 					return
 				}
-				errs[i] = r.readPiece(pieces[i], p, off)
+				errs[i] = do(pieces[i])
 			}
 		})
 	}

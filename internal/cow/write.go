@@ -104,8 +104,9 @@ func (d *Disk) Zero(ctx context.Context, off, n int64) error {
 // writer is one call that changes a disk.
 type writer struct {
 	disk    *Disk
-	direct  bool // write to the space files at once
-	compare bool // leave equal units alone
+	direct  bool    // write to the space files at once
+	compare bool    // leave equal units alone
+	pieces  []piece // scratch of leaveEqual
 }
 
 // units writes whole units from first on.
@@ -177,91 +178,12 @@ func (w *writer) units(first uint64, p []byte) error {
 	return err
 }
 
-// plan decides what becomes of each unit of p: slotZero, slotBuf with the
-// bytes in p, or slotNone when it stays as it is.
-func (w *writer) plan(first uint64, p []byte) ([]slot, error) {
-	s := w.disk.s
-	u, fan := s.geo.UnitSize, uint64(s.geo.Fanout)
-	slots := make([]slot, len(p)/u)
-	zeros := false
-	for i := range slots {
-		b := p[i*u : (i+1)*u : (i+1)*u]
-		slots[i] = slot{idx: uint16((first + uint64(i)) % fan), state: slotBuf, buf: b}
-		if isZero(b) {
-			slots[i].state, slots[i].buf = slotZero, nil
-			zeros = true
-		} else {
-			slots[i].crc = checksum(b)
-		}
-	}
-	e := s.eras.enter()
-	defer e.leave()
-	if err := w.disk.alive(); err != nil {
-		return nil, err
-	}
-	v := w.disk.v.view.Load()
-	old := make([]slot, min(len(slots), int(fan)))
-	for i := 0; i < len(slots); {
-		at := first + uint64(i)
-		n := min(len(slots)-i, int(fan-at%fan))
-		if !w.compare && !zeros {
-			// A damaged map must fail the write, not the checkpoint.
-			if leaf, err := s.leaf(v.base.root, at/fan); err != nil {
-				return nil, w.damaged(err, at)
-			} else if !leaf.isHole() {
-				if _, err := s.page(leaf); err != nil {
-					return nil, w.damaged(err, at)
-				}
-			}
-			i += n
-			continue
-		}
-		if err := s.resolve(v, at/fan, int(at%fan), old[:n]); err != nil {
-			return nil, w.damaged(err, at)
-		}
-		for j := range n {
-			if s.unchanged(slots[i+j], old[j]) {
-				slots[i+j].state = slotNone
-			}
-		}
-		i += n
-	}
-	return slots, nil
-}
-
 func (w *writer) damaged(err error, unit uint64) error {
 	err = damagedAt(err, int64(unit)*int64(w.disk.s.geo.UnitSize))
 	if ce, ok := err.(*CorruptError); ok {
 		ce.Volume = w.disk.id
 	}
 	return err
-}
-
-// unchanged reports whether a new version of a unit has the bytes of the old
-// one. The checksum is only the first sieve.
-func (s *Store) unchanged(now, old slot) bool {
-	switch {
-	case now.state == slotZero:
-		return old.state == slotZero
-	case old.state == slotZero || now.crc != old.crc:
-		return false
-	case old.state == slotBuf:
-		return bytes.Equal(now.buf, old.buf)
-	}
-	b := make([]byte, s.geo.UnitSize)
-	return s.verified(b, old.entry()) == nil && bytes.Equal(now.buf, b)
-}
-
-var zeroPage [4096]byte
-
-// isZero tells at the speed of memory; the length of b is a power of two.
-func isZero(b []byte) bool {
-	for n := min(len(b), len(zeroPage)); len(b) > 0; b = b[n:] {
-		if !bytes.Equal(b[:n], zeroPage[:n]) {
-			return false
-		}
-	}
-	return true
 }
 
 // store writes the slotBuf units to the space files, in runs as long as p and
