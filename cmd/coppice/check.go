@@ -141,6 +141,9 @@ func (d dataDir) locations(ctx context.Context) (paths []string, err error) {
 	err = objects.View(func(tx *db.Tx) error {
 		for _, pbd := range db.All[xapi.PBD](tx) {
 			if path := pbd.DeviceConfig["location"]; path != "" {
+				if !filepath.IsAbs(path) {
+					path = filepath.Join(string(d), path)
+				}
 				paths = append(paths, path)
 			}
 		}

@@ -3,7 +3,6 @@ package api
 import (
 	"context"
 	"os"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -20,6 +19,9 @@ import (
 // defaultSRType is the driver of the SR that a new server starts with, where
 // it is linked in.
 const defaultSRType = "cow"
+
+// defaultStore is where that SR has its storage.
+const defaultStore = "store"
 
 // bootstrap makes sure that the objects exist without which no client can
 // work: one pool with one host, its control domain and a network, an SM for
@@ -59,16 +61,12 @@ func (a *API) bootstrap(ctx context.Context) error {
 	}
 	config := map[string]string{}
 	if _, ok := drv.Config[locationKey]; ok {
-		path, err := filepath.Abs(filepath.Join(a.cfg.DataDir, "store"))
-		if err != nil {
-			return err
-		}
-		config[locationKey] = path
+		config[locationKey] = defaultStore
 	}
 	ref := xapi.NewRef[xapi.SR]()
 	// Storage first, then every record in one commit: a crash in between
 	// leaves an empty store, which the next start takes.
-	return a.attach(ctx, ref, drv, config, true, func(tx *db.Tx) error {
+	return a.attach(ctx, ref, a.rooted(drv), config, true, func(tx *db.Tx) error {
 		if err := create(tx); err != nil {
 			return err
 		}

@@ -41,7 +41,7 @@ func (a *API) pbdCreate(ctx context.Context, c *Call, args *xapi.PBD) (xapi.Ref[
 				return xapi.NewError(xapi.ErrPBDExists, string(args.SR), string(args.Host), string(p))
 			}
 		}
-		if err := configUnused(tx, args.DeviceConfig, sr.Type, ""); err != nil {
+		if err := a.configUnused(tx, args.DeviceConfig, sr.Type, ""); err != nil {
 			return err
 		}
 		rec := xapi.New[xapi.PBD]()
@@ -187,7 +187,7 @@ func (a *API) pbdSetDeviceConfig(ctx context.Context, c *Call, ref xapi.Ref[xapi
 		if err != nil {
 			return err
 		}
-		if err := configUnused(tx, value, sr.Type, ref); err != nil {
+		if err := a.configUnused(tx, value, sr.Type, ref); err != nil {
 			return err
 		}
 		return db.Modify(tx, ref, func(p *xapi.PBD) { p.DeviceConfig = maps.Clone(value) })

@@ -33,17 +33,13 @@ func srMethods() map[string]any {
 	}
 }
 
-// locationKey is the device-config key that says where a driver keeps its
-// data, for the drivers that have one.
-const locationKey = "location"
-
 // driver returns the driver of an SR type.
 func (a *API) driver(typ string) (storage.Driver, error) {
 	d, ok := a.cfg.Storage[typ]
 	if !ok {
 		return storage.Driver{}, xapi.NewError(xapi.ErrSRUnknownDriver, typ)
 	}
-	return d, nil
+	return a.rooted(d), nil
 }
 
 // newSR is the record of an SR.
@@ -71,24 +67,20 @@ func (a *API) srCreate(ctx context.Context, c *Call, host xapi.Ref[xapi.Host], c
 		config = map[string]string{}
 	}
 	if _, ok := drv.Config[locationKey]; ok && config[locationKey] == "" {
-		path, err := filepath.Abs(filepath.Join(a.cfg.DataDir, "sr", sr.UUID))
-		if err != nil {
-			return "", err
-		}
-		config[locationKey] = path
+		config[locationKey] = filepath.Join("sr", sr.UUID)
 	}
 	err = a.db.View(func(tx *db.Tx) error {
 		if _, err := db.Get(tx, host); err != nil {
 			return err
 		}
-		return configUnused(tx, config, typ, "")
+		return a.configUnused(tx, config, typ, "")
 	})
 	if err != nil {
 		return "", err
 	}
 	ref := xapi.NewRef[xapi.SR]()
 	err = a.attach(ctx, ref, drv, config, true, func(tx *db.Tx) error {
-		if err := configUnused(tx, config, typ, ""); err != nil {
+		if err := a.configUnused(tx, config, typ, ""); err != nil {
 			return err
 		}
 		if err := db.InsertAs(tx, ref, sr); err != nil {
@@ -107,16 +99,23 @@ func (a *API) srCreate(ctx context.Context, c *Call, host xapi.Ref[xapi.Host], c
 
 // configUnused is SR_DEVICE_IN_USE when a PBD other than except leads to the
 // same storage.
-func configUnused(tx *db.Tx, config map[string]string, typ string, except xapi.Ref[xapi.PBD]) error {
+func (a *API) configUnused(tx *db.Tx, config map[string]string, typ string, except xapi.Ref[xapi.PBD]) error {
 	if config[locationKey] == "" {
 		return nil
+	}
+	wanted, err := a.locate(config[locationKey])
+	if err != nil {
+		return err
 	}
 	for ref, pbd := range db.All[xapi.PBD](tx) {
 		if ref == except || pbd.DeviceConfig[locationKey] == "" {
 			continue
 		}
 		sr, err := db.Get(tx, pbd.SR)
-		if err == nil && sr.Type == typ && filepath.Clean(pbd.DeviceConfig[locationKey]) == filepath.Clean(config[locationKey]) {
+		if err != nil || sr.Type != typ {
+			continue
+		}
+		if used, err := a.locate(pbd.DeviceConfig[locationKey]); err == nil && used == wanted {
 			return xapi.NewError(xapi.ErrSRDeviceInUse)
 		}
 	}
@@ -373,6 +372,10 @@ func (a *API) srProbe(ctx context.Context, c *Call, host xapi.Ref[xapi.Host], co
 	if err != nil {
 		return "", err
 	}
+	wanted, err := a.located(config)
+	if err != nil {
+		return "", err
+	}
 	found := map[string]bool{}
 	err = a.db.View(func(tx *db.Tx) error {
 		if _, err := db.Get(tx, host); err != nil {
@@ -380,7 +383,10 @@ func (a *API) srProbe(ctx context.Context, c *Call, host xapi.Ref[xapi.Host], co
 		}
 		for _, pbd := range db.All[xapi.PBD](tx) {
 			sr, err := db.Get(tx, pbd.SR)
-			if err == nil && sr.Type == typ && maps.Equal(pbd.DeviceConfig, config) {
+			if err != nil || sr.Type != typ {
+				continue
+			}
+			if used, err := a.located(pbd.DeviceConfig); err == nil && maps.Equal(used, wanted) {
 				found[sr.UUID] = true
 			}
 		}

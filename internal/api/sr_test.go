@@ -3,6 +3,7 @@ package api
 import (
 	"encoding/xml"
 	"errors"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -12,6 +13,7 @@ import (
 
 	"coppice/internal/db"
 	"coppice/internal/storage"
+	"coppice/internal/storage/cow"
 	"coppice/internal/storage/mem"
 	"coppice/internal/xapi"
 )
@@ -48,7 +50,7 @@ func TestBootstrap(t *testing.T) {
 			t.Errorf("dom0 %+v", dom0)
 		case sr.NameLabel != "Local storage" || sr.Type != "mem" || sr.ContentType != "user" || sr.PhysicalSize == 0:
 			t.Errorf("SR %+v", sr)
-		case !pbd.CurrentlyAttached || pbd.Host != r.host || pbd.DeviceConfig["location"] != filepath.Join(r.dir, "store"):
+		case !pbd.CurrentlyAttached || pbd.Host != r.host || pbd.DeviceConfig["location"] != "store":
 			t.Errorf("PBD %+v", pbd)
 		}
 		r.view(func(tx *db.Tx) {
@@ -150,7 +152,7 @@ func TestSRCreateDestroy(t *testing.T) {
 	r.call("SR.add_to_other_config", string(sr), "indestructible", "true")
 	r.fails("SR_INDESTRUCTIBLE|"+string(sr), "SR.destroy", string(sr))
 	r.call("SR.remove_from_other_config", string(sr), "indestructible")
-	config := record(r.core, xapi.Ref[xapi.PBD](r.pbd(sr))).DeviceConfig
+	config := map[string]string{"location": filepath.Join(r.dir, record(r.core, xapi.Ref[xapi.PBD](r.pbd(sr))).DeviceConfig["location"])}
 	r.call("SR.destroy", string(sr))
 	r.fails("HANDLE_INVALID|SR|"+string(sr), "SR.get_record", string(sr))
 	if _, err := r.driver.Open(t.Context(), config, false); !errors.Is(err, storage.ErrNoRepo) {
@@ -164,6 +166,8 @@ func TestSRCreateErrors(t *testing.T) {
 	r.fails("SR_UNKNOWN_DRIVER|nfs", "SR.create", r.host, map[string]string{}, 0, "n", "", "nfs", "user", true)
 	r.fails("HANDLE_INVALID|host|OpaqueRef:no", "SR.create", "OpaqueRef:no", map[string]string{}, 0, "n", "", "mem", "user", true)
 	r.fails("SR_DEVICE_IN_USE", "SR.create", r.host, location, 0, "n", "", "mem", "user", false)
+	absolute := map[string]string{"location": filepath.Join(r.dir, location["location"])}
+	r.fails("SR_DEVICE_IN_USE", "SR.create", r.host, absolute, 0, "n", "", "mem", "user", false)
 	r.fails("SR_UNKNOWN_DRIVER|nfs", "SR.introduce", "u", "n", "", "nfs", "user", true)
 	r.fails("SR_UUID_EXISTS|"+record(r.core, r.sr).UUID, "SR.introduce", record(r.core, r.sr).UUID, "n", "", "mem", "user", false)
 }
@@ -359,4 +363,31 @@ func TestWatchUsage(t *testing.T) {
 			t.Errorf("after the pause: %d, was %d", got, before)
 		}
 	})
+}
+
+// A data directory takes its stores along wherever it goes, and a copy of it
+// has nothing to do with the stores of the original.
+func TestMovedDataDirectory(t *testing.T) {
+	r := newRigOn(t, cow.Driver())
+	kept := r.disk(1 << 20)
+	second := r.call("SR.create", r.host, map[string]string{}, 0, "second", "", "cow", "user", false).(srRef)
+	other := r.call("VDI.create", diskArgs(second, 1<<20)).(xapi.Ref[xapi.VDI])
+
+	r.stop(t)
+	original, moved := r.dir, filepath.Join(t.TempDir(), "moved")
+	if err := os.CopyFS(moved, os.DirFS(original)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(original, original+".away"); err != nil {
+		t.Fatal(err)
+	}
+	r.dir = moved
+	r.start(t)
+	for _, ref := range []xapi.Ref[xapi.VDI]{kept, other} {
+		if record(r.core, ref).Missing {
+			t.Errorf("disk %s was left behind", ref)
+		}
+	}
+	r.disk(1 << 20)
+	r.wantConsistent()
 }

@@ -18,13 +18,13 @@ import (
 	"coppice/internal/vfs"
 )
 
-// Driver returns the driver. Its one configuration key is location, the
-// absolute path of the directory.
+// Driver returns the driver. Its one configuration key is location, the path
+// of the directory; Open and Destroy want an absolute one.
 func Driver() storage.Driver {
 	return storage.Driver{
 		Type:        "cow",
 		Description: "Copy-on-write store in a directory of the host",
-		Config:      map[string]string{"location": "absolute path of the directory that holds the store"},
+		Config:      map[string]string{"location": "directory that holds the store; a relative path starts at the data directory"},
 		Open:        openDir,
 		Destroy:     destroyDir,
 		Features:    storage.Features(&repo{}),
