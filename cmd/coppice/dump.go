@@ -16,8 +16,8 @@ import (
 	"coppice/internal/vfs"
 )
 
-// dump prints the inside of one store that nobody has open: the superblock
-// and the volumes, or with --volume the record and the map of one of them.
+// dump prints the inside of one store that nobody has open: superblock, volumes
+// and log, or with --volume the record and the map of one volume.
 func dump(ctx context.Context, e env, args []string) (err error) {
 	ctx, unhook := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer unhook()

@@ -6,14 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 
 	"coppice/internal/vfs"
 )
 
 // Dump writes the metadata of a store that nobody has open as text: the
-// superblock, the regions and the volume table, or, with a volume that is not
-// the zero ID, the record and the map of that volume. It is for people; the
+// superblock, the regions, the volume table and what would be replayed of the
+// log, or, with a volume that is not the zero ID, the record and the map of
+// that volume, both without what is in the log. It is for people; the
 // form may change.
 func Dump(ctx context.Context, dir vfs.FS, w io.Writer, volume ID) (err error) {
 	lock, err := dir.Lock()
@@ -78,7 +78,76 @@ func (d *dumper) store() error {
 		}
 		d.record(r)
 	}
+	return d.log()
+}
+
+// log writes the frames that an open would replay, with their records. A log
+// that it would refuse is written up to there.
+func (d *dumper) log() error {
+	fmt.Fprintln(d.w, "log")
+	l := d.newLog()
+	err := l.scan(d.super.gen, func(f frame) error {
+		if err := d.ctx.Err(); err != nil {
+			return context.Cause(d.ctx)
+		}
+		fmt.Fprintf(d.w, "  frame %d at byte %d, generation %d, %d bytes of records\n", f.seq, f.off, f.gen, f.n)
+		recs, err := decodeRecords(f.payload, d.geo)
+		if err != nil {
+			return &CorruptError{Detail: fmt.Sprintf("log: frame %d: %v", f.seq, err)}
+		}
+		for i := range recs {
+			for _, line := range recs[i].describe() {
+				fmt.Fprintf(d.w, "    %s\n", line)
+			}
+		}
+		return nil
+	})
+	if errors.Is(err, ErrCorrupt) {
+		fmt.Fprintf(d.w, "  %v\n", err)
+		return nil
+	} else if err != nil {
+		return err
+	}
+	fmt.Fprintf(d.w, "  ends before frame %d\n", l.head.seq)
 	return nil
+}
+
+// describe says in words what a record does, in one line or, for several
+// volumes, more.
+func (r *logRecord) describe() (lines []string) {
+	line := func(format string, args ...any) { lines = append(lines, fmt.Sprintf(format, args...)) }
+	units := fmt.Sprintf("units %d-%d", r.first, r.first+r.count-1)
+	switch r.kind {
+	case recWrite:
+		line("volume %d: %s with their contents", r.num, units)
+	case recMap:
+		line("volume %d: %s at %d", r.num, units, r.addr)
+	case recZero:
+		line("volume %d: %s zero", r.num, units)
+	case recCreate:
+		line("volume %d: create %v, %d bytes, %d bytes of attributes", r.num, r.id, r.size, len(r.attrs))
+	case recDerive:
+		what := "clone"
+		if r.flags&flagReadOnly != 0 {
+			what = "snapshot"
+		}
+		for _, p := range r.pairs {
+			attrs := "attributes of the source"
+			if p.own {
+				attrs = fmt.Sprintf("%d bytes of attributes", len(p.attrs))
+			}
+			line("volume %d: %s %v of volume %d at epoch %d, %s", p.num, what, p.id, p.src, r.epoch, attrs)
+		}
+	case recRevert:
+		line("volume %d: revert to volume %d at epoch %d", r.num, r.to, r.epoch)
+	case recResize:
+		line("volume %d: resize to %d bytes at epoch %d", r.num, r.size, r.epoch)
+	case recDelete:
+		line("volume %d: delete", r.num)
+	case recAttrs:
+		line("volume %d: %d bytes of attributes", r.num, len(r.attrs))
+	}
+	return lines
 }
 
 func (d *dumper) record(r record) {
@@ -169,47 +238,5 @@ func (d *dumper) tree(e entry, first uint64, depth int) error {
 		}
 	}
 	flush()
-	return nil
-}
-
-// Destroy removes the store in a directory that nobody has open, with all
-// volumes in it. A crash in between leaves no store, at most files that a
-// [Create] in the same place removes.
-func Destroy(dir vfs.FS) (err error) {
-	lock, err := dir.Lock()
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, lock.Close()) }()
-	if err := dir.Remove(superName); errors.Is(err, fs.ErrNotExist) {
-		return ErrNoStore
-	} else if err != nil {
-		return err
-	}
-	if err := dir.SyncDir(); err != nil {
-		return err
-	}
-	if err := removeFiles(dir); err != nil {
-		return err
-	}
-	return dir.SyncDir()
-}
-
-// removeFiles removes all files of a store but the superblock.
-func removeFiles(dir vfs.FS) error {
-	names, err := dir.List()
-	if err != nil {
-		return err
-	}
-	for _, n := range names {
-		var i int
-		_, scanErr := fmt.Sscanf(n, "space-%04d", &i)
-		isSpace := scanErr == nil && n == spaceName(i)
-		if isSpace || n == regionsName(0) || n == regionsName(1) || n == logName || n == superTemp {
-			if err := dir.Remove(n); err != nil {
-				return err
-			}
-		}
-	}
 	return nil
 }

@@ -87,6 +87,14 @@ func (im *image) newReader(cache int64) *pageReader {
 	return &pageReader{geo: im.super.geo, files: im.space.files, cache: newPageCache(cache, im.super.geo.UnitSize)}
 }
 
+// newLog is the log with its head where replay starts.
+func (im *image) newLog() redoLog {
+	return redoLog{
+		file: im.logF, codec: newFrameCodec(im.super), size: im.super.logSize,
+		align: uint64(im.super.geo.UnitSize), head: im.super.log,
+	}
+}
+
 func (im *image) close() error {
 	var errs []error
 	for _, f := range []vfs.File{im.superF, im.logF} {

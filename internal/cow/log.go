@@ -99,11 +99,18 @@ func (l *redoLog) write(gen uint64, payload []byte) error {
 	return nil
 }
 
-// scan calls f with the payload of every frame from the head on, and moves the
-// head behind the last one. The first frame that does not fit ends the log; it
+// frame is a frame as it was read.
+type frame struct {
+	frameInfo
+	off     uint64 // byte of the ring
+	payload []byte
+}
+
+// scan calls f with every frame from the head on, and moves the head behind
+// the last one. The first frame that does not fit ends the log; it
 // is the one that was being written, if there was one. A frame of a later
 // number further on means that the medium has lost the one before it.
-func (l *redoLog) scan(gen uint64, f func(payload []byte) error) error {
+func (l *redoLog) scan(gen uint64, f func(frame) error) error {
 	for {
 		p := l.next(l.head)
 		h, b, err := l.read(p.off)
@@ -116,7 +123,7 @@ func (l *redoLog) scan(gen uint64, f func(payload []byte) error) error {
 		if h.gen > gen {
 			return &CorruptError{Detail: fmt.Sprintf("log: frame %d is of generation %d, the superblock of %d", h.seq, h.gen, gen)}
 		}
-		if err := f(b); err != nil {
+		if err := f(frame{h, p.off, b}); err != nil {
 			return err
 		}
 		n := (frameHeader + uint64(h.n) + l.align - 1) / l.align * l.align

@@ -32,8 +32,8 @@ func (s *Store) replay() (used bool, err error) {
 	if used, err = s.log.torn(); err != nil {
 		return false, err
 	}
-	err = s.log.scan(s.super.gen, func(payload []byte) error {
-		rs, err := decodeRecords(payload, s.geo)
+	err = s.log.scan(s.super.gen, func(f frame) error {
+		rs, err := decodeRecords(f.payload, s.geo)
 		if err != nil {
 			return &CorruptError{Detail: "log: " + err.Error()}
 		}

@@ -214,10 +214,7 @@ func open(ctx context.Context, dir vfs.FS, o Options, lock io.Closer) (_ *Store,
 	s.eras.init()
 	s.durableGen.Store(s.super.gen)
 	s.commits.role = make(chan struct{}, 1)
-	s.log = redoLog{
-		file: im.logF, codec: newFrameCodec(im.super), size: im.super.logSize,
-		align: uint64(s.geo.UnitSize), head: im.super.log,
-	}
+	s.log = im.newLog()
 	s.limits.Entries = min(s.limits.Entries, int64(s.log.size/160))
 	if s.queue, err = loadQueue(s.pageReader, im.super.queue, im.super.queueLen); err != nil {
 		return nil, err
