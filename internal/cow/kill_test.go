@@ -232,6 +232,7 @@ func (k *killState) verify(s *Store) error {
 // and again, and expects everything it had flushed to be there and the exact
 // check to find nothing.
 func TestKill(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	rounds := *killRounds
 	var end time.Time

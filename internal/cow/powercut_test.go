@@ -301,6 +301,7 @@ func cutRun(ops []op, seed uint64, st *cutStats) error {
 // find nothing. Traces follow one another until there have been enough
 // crashes.
 func TestPowerCuts(t *testing.T) {
+	t.Parallel()
 	st := &cutStats{want: int64(*cutCrashes)}
 	if *soakTime > 0 {
 		st.end = time.Now().Add(*soakTime)
