@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"strings"
 
+	"coppice/internal/api"
 	"coppice/internal/storage"
 )
 
@@ -41,37 +42,101 @@ func (s *Server) importRawVDI(w http.ResponseWriter, r *request) {
 	}
 	// Not the request's context: a client may close its sending side and wait.
 	ctx := s.cutting
-	m, err := s.api.Import(ctx, r.origin, req)
-	if err != nil {
-		s.fail(w, r, err)
+	if r.ContentLength == unknownLength && req.Task == "" {
+		s.importFromFirstByte(ctx, w, r, req)
 		return
 	}
-	size := m.Volume.Size()
-	decode, err := planImport(r, req.Format, req.Length, size)
+	m, decode, err := s.openImport(ctx, r, req)
 	if err != nil {
-		s.refuse(w, r, m, err)
+		s.fail(w, r, err)
 		return
 	}
 	ctx, done := either(m.Context(), ctx)
 	defer done()
 	s.run(ctx, w, r, m, func(ctx context.Context, conn *stream) error {
-		if r.ProtoAtLeast(1, 1) && r.Header.Get("Expect") != "" {
-			if _, err := conn.Write([]byte("HTTP/1.1 100 Continue\r\n\r\n")); err != nil {
-				return &clientError{err}
-			}
-		}
-		if err := begin(w, conn, head(string(m.Task), "application/octet-stream")); err != nil {
+		if err := accept(w, r, conn, string(m.Task)); err != nil {
 			return &clientError{err}
 		}
-		progress := meter{report: m.Progress}
-		u := &upload{
-			size:      size,
-			overlay:   storage.NewOverlay(m.Volume),
-			done:      progress.set,
-			interrupt: conn.interrupt,
-		}
-		return decode(ctx, newBody(r, conn), req.Length, u)
+		return takeIn(ctx, r, conn, m, decode, req.Length)
 	})
+}
+
+// importFromFirstByte carries out an import that may be a probe without being
+// an empty one: a client that does not know the length of its data announces
+// the same 1 PiB when it only asks, and cuts the connection when it is
+// answered. The request that follows at once must find the disk free, so this
+// one takes the disk only when there is a body. What it fails with then shows
+// in the connection alone.
+func (s *Server) importFromFirstByte(ctx context.Context, w http.ResponseWriter, r *request, req api.TransferRequest) {
+	if err := s.api.CheckImport(ctx, r.origin, req); err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	conn, err := s.hijack(w, 0)
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	defer context.AfterFunc(ctx, conn.interrupt)()
+	err = accept(w, r, conn, "")
+	if err == nil {
+		_, err = conn.r.Peek(1)
+	}
+	if err != nil {
+		if err := conn.Close(); err != nil {
+			s.log.Debug("closing the connection of a probe", "error", err)
+		}
+		return
+	}
+	m, decode, err := s.openImport(ctx, r, req)
+	if err != nil {
+		s.log.Info("transfer failed", "path", r.URL.Path, "peer", r.origin.Peer, "error", err)
+		if err := conn.Abort(); err != nil {
+			s.log.Debug("closing the connection of a transfer", "error", err)
+		}
+		return
+	}
+	ctx, done := either(m.Context(), ctx)
+	defer done()
+	s.carry(ctx, conn, r, m, func(ctx context.Context, conn *stream) error {
+		return takeIn(ctx, r, conn, m, decode, req.Length)
+	})
+}
+
+// openImport opens the disk of an import and finds the decoder for its body.
+// When that fails the client's task, if any, has been failed.
+func (s *Server) openImport(ctx context.Context, r *request, req api.TransferRequest) (*api.Import, decoder, error) {
+	m, err := s.api.Import(ctx, r.origin, req)
+	if err != nil {
+		return nil, nil, err
+	}
+	decode, err := planImport(r, req.Format, req.Length, m.Volume.Size())
+	if err != nil {
+		return nil, nil, finish(m, err)
+	}
+	return m, decode, nil
+}
+
+// accept answers an import that has not sent its body.
+func accept(w http.ResponseWriter, r *request, conn *stream, task string) error {
+	if r.ProtoAtLeast(1, 1) && r.Header.Get("Expect") != "" {
+		if _, err := conn.Write([]byte("HTTP/1.1 100 Continue\r\n\r\n")); err != nil {
+			return err
+		}
+	}
+	return begin(w, conn, head(task, "application/octet-stream"))
+}
+
+// takeIn writes the body of r to the disk of an import.
+func takeIn(ctx context.Context, r *request, conn *stream, m *api.Import, decode decoder, length int64) error {
+	progress := meter{report: m.Progress}
+	u := &upload{
+		size:      m.Volume.Size(),
+		overlay:   storage.NewOverlay(m.Volume),
+		done:      progress.set,
+		interrupt: conn.interrupt,
+	}
+	return decode(ctx, newBody(r, conn), length, u)
 }
 
 // decoder reads an image from body and writes what it holds to a disk. length

@@ -111,6 +111,39 @@ func TestImportProbe(t *testing.T) {
 	}
 }
 
+// A client that does not know the length of its data announces 1 PiB already
+// when it asks. That does not take the disk, and its body is taken all the same.
+func TestImportProbeOfUnknownLength(t *testing.T) {
+	d := newDepot(t)
+	contents := random(2*mib, 1, [2]int64{0, 2 * mib})
+	ref, _ := d.disk(2 * mib)
+	ask := "PUT " + d.url("/import_raw_vdi/", "format", "raw", "vdi", ref) + " HTTP/1.1\r\nHost: h\r\nContent-Length: 1125899906842624\r\n\r\n"
+	probe := d.dial(t, "tcp")
+	if _, err := io.WriteString(probe, ask); err != nil {
+		t.Fatal(err)
+	}
+	if got := d.untilBlank(probe); !strings.HasPrefix(got, "HTTP/1.1 200 OK\r\n") || strings.Contains(got, "task-id") {
+		t.Errorf("probe: %s", got)
+	}
+	d.upload(ref, "raw", contents) // while the probe is still there
+	if _, err := io.WriteString(probe, "more"); err != nil {
+		t.Fatal(err)
+	}
+	if err := probe.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadAll(probe); err != nil {
+		t.Error(err)
+	}
+	if got := d.download(ref, "raw", ""); !bytes.Equal(got, append([]byte("more"), contents[4:]...)) {
+		t.Error("wrong contents")
+	}
+	bad := "PUT " + d.url("/import_raw_vdi/", "vdi", "OpaqueRef:none") + " HTTP/1.1\r\nHost: h\r\nContent-Length: 1125899906842624\r\n\r\n"
+	if got := d.send(t, "tcp", bad); !strings.HasPrefix(got, "HTTP/1.1 500 ") || !strings.Contains(got, "HANDLE_INVALID: [ VDI; OpaqueRef:none ]") {
+		t.Errorf("probe of nothing: %s", got)
+	}
+}
+
 func TestImportMakesDisk(t *testing.T) {
 	d := newDepot(t)
 	contents := random(3*mib, 1, [2]int64{0, 3 * mib})
@@ -150,6 +183,8 @@ func TestImportBadBodies(t *testing.T) {
 		"disk too small":         {"vhd", nil, imageOf(t, random(8*mib, 1, [2]int64{7 * mib, 4096}), nil), "the disk ends at 4194304", true},
 		"cut vhd":                {"vhd", nil, good[:3*mib], "unexpected EOF", false},
 		"cut vhd, known length":  {"vhd", []string{fmt.Sprintf("Content-Length: %d", len(good))}, good[:3*mib], "unexpected EOF", false},
+		"cut raw, in chunks":     {"raw", []string{"Host: h", "Transfer-Encoding: chunked"}, []byte("100000\r\n" + string(old[:mib/2])), "body ends before its last chunk", false},
+		"no last chunk":          {"raw", []string{"Host: h", "Transfer-Encoding: chunked"}, []byte("5\r\n12345\r\n"), "body ends before its last chunk", false},
 		"cut raw, known length":  {"raw", []string{"Content-Length: 4194304"}, good[:mib], "body ends after 1048576 of 4194304 bytes", false},
 		"raw too long":           {"raw", nil, append(bytes.Clone(old), 1), "more bytes than the disk has", true},
 		"empty vhd":              {"vhd", []string{"Content-Length: 0"}, nil, "stream ends at byte 0", true},
@@ -159,7 +194,11 @@ func TestImportBadBodies(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			ref, _ := d.filled(old)
 			task := d.task()
-			d.put(d.url("/import_raw_vdi", "task_id", task, "vdi", ref, "format", tt.format)+" HTTP/1.0", tt.headers, string(tt.body), true)
+			version := " HTTP/1.0"
+			if slices.Contains(tt.headers, "Host: h") {
+				version = " HTTP/1.1"
+			}
+			d.put(d.url("/import_raw_vdi", "task_id", task, "vdi", ref, "format", tt.format)+version, tt.headers, string(tt.body), true)
 			if o := d.settled(task); len(o) != 3 || o[0] != "failure" || o[1] != "VDI_IO_ERROR" || !strings.Contains(o[2], tt.reason) {
 				t.Errorf("task says %q, want a VDI_IO_ERROR with %q", o, tt.reason)
 			}

@@ -36,15 +36,19 @@ func transferRequest(r *request, action, session string) api.TransferRequest {
 }
 
 // head is the reply that begins a transfer. The version is 1.1 whatever the
-// client speaks: that is what all of them have always got.
+// client speaks: that is what all of them have always got. task is "" when
+// there is none yet.
 func head(task, contentType string, more ...string) []byte {
-	lines := append([]string{
+	lines := []string{
 		"HTTP/1.1 200 OK",
 		"Connection: close",
 		"Cache-Control: no-cache, no-store",
-		"task-id: " + task,
-		"content-type: " + contentType,
-	}, more...)
+	}
+	if task != "" {
+		lines = append(lines, "task-id: "+task)
+	}
+	lines = append(lines, "content-type: "+contentType)
+	lines = append(lines, more...)
 	return []byte(strings.Join(lines, "\r\n") + "\r\n\r\n")
 }
 
@@ -70,11 +74,17 @@ func either(ctx, other context.Context) (context.Context, func()) {
 
 // refuse ends a transfer that fails before its first byte.
 func (s *Server) refuse(w http.ResponseWriter, r *request, t transfer, err error) {
+	s.fail(w, r, finish(t, err))
+}
+
+// finish ends a transfer and returns what to tell the client: the error that
+// its task ended with, under the status of err if that has one.
+func finish(t transfer, err error) error {
 	shown := t.Finish(apiError(err))
 	if e, ok := errors.AsType[*statusError](err); ok {
 		shown = &statusError{e.Status, shown}
 	}
-	s.fail(w, r, shown)
+	return shown
 }
 
 // run takes the connection over, carries a transfer out, ends its task and
@@ -87,9 +97,14 @@ func (s *Server) run(ctx context.Context, w http.ResponseWriter, r *request, t t
 		s.refuse(w, r, t, err)
 		return
 	}
+	s.carry(ctx, conn, r, t, work)
+}
+
+// carry is run on a connection that has been taken over.
+func (s *Server) carry(ctx context.Context, conn *stream, r *request, t transfer, work func(context.Context, *stream) error) {
 	defer context.AfterFunc(ctx, conn.interrupt)()
 
-	err = work(ctx, conn)
+	err := work(ctx, conn)
 	if err != nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
@@ -160,7 +175,7 @@ func newBody(r *request, conn *stream) *body {
 	b := &body{r: conn, length: bodyLength(r)}
 	switch {
 	case len(r.TransferEncoding) > 0:
-		b.r = httputil.NewChunkedReader(b.r)
+		b.r = chunks{httputil.NewChunkedReader(b.r)}
 	case r.ContentLength == unknownLength:
 		b.r = cutting{b.r}
 	}
@@ -188,6 +203,18 @@ func (b *body) Read(p []byte) (int, error) {
 	b.read += int64(n)
 	if err == io.EOF && b.read < b.length {
 		err = fmt.Errorf("body ends after %d of %d bytes: %w", b.read, b.length, io.ErrUnexpectedEOF)
+	}
+	return n, err
+}
+
+// chunks reads the chunks of a transfer encoding. An end within them is told
+// from that of a body which is merely shorter than what it is read for.
+type chunks struct{ io.Reader }
+
+func (c chunks) Read(p []byte) (int, error) {
+	n, err := c.Reader.Read(p)
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		err = fmt.Errorf("body ends before its last chunk: %w", err)
 	}
 	return n, err
 }
