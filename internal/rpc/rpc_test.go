@@ -124,6 +124,8 @@ func TestXMLMalformed(t *testing.T) {
 		xmlParam(`<value><boolean>true</boolean></value>`),
 		xmlParam(`<value><double>0x1p4</double></value>`),
 		xmlParam(`<value><double>1,5</double></value>`),
+		xmlParam(`<value><double>nan</double></value>`),
+		xmlParam(`<value><double>-inf</double></value>`),
 		xmlParam(`<value><base64>!</base64></value>`),
 		xmlParam(`<value><nil>x</nil></value>`),
 		xmlParam(`<value><integer>1</integer></value>`),

@@ -3,6 +3,7 @@ package rpc
 import (
 	"bytes"
 	"encoding/base64"
+	"math"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -329,7 +330,7 @@ func (p *xmlParser) typed(name string, empty bool, depth int) any {
 	case "double":
 		s = strings.TrimSpace(s)
 		f, err := strconv.ParseFloat(s, 64)
-		if err != nil || strings.ContainsAny(s, "xX_") {
+		if err != nil || math.IsNaN(f) || math.IsInf(f, 0) || strings.ContainsAny(s, "xX_") {
 			return bad()
 		}
 		return f
