@@ -172,6 +172,13 @@ func (s *space) writeCounters() error {
 			return err
 		}
 	}
+	s.trimCounters()
+	return nil
+}
+
+// trimCounters forgets unchanged counter pages beyond those that are kept.
+// [space.writeCounters] must not be running.
+func (s *space) trimCounters() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i, p := range s.counters {
@@ -182,5 +189,4 @@ func (s *space) writeCounters() error {
 			delete(s.counters, i)
 		}
 	}
-	return nil
 }

@@ -75,6 +75,8 @@ func (s *Store) cut() *cut {
 
 // write makes a cut durable and publishes it.
 func (s *Store) write(c *cut) error {
+	s.trees <- struct{}{}
+	defer func() { <-s.trees }()
 	if len(c.vols) == 0 && len(c.dropped) == 0 && (len(s.queue.ents) == 0 || s.stuck) && !s.force && !s.space.hasSpare() {
 		s.space.unpromise(c.promised)
 		s.stuck = false
@@ -113,6 +115,7 @@ func (s *Store) write(c *cut) error {
 	}
 	s.super, s.force = next, false
 	s.durableGen.Store(next.gen)
+	s.freeable.begin(next.gen)
 	s.publish(c, trees, blobs)
 	s.addRelease(release{era: s.eras.retire(), addrs: append(c.dropped, s.space.takeFreed()...)})
 	s.reaping.Store(len(s.queue.ents) > 0 && !s.stuck)

@@ -16,7 +16,7 @@ import (
 
 // Store is an open store. It is safe for concurrent use.
 //
-// Locks, in the order in which they are taken: life, the commit role, mu, the gate of a volume
+// Locks, in the order in which they are taken: life, the commit role, trees, mu, the gate of a volume
 // (several in the order of their numbers), the mutex of a layer, then any of
 // changedMu, waitMu, dropMu, relMu and space.mu, which are leaves. None is held across
 // a sync; life (shared) is held for the length of a call.
@@ -54,15 +54,21 @@ type Store struct {
 	entries atomic.Int64 // of all layers; see Limits
 	buffers atomic.Int64
 
-	// The tree writer's, touched by its goroutine only.
-	super   super
-	force   bool               // the next checkpoint is made even if nothing has changed
+	// trees is held by the tree writer while it changes trees and counters, and
+	// by others, for short, to look at those of one generation. It guards
+	// durable.
+	trees   chan struct{}
 	durable map[uint64]*record // the volume table as last written
-	queue   *reapQueue
-	stuck   bool // the reaper met damage and waits for the next checkpoint
+
+	// The tree writer's, touched by its goroutine only.
+	super super
+	force bool // the next checkpoint is made even if nothing has changed
+	queue *reapQueue
+	stuck bool // the reaper met damage and waits for the next checkpoint
 
 	reaping    atomic.Bool
 	durableGen atomic.Uint64 // of the superblock
+	freeable   freeCache
 
 	commits committer
 	log     redoLog // for the holder of the commit role
@@ -209,10 +215,11 @@ func open(ctx context.Context, dir vfs.FS, o Options, lock io.Closer) (_ *Store,
 		nextNum: im.super.nextID, epoch: im.super.epoch,
 		changed: map[*volume]struct{}{},
 		super:   *im.super, durable: map[uint64]*record{},
-		wake: make(chan struct{}, 1), armed: make(chan struct{}, 1), freeing: make(chan struct{}, 1), stop: make(chan struct{}), relWake: make(chan struct{}, 1),
+		trees: make(chan struct{}, 1), wake: make(chan struct{}, 1), armed: make(chan struct{}, 1), freeing: make(chan struct{}, 1), stop: make(chan struct{}), relWake: make(chan struct{}, 1),
 	}
 	s.eras.init()
 	s.durableGen.Store(s.super.gen)
+	s.freeable.begin(s.super.gen)
 	s.commits.role = make(chan struct{}, 1)
 	s.log = im.newLog()
 	s.limits.Entries = min(s.limits.Entries, int64(s.log.size/160))
