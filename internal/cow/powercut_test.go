@@ -28,9 +28,23 @@ var cutKinds = []struct {
 	kind   string
 	weight int
 }{
-	{"create", 3}, {"write", 20}, {"big", 9}, {"zero", 6}, {"flush", 16}, {"snapshot", 5},
-	{"group", 2}, {"clone", 3}, {"revert", 3}, {"resize", 3}, {"delete", 5}, {"attrs", 2},
-	{"pin", 2}, {"unpin", 2}, {"sync", 5}, {"kick", 8}, {"reopen", 1},
+	{"create", 3},
+	{"write", 20},
+	{"big", 9},
+	{"zero", 6},
+	{"flush", 16},
+	{"snapshot", 5},
+	{"group", 2},
+	{"clone", 3},
+	{"revert", 3},
+	{"resize", 3},
+	{"delete", 5},
+	{"attrs", 2},
+	{"pin", 2},
+	{"unpin", 2},
+	{"sync", 5},
+	{"kick", 8},
+	{"reopen", 1},
 }
 
 // cutTrace is a random trace of n operations on few and small volumes, so
