@@ -279,6 +279,9 @@ func (a *API) sessionChangePassword(ctx context.Context, c *Call, old, password 
 			return xapi.NewError(xapi.ErrSessionAuthenticationFailed, c.Session.user, "Authentication failure")
 		}
 	}
+	if password == "" { // would let everybody in, and a start takes none either
+		return xapi.NewError(xapi.ErrChangePasswordRejected, "The new password is empty")
+	}
 	return a.password.set(c.Session.user, password, a.cfg.SavePassword)
 }
 

@@ -205,5 +205,6 @@ func TestChangePassword(t *testing.T) {
 		t.Errorf("saved for %q", saved)
 	}
 	c.wantFailure("SESSION_AUTHENTICATION_FAILED|root", c.root, "session.change_password", "old", "newer")
+	c.wantFailure("CHANGE_PASSWORD_REJECTED|The new password is empty", c.root, "session.change_password", "new", "")
 	c.wantFailure("RBAC_PERMISSION_DENIED|session.change_password", c.as("pool-admin"), "session.change_password", "new", "x")
 }
