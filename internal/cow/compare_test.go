@@ -57,12 +57,12 @@ func (w *world) recoverFrom(before map[ID]*mvol) error {
 // abandon lets go of the store as a crash does. The old one may finish what it
 // is doing; nobody looks at its directory again.
 func (w *world) abandon() {
-	w.arm.Store(0)
-	w.crashed.Store(nil)
 	if w.s != nil {
 		_ = w.s.Close()
 		w.s = nil
 	}
+	w.arm.Store(0)
+	w.crashed.Store(nil)
 	w.disks = map[ID]*Disk{}
 	w.pins = nil
 }

@@ -142,14 +142,17 @@ type pinned struct {
 }
 
 func (w *world) hook(vfs.Call) error {
-	if w.arm.Load() > 0 {
-		if w.arm.Add(-1) == 0 {
-			m := w.mem.Kill()
-			if w.rng.IntN(3) > 0 {
-				m = w.mem.Crash(w.rng.IntN)
-			}
-			w.crashed.Store(m)
+	switch w.arm.Load() {
+	case 0:
+	case 1:
+		m := w.mem.Kill()
+		if w.rng.IntN(3) > 0 {
+			m = w.mem.Crash(w.rng.IntN)
 		}
+		w.crashed.Store(m)
+		w.arm.Store(0) // only now may another crash be armed
+	default:
+		w.arm.Add(-1)
 	}
 	return nil
 }
