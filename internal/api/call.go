@@ -134,7 +134,7 @@ func (c *Call) end(res Result, err error) (told *xapi.Error) {
 		}()
 	}
 	if err != nil {
-		told = a.outcome(c.ctx, c.Method, err)
+		told = a.outcome(c.ctx, c.client, c.Method, err)
 	}
 	c.mu.Lock()
 	held := c.held

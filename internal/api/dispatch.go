@@ -65,7 +65,7 @@ func (a *API) invoke(ctx context.Context, o Origin, name string, params []any) (
 		// Nothing that could be waited for or cancelled: no task.
 		res, err := a.execute(a.ctx, &Call{Origin: o, Session: s, Method: m.name, api: a, client: ctx, ctx: a.ctx}, m, args)
 		if err != nil {
-			return Result{}, a.outcome(a.ctx, m.name, err)
+			return Result{}, a.outcome(a.ctx, ctx, m.name, err)
 		}
 		return res, nil
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
@@ -41,12 +42,17 @@ func (a *API) apiError(err error) *xapi.Error {
 
 // outcome is apiError for the end of a call. An error that nobody decided to
 // tell a client loses detail on the way to it, so it is logged whole, here and
-// nowhere else.
-func (a *API) outcome(ctx context.Context, method string, err error) *xapi.Error {
+// nowhere else. A client that did not wait for its answer, as those of events
+// do, is no failure; client is the context that says so.
+func (a *API) outcome(ctx, client context.Context, method string, err error) *xapi.Error {
 	err = causeOf(ctx, err)
 	told := a.apiError(err)
 	if _, decided := errors.AsType[*xapi.Error](err); !decided && told != errStopping {
-		a.log.Error("call failed", "method", method, "told", told.Code, "err", err)
+		level := slog.LevelError
+		if gone := context.Cause(client); gone != nil && errors.Is(err, gone) {
+			level = slog.LevelDebug
+		}
+		a.log.Log(ctx, level, "call failed", "method", method, "told", told.Code, "err", err)
 	}
 	return told
 }

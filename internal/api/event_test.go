@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
@@ -199,7 +200,8 @@ func TestEventFromConcurrently(t *testing.T) {
 
 func TestEventFromEndsEarly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newCore(t)
+		log := new(lockedBuffer)
+		c := newCore(t, func(cfg *Config) { cfg.Log = slog.New(slog.NewTextHandler(log, nil)) })
 		session := c.as("read-only")
 		token := c.from("", 0, "pool").Token
 		begin := time.Now()
@@ -229,6 +231,9 @@ func TestEventFromEndsEarly(t *testing.T) {
 		cancel()
 		if err := <-gone; err == nil {
 			t.Error("a client that is gone gets a batch")
+		}
+		if strings.Contains(log.String(), "call failed") {
+			t.Errorf("that is logged as a failure: %s", log)
 		}
 		c.stop(errStopping)
 		if err := <-stopped; code(err) != xapi.ErrInternalError {
