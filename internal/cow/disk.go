@@ -221,6 +221,7 @@ func (d *Disk) readWindow(p []byte, off int64) (int, error) {
 		if ce, ok := errors.AsType[*CorruptError](err); ok {
 			c := *ce
 			c.Volume = d.id
+			d.s.damage.add(&c)
 			return int(max(0, c.Off-off)), &c
 		}
 		return 0, err

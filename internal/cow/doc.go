@@ -58,8 +58,8 @@
 // what was not, each unit is old or new. A write that does not fit fails with
 // a *[SpaceError] before it is acknowledged; reads, flushes, deletes and
 // reverts work on a full store. A unit that fails its checksum twice is a
-// *[CorruptError]. Any failed write or
-// sync of metadata makes the store read-only until it is opened again
+// *[CorruptError]; [Store.Scrub] looks for such units ahead of time and
+// [Store.Damage] lists what is known. Any failed write or sync of metadata makes the store read-only until it is opened again
 // ([ErrFailed]), because after a failed sync nobody knows what the device has.
 //
 // # Format, version 1

@@ -56,7 +56,7 @@ type Store struct {
 
 	// trees is held by the tree writer while it changes trees and counters, and
 	// by others, for short, to look at those of one generation. It guards
-	// durable.
+	// durable, and super for others than the tree writer.
 	trees   chan struct{}
 	durable map[uint64]*record // the volume table as last written
 
@@ -69,6 +69,7 @@ type Store struct {
 	reaping    atomic.Bool
 	durableGen atomic.Uint64 // of the superblock
 	freeable   freeCache
+	damage     damageTable
 
 	commits committer
 	log     redoLog // for the holder of the commit role

@@ -38,6 +38,16 @@ func (r *pageReader) page(e entry) ([]byte, error) {
 	if b := r.cache.get(e); b != nil {
 		return b, nil
 	}
+	b, err := r.storedPage(e)
+	if err != nil {
+		return nil, err
+	}
+	r.cache.put(e, b)
+	return b, nil
+}
+
+// storedPage is page without the cache.
+func (r *pageReader) storedPage(e entry) ([]byte, error) {
 	b := make([]byte, r.geo.UnitSize)
 	if err := r.verified(b, e); err != nil {
 		return nil, err
@@ -47,7 +57,6 @@ func (r *pageReader) page(e entry) ([]byte, error) {
 			return nil, &CorruptError{Addr: e.addr, Detail: err.Error()}
 		}
 	}
-	r.cache.put(e, b)
 	return b, nil
 }
 

@@ -81,6 +81,21 @@ func (s *Store) WouldFree(ctx context.Context, ids ...ID) (Freed, error) {
 	}
 }
 
+// withTrees calls f while trees and counters are those of the last checkpoint.
+// The next one waits for it.
+func (s *Store) withTrees(ctx context.Context, f func() error) error {
+	select {
+	case s.trees <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	defer func() { <-s.trees }()
+	if err := s.failure(); err != nil {
+		return err
+	}
+	return f()
+}
+
 // errOvertaken ends a walk that a checkpoint has overtaken.
 var errOvertaken = errors.New("overtaken by a checkpoint")
 
@@ -103,36 +118,32 @@ func (w *freeWalk) run(ctx context.Context, nums []uint64) (Freed, error) {
 		key = binary.LittleEndian.AppendUint64(key, n)
 	}
 	var f Freed
-	for first := true; first || len(w.stack) > 0; first = false {
-		select {
-		case s.trees <- struct{}{}:
-		case <-ctx.Done():
-			return f, context.Cause(ctx)
+	known := false
+	err := s.withTrees(ctx, func() error {
+		w.gen = s.durableGen.Load()
+		if f, known = s.freeable.get(string(key)); known {
+			return nil
 		}
-		err := s.failure()
-		if gen := s.durableGen.Load(); err == nil && first {
-			w.gen = gen
-			var known bool
-			if f, known = s.freeable.get(string(key)); known {
-				<-s.trees
-				return f, nil
+		for _, n := range nums {
+			if r := s.durable[n]; r != nil {
+				w.push(r.root)
+				w.push(r.attrs)
 			}
-			for _, n := range nums {
-				if r := s.durable[n]; r != nil {
-					w.push(r.root)
-					w.push(r.attrs)
+		}
+		return w.slice(ctx)
+	})
+	if known || err != nil {
+		return f, err
+	}
+	for len(w.stack) > 0 {
+		err := s.withTrees(ctx, func() error {
+			if s.durableGen.Load() != w.gen {
+				if w.overtook = true; !w.stay {
+					return errOvertaken
 				}
 			}
-		} else if err == nil && gen != w.gen {
-			w.overtook = true
-			if !w.stay {
-				err = errOvertaken
-			}
-		}
-		if err == nil {
-			err = w.slice(ctx)
-		}
-		<-s.trees
+			return w.slice(ctx)
+		})
 		if err != nil {
 			return f, err
 		}

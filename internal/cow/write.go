@@ -182,6 +182,7 @@ func (w *writer) damaged(err error, unit uint64) error {
 	err = damagedAt(err, int64(unit)*int64(w.disk.s.geo.UnitSize))
 	if ce, ok := err.(*CorruptError); ok {
 		ce.Volume = w.disk.id
+		w.disk.s.damage.add(ce)
 	}
 	return err
 }
