@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"flag"
 	"math/rand/v2"
 	"runtime"
 	"sync"
@@ -9,14 +10,20 @@ import (
 	"time"
 )
 
+var manyOps = flag.Int64("cow.manyops", 0, "operations of TestModelManyRuns; 0 is the ordinary number")
+
 // TestModelManyRuns is TestModel at length: runs on all processors, each with a
 // random geometry of limits, until there have been enough operations. Together
 // with TestModel they are 100,000 in an ordinary run.
 func TestModelManyRuns(t *testing.T) {
 	t.Parallel()
-	want := int64(86_000)
-	if invariants {
+	want := *manyOps
+	switch {
+	case want > 0:
+	case invariants:
 		want = 8000
+	default:
+		want = 86_000
 	}
 	var end time.Time
 	if *soakTime > 0 {

@@ -43,7 +43,8 @@ var cutKinds = []struct {
 	{"pin", 2},
 	{"unpin", 2},
 	{"sync", 5},
-	{"kick", 8},
+	{"kick", 6},
+	{"stall", 8},
 	{"reopen", 1},
 }
 
@@ -67,6 +68,9 @@ func cutTrace(rng *rand.Rand, n int) []op {
 					o.b %= 24
 				}
 				ops = append(ops, o)
+				if o.kind == "stall" && rng.IntN(3) > 0 { // into whatever is free then
+					ops = append(ops, op{"big", rng.Uint32(), rng.Uint32(), rng.Uint32() | 15, rng.Uint64()})
+				}
 				break
 			}
 		}
@@ -85,8 +89,17 @@ type cutter struct {
 	// that decide about each at random.
 	limit int
 
-	mu    sync.Mutex // guards taken
-	taken []*vfs.Mem // the directory before each call that changes it, not yet verified
+	mu      sync.Mutex // guards what follows
+	taken   []*vfs.Mem // the directory before each call that changes it, not yet verified
+	stallIn int        // calls until one is held; 0 is never
+	atSuper bool       // counting those for the superblock only
+	stalled chan struct{}
+	goOn    chan struct{} // closed to let the held call go on
+
+	// A checkpoint that is held at one of its calls while operations go on.
+	held    int           // operations left before it goes on, 0 when none is held
+	release func()        // lets it go on
+	synced  chan struct{} // closed when it is over
 }
 
 // cutStats counts what was done, for all workers.
@@ -117,10 +130,59 @@ func (c *cutter) hook(call vfs.Call) error {
 		runtime.Gosched()
 	}
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	c.taken = append(c.taken, c.w.mem.Kill())
+	var goOn chan struct{}
+	if c.stallIn > 0 && (call.Op == vfs.OpWrite || call.Op == vfs.OpDatasync) && (!c.atSuper || call.Name == superName) {
+		if c.stallIn--; c.stallIn == 0 {
+			goOn = c.goOn
+			close(c.stalled)
+		}
+	}
+	c.mu.Unlock()
+	if goOn != nil {
+		<-goOn
+	}
 	return nil
 }
+
+// stall begins a checkpoint and holds it at its nth call, or the nth for the
+// superblock, if it has so many, for some operations.
+func (c *cutter) stall(n int, atSuper bool, ops int) error {
+	stalled, goOn, synced := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	c.mu.Lock()
+	c.stallIn, c.atSuper, c.stalled, c.goOn = n, atSuper, stalled, goOn
+	c.mu.Unlock()
+	var err error
+	go func() {
+		defer close(synced)
+		err = c.w.s.sync(context.Background())
+	}()
+	c.release, c.synced = sync.OnceFunc(func() { close(goOn) }), synced
+	select {
+	case <-stalled:
+		c.held = ops
+		return nil
+	case <-synced: // it has fewer calls
+		c.mu.Lock()
+		c.stallIn = 0
+		c.mu.Unlock()
+		c.unstall()
+		return err
+	}
+}
+
+// unstall lets a held checkpoint end.
+func (c *cutter) unstall() {
+	if c.release != nil {
+		c.release()
+		<-c.synced
+		c.held, c.release = 0, nil
+	}
+}
+
+// stallLimit is how long an operation may wait for a held checkpoint before
+// that goes on: some cannot end without it.
+const stallLimit = 20 * time.Millisecond
 
 // use has every further call go through the hook.
 func (c *cutter) use() { c.w.inj = vfs.NewInject(c.w.mem, nil, c.hook) }
@@ -128,9 +190,23 @@ func (c *cutter) use() { c.w.inj = vfs.NewInject(c.w.mem, nil, c.hook) }
 // step runs an operation and verifies the crashes at its boundaries.
 func (c *cutter) step(o op) error {
 	before := cloneModel(c.w.vols)
+	release := c.release
+	if release == nil {
+		release = func() {}
+	}
+	limit := time.AfterFunc(stallLimit, release)
 	var err error
 	switch o.kind {
+	case "stall":
+		if c.release == nil {
+			n, atSuper := 1+int(o.a%30), o.seed%3 == 0
+			if atSuper {
+				n = 1 + n%3
+			}
+			err = c.stall(n, atSuper, 1+int(o.b%4))
+		}
 	case "reopen":
+		c.unstall()
 		err = c.reopen()
 	case "kick": // a checkpoint beside the next operations
 		c.w.s.kick()
@@ -141,6 +217,7 @@ func (c *cutter) step(o op) error {
 	default:
 		err = c.w.step(o)
 	}
+	limit.Stop()
 	if err != nil {
 		return err
 	}
@@ -148,6 +225,12 @@ func (c *cutter) step(o op) error {
 	taken := c.taken
 	c.taken = nil
 	c.mu.Unlock()
+	if c.held > 0 && o.kind != "stall" {
+		taken = append(taken, c.w.mem.Kill())
+		if c.held--; c.held == 0 {
+			defer c.unstall()
+		}
+	}
 	for i, m := range taken {
 		if err := c.cuts(m, before); err != nil {
 			return fmt.Errorf("power cut at boundary %d of %d: %w", i, len(taken), err)
@@ -293,6 +376,7 @@ func cutRun(ops []op, seed uint64, st *cutStats) error {
 		c.limit *= 4
 	}
 	c.use()
+	defer c.unstall()
 	if err := c.reopen(); err != nil {
 		return err
 	}
