@@ -15,6 +15,9 @@
 //     same bytes, takes the CRC32C of each 4 KiB and does nothing else. It is
 //     what any server that verifies its data could reach here.
 //
+// The section "engine" measures the storage engine alone, through its Go
+// interface, against a raw file that the same loops read and write.
+//
 // Usage: go run ./bench [-rounds N] [-dir DIR] [-only REGEXP]; it needs
 // bin/coppice (make build) and qemu-img.
 package main
@@ -81,6 +84,7 @@ func run(ctx context.Context) (err error) {
 		{"vhd", benchVHD},
 		{"delta", benchDelta},
 		{"snapshot", benchSnapshot},
+		{"engine", benchEngine},
 	} {
 		if !cfg.only.MatchString(s.name) {
 			continue
