@@ -5,7 +5,7 @@ SHELL := /bin/bash
 TOOL := go tool -modfile=tools/go.mod
 PKGS := ./...
 
-.PHONY: build demo test race lint fuzz bench generate ci clean
+.PHONY: build demo test race lint fuzz soak mutate bench generate ci clean
 
 build: ## static bin/coppice and bin/xe
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/coppice ./cmd/coppice
@@ -32,6 +32,12 @@ lint: ## vet, staticcheck, errcheck, gofumpt, modernizers
 
 fuzz: ## every fuzz target for FUZZTIME (default 60s)
 	scripts/fuzz $(or $(FUZZTIME),60s)
+
+soak: ## the engine's long tests for MINUTES (default 60): random operations, power cuts, kills, flips
+	scripts/soak $(or $(MINUTES),60)
+
+mutate: ## break one rule of the engine at a time and see which test notices (ONLY=REGEXP: those mutants)
+	scripts/mutate $(ONLY)
 
 bench: build ## side by side with qemu-img and the limit of the machine; prints a table
 	@scripts/need qemu-img:qemu-utils
