@@ -30,7 +30,20 @@ var errRefused = errors.New("thincli: request refused")
 // exchange is a side-channel connection whose reply head has been read.
 type exchange struct {
 	net.Conn
-	r *bufio.Reader // the body
+	r      *bufio.Reader // the body
+	length int64         // of the body in bytes, as the head says; -1 when it does not
+}
+
+// errCutShort is a body that is not as long as its head says. The server may
+// not know: what it sent last was on its way when the connection ended.
+var errCutShort = errors.New("thincli: the connection ended within the body")
+
+// whole is errCutShort when n bytes are not the body.
+func (x *exchange) whole(n int64) error {
+	if x.length >= 0 && n != x.length {
+		return fmt.Errorf("%w: %d of %d bytes", errCutShort, n, x.length)
+	}
+	return nil
 }
 
 // httpRequest sends a request line and its headers to where the URL leads and
@@ -91,7 +104,8 @@ func (c *client) exchangeWith(ctx context.Context, host, request string) (x *exc
 	}
 	head := &io.LimitedReader{R: conn, N: maxHead}
 	x.r = bufio.NewReader(head)
-	status, location, err := readHead(x.r)
+	status, location, length, err := readHead(x.r)
+	x.length = length
 	head.N = 1<<63 - 1
 	switch {
 	case err != nil:
@@ -115,29 +129,36 @@ func (b *boundConn) Close() error {
 	return b.Conn.Close()
 }
 
-func readHead(r *bufio.Reader) (status int, location string, err error) {
+func readHead(r *bufio.Reader) (status int, location string, length int64, err error) {
 	t := textproto.NewReader(r)
 	line, err := t.ReadLine()
 	if err != nil {
-		return 0, "", err
+		return 0, "", -1, err
 	}
 	words := strings.Fields(line)
 	if len(words) < 2 || !strings.HasPrefix(words[0], "HTTP/") {
-		return 0, "", fmt.Errorf("%w: %q", errRefused, line)
+		return 0, "", -1, fmt.Errorf("%w: %q", errRefused, line)
 	}
 	if status, err = strconv.Atoi(words[1]); err != nil {
-		return 0, "", fmt.Errorf("%w: %q", errRefused, line)
+		return 0, "", -1, fmt.Errorf("%w: %q", errRefused, line)
 	}
+	length = -1
 	for {
 		line, err := t.ReadLine()
 		if err != nil {
-			return 0, "", err
+			return 0, "", -1, err
 		}
 		if line == "" {
-			return status, location, nil
+			return status, location, length, nil
 		}
-		if k, v, ok := strings.Cut(line, ":"); ok && strings.EqualFold(k, "location") {
-			location = strings.TrimSpace(v)
+		k, v, _ := strings.Cut(line, ":")
+		switch v = strings.TrimSpace(v); {
+		case strings.EqualFold(k, "location"):
+			location = v
+		case strings.EqualFold(k, "content-length"):
+			if length, err = strconv.ParseInt(v, 10, 64); err != nil || length < 0 {
+				return 0, "", -1, fmt.Errorf("%w: %q", errRefused, line)
+			}
 		}
 	}
 }
@@ -151,7 +172,10 @@ func (c *client) get(ctx context.Context, m HTTPGet) (Response, error) {
 	}
 	defer x.Close()
 	if m.File == "" {
-		_, err := io.Copy(c.env.Stdout, x.body())
+		n, err := io.Copy(c.env.Stdout, x.body())
+		if err == nil {
+			err = x.whole(n)
+		}
 		return c.copied(err)
 	}
 	if err := c.mayTouch(m.File); err != nil {
@@ -213,7 +237,10 @@ func receive(f *os.File, x *exchange) error {
 		}
 		off += int64(n)
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-			return f.Truncate(off)
+			if err := f.Truncate(off); err != nil {
+				return err
+			}
+			return x.whole(off)
 		}
 		if err != nil {
 			return err

@@ -101,6 +101,25 @@ func TestTransfers(t *testing.T) {
 			peer: []func(*wire){get("new", "/ok", Failed), reply("GET /ok HTTP/1.0\r\n\r\n", "hello\r\n\r\n")},
 		},
 		{
+			name: "as long as announced", args: "x f=new",
+			peer: []func(*wire){get("new", "/ok", OK), reply("GET /ok HTTP/1.0\r\n\r\n", "HTTP/1.1 200 OK\r\ncontent-length:  4\r\n\r\ndata")},
+			file: "data",
+		},
+		{
+			name: "cut short", args: "x f=new",
+			peer: []func(*wire){get("new", "/ok", Failed), reply("GET /ok HTTP/1.0\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\ndata")},
+			file: "data",
+		},
+		{
+			name: "cut short, to standard output", args: "x filename=",
+			peer:   []func(*wire){get("", "/ok", Failed), reply("GET /ok HTTP/1.0\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\ndata")},
+			stdout: "data",
+		},
+		{
+			name: "length is no number", args: "x f=new",
+			peer: []func(*wire){get("new", "/ok", Failed), reply("GET /ok HTTP/1.0\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Length: -4\r\n\r\ndata")},
+		},
+		{
 			name: "redirect", args: "x f=new --nossl -p 8080",
 			peer: []func(*wire){
 				get("new", "/ok?a=%20b", OK),
