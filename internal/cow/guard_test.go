@@ -1,0 +1,227 @@
+package cow
+
+import (
+	"bytes"
+	"context"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"coppice/internal/vfs"
+)
+
+// TestReadersKeepUnits holds a read between the moment it has looked up where
+// its bytes are and the moment it reads them, while these are overwritten and
+// their space is wanted by others.
+func TestReadersKeepUnits(t *testing.T) {
+	ctx := context.Background()
+	var armed atomic.Bool
+	reading, goOn := make(chan struct{}), make(chan struct{})
+	hook := func(c vfs.Call) error {
+		if c.Op == vfs.OpRead && strings.HasPrefix(c.Name, "space-") && armed.CompareAndSwap(true, false) {
+			close(reading)
+			<-goOn
+		}
+		return nil
+	}
+	m := vfs.NewMem(0)
+	s, err := Create(ctx, vfs.NewInject(m, nil, hook), tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	const size = 8 << 10 // written directly, all in one class of units
+	if _, err := s.Create(ctx, ID{1}, size, nil); err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.OpenDisk(ctx, ID{1}, Live)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(b byte) []byte {
+		t.Helper()
+		p := bytes.Repeat([]byte{b}, size)
+		if _, err := d.WriteAt(p, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.sync(ctx); err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	want := write(1)
+	got := make([]byte, size)
+	done := make(chan error)
+	armed.Store(true)
+	go func() {
+		_, err := d.ReadAt(got, 0)
+		done <- err
+	}()
+	<-reading
+	for i := byte(2); i < 12; i++ {
+		write(i)
+	}
+	close(goOn)
+	if err := <-done; err != nil || !bytes.Equal(got, want) {
+		t.Errorf("the read gave %x…, %v, want what was there when it began", got[:4], err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := checkClean(m); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestFramesAreKeyed offers frames that somebody who knows everything but the
+// key of the log could have written into a volume, and from there into the log.
+func TestFramesAreKeyed(t *testing.T) {
+	sb := &super{uuid: [16]byte{1}, logKey: [16]byte{2}}
+	own := newFrameCodec(sb)
+	sb.logKey[0]++
+	foreign := newFrameCodec(sb)
+	payload := []byte("payload")
+	f := frameInfo{gen: 3, seq: 4, n: uint32(len(payload)), crc: foreign.sum(payload)}
+	b := make([]byte, frameHeader)
+	foreign.put(b, f)
+	if got, ok := own.get(b); ok {
+		t.Errorf("a header of another key passes: %+v", got)
+	}
+	if own.sum(payload) == f.crc {
+		t.Error("a payload of another key passes")
+	}
+	own.put(b, f)
+	if got, ok := own.get(b); !ok || got != f {
+		t.Errorf("own header: %+v, %v", got, ok)
+	}
+	for i := range b {
+		c := bytes.Clone(b)
+		c[i] ^= 0x10
+		if got, ok := own.get(c); ok && got != f {
+			t.Errorf("a header damaged in byte %d passes: %+v", i, got)
+		}
+	}
+}
+
+// TestFramesFollowEachOther puts a frame of the right number behind another one
+// than it was written for: it is not a part of the log.
+func TestFramesFollowEachOther(t *testing.T) {
+	m := vfs.NewMem(0)
+	file, err := m.Create(logName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	size := uint64(minLogBytes(tiny))
+	if err := file.Allocate(0, int64(size)); err != nil {
+		t.Fatal(err)
+	}
+	fresh := func() *redoLog {
+		return &redoLog{
+			file: file, codec: newFrameCodec(&super{logKey: [16]byte{2}}), size: size,
+			align: uint64(tiny.UnitSize), head: logPos{seq: 1},
+		}
+	}
+	write := func(l *redoLog, s string) {
+		t.Helper()
+		if err := l.write(1, []byte(s)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read := func() (out []string) {
+		t.Helper()
+		if err := fresh().scan(1, func(f frame) error {
+			out = append(out, string(f.payload))
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	l := fresh()
+	write(l, "one")
+	write(l, "two")
+	if got := read(); len(got) != 2 {
+		t.Fatalf("frames %q, want two", got)
+	}
+	l = fresh() // the first frame is written again, with other contents
+	write(l, "ONE")
+	if got := read(); len(got) != 1 || got[0] != "ONE" {
+		t.Errorf("frames %q, want only the first: the second was written behind another one", got)
+	}
+	if err := file.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestUnitsOfTheLogAreKept has units written, named in the log and overwritten
+// while a checkpoint is being made: the log that the next recovery replays
+// names them, so that they must not be reused before the checkpoint after.
+func TestUnitsOfTheLogAreKept(t *testing.T) {
+	ctx := context.Background()
+	var armed atomic.Bool
+	held, goOn := make(chan struct{}), make(chan struct{})
+	hook := func(c vfs.Call) error {
+		if c.Op == vfs.OpWrite && c.Name == superName && armed.CompareAndSwap(true, false) {
+			close(held)
+			<-goOn
+		}
+		return nil
+	}
+	m := vfs.NewMem(0)
+	s, err := Create(ctx, vfs.NewInject(m, nil, hook), tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	const size = 8 << 10
+	if _, err := s.Create(ctx, ID{1}, 4*size, nil); err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.OpenDisk(ctx, ID{1}, Live)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := make([]byte, 4*size)
+	write := func(b byte, off int) {
+		t.Helper()
+		p := bytes.Repeat([]byte{b}, size)
+		copy(want[off:], p)
+		if _, err := d.WriteAt(p, int64(off)); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Flush(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(1, 3*size)
+	armed.Store(true)
+	synced := make(chan error)
+	go func() { synced <- s.sync(ctx) }()
+	<-held
+	write(2, 0)
+	write(3, 0)
+	close(goOn)
+	if err := <-synced; err != nil {
+		t.Fatal(err)
+	}
+	if err := s.awaitReleases(ctx); err != nil {
+		t.Fatal(err)
+	}
+	write(4, size)
+	write(5, 2*size)
+	r, err := Open(ctx, m.Kill(), tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	rd, err := r.OpenDisk(ctx, ID{1}, Live)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, len(want))
+	if _, err := rd.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("after a kill: not what was flushed (%v)", err)
+	}
+	for _, s := range []*Store{r, s} {
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
