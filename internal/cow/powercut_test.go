@@ -2,6 +2,7 @@ package cow
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"maps"
@@ -259,8 +260,10 @@ func (c *cutter) reopen() error {
 // cuts verifies what a power cut may leave of m, and the death of the process.
 func (c *cutter) cuts(m *vfs.Mem, before map[ID]*mvol) error {
 	c.st.boundaries.Add(1)
-	if err := c.verify(m.Kill(), before); err != nil {
-		return fmt.Errorf("kill: %w", err)
+	for range 3 {
+		if err := c.verify(m.Kill(), before, true); err != nil {
+			return fmt.Errorf("kill: %w", err)
+		}
 	}
 	var arity []int // of the choices when the newest is always taken
 	newest := m.Crash(func(n int) int { arity = append(arity, n); return n - 1 })
@@ -274,7 +277,7 @@ func (c *cutter) cuts(m *vfs.Mem, before map[ID]*mvol) error {
 		c.st.full.Add(1)
 		i := 0
 		for d := range m.Crashes() {
-			if err := c.verify(d, before); err != nil {
+			if err := c.verify(d, before, false); err != nil {
 				return fmt.Errorf("outcome %d of about %d: %w", i, total, err)
 			}
 			i++
@@ -311,49 +314,83 @@ func (c *cutter) cuts(m *vfs.Mem, before map[ID]*mvol) error {
 			m.Crash(c.rng.IntN))
 	}
 	for i, d := range outcomes {
-		if err := c.verify(d, before); err != nil {
+		if err := c.verify(d, before, false); err != nil {
 			return fmt.Errorf("sampled outcome %d: %w", i, err)
 		}
 	}
 	return nil
 }
 
-// verify opens a store as a crash left it and compares it with the model; now
-// and then there is a second crash in the recovery.
-func (c *cutter) verify(m *vfs.Mem, before map[ID]*mvol) error {
+// verify opens a store as a crash left it and compares it with the model. After
+// a kill, and now and then otherwise, there is a second crash in the recovery.
+func (c *cutter) verify(m *vfs.Mem, before map[ID]*mvol, killed bool) error {
 	c.st.crashes.Add(1)
-	again, err := c.recovered(m, before, c.rng.IntN(6) == 0)
-	if err != nil || again == nil {
+	var second *vfs.Mem
+	hook := func(vfs.Call) error { return nil }
+	if killed || c.rng.IntN(6) == 0 {
+		var mu sync.Mutex
+		left := c.rng.IntN(40)
+		hook = func(call vfs.Call) error {
+			mu.Lock()
+			defer mu.Unlock()
+			if call.Op == vfs.OpRead || second != nil {
+				return nil
+			}
+			if left--; left < 0 {
+				second = c.second(m)
+			}
+			return nil
+		}
+	}
+	if err := c.recovered(m, before, hook); err != nil || second == nil {
 		return err
 	}
 	c.st.second.Add(1)
-	if _, err := c.recovered(again, before, false); err != nil {
+	if err := c.recovered(second, before, func(vfs.Call) error { return nil }); err != nil {
 		return fmt.Errorf("second crash: %w", err)
 	}
 	return nil
 }
 
-// recovered expects m to hold the state after the operation or before it. With
-// crash it returns what a crash during the recovery left, if there was one.
-func (c *cutter) recovered(m *vfs.Mem, before map[ID]*mvol, crash bool) (*vfs.Mem, error) {
+// second returns what one more crash may leave of m.
+func (c *cutter) second(m *vfs.Mem) *vfs.Mem {
+	switch c.rng.IntN(5) {
+	case 0:
+		return m.Kill()
+	case 1, 2:
+		return m.Crash(func(int) int { return 0 })
+	default:
+		return m.Crash(c.rng.IntN)
+	}
+}
+
+// recovered expects m to hold the state after the operation or before it, and
+// an exact check to find nothing before and after the recovery.
+func (c *cutter) recovered(m *vfs.Mem, before map[ID]*mvol, hook func(vfs.Call) error) error {
+	if err := checkClean(m.Kill()); err != nil { // of a copy: a check syncs what it reads
+		return err
+	}
+	s, err := Open(context.Background(), vfs.NewInject(m, nil, hook), c.w.opts)
+	if err != nil {
+		return err
+	}
 	var errs [2]error
 	for i, vols := range []map[ID]*mvol{c.w.vols, before} {
-		w := &world{opts: c.w.opts, vols: cloneModel(vols), disks: map[ID]*Disk{}, rng: c.rng}
-		if crash {
-			w.arm.Store(1 + c.rng.Int64N(80))
-		}
-		errs[i] = w.open(m.Kill())
-		again := w.crashed.Load()
-		mem := w.mem
-		w.abandon()
-		if errs[i] == nil {
-			if err := checkClean(mem); err != nil {
-				return nil, fmt.Errorf("after recovery: %w", err)
-			}
-			return again, nil
+		w := &world{opts: c.w.opts, s: s, vols: cloneModel(vols), disks: map[ID]*Disk{}}
+		if errs[i] = w.compare(); errs[i] == nil {
+			break
 		}
 	}
-	return nil, fmt.Errorf("neither the state after the operation (%w) nor the one before (%w)", errs[0], errs[1])
+	if errs[1] != nil {
+		err = fmt.Errorf("neither the state after the operation (%w) nor the one before (%w)", errs[0], errs[1])
+	}
+	if err := errors.Join(err, s.Close()); err != nil {
+		return err
+	}
+	if err := checkClean(m); err != nil {
+		return fmt.Errorf("after recovery: %w", err)
+	}
+	return nil
 }
 
 func cloneModel(vols map[ID]*mvol) map[ID]*mvol {
