@@ -147,6 +147,10 @@ func TestRootPassword(t *testing.T) {
 	if last, err := findPassword(dir, ""); err != nil || last.verifier != given.verifier {
 		t.Errorf("the password from the file was not kept: %+v, %v", last, err)
 	}
+	// The same file again writes nothing, which a full disk would not let it.
+	if again, err := findPassword(dir, file); err != nil || !again.kept || again.verifier != given.verifier {
+		t.Errorf("with the same file: %+v, %v", again, err)
+	}
 	if _, err := findPassword(dir, file+"x"); err == nil {
 		t.Error("a missing password file was accepted")
 	}

@@ -24,6 +24,10 @@ type rootPassword struct {
 // neither it makes a password up. Nothing is written before keep: a start
 // that fails later must not leave a password that nobody has seen.
 func findPassword(dir vfs.FS, passwordPath string) (rootPassword, error) {
+	verifier, err := readSmall(dir, passwordFile)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return rootPassword{}, err
+	}
 	if passwordPath != "" {
 		b, err := os.ReadFile(passwordPath)
 		if err != nil {
@@ -33,14 +37,13 @@ func findPassword(dir vfs.FS, passwordPath string) (rootPassword, error) {
 		if password == "" {
 			return rootPassword{}, fmt.Errorf("--admin-password-file: %s is empty", passwordPath)
 		}
+		if api.PasswordMatches(verifier, password) {
+			return rootPassword{verifier: verifier, kept: true}, nil
+		}
 		return rootPassword{verifier: api.HashPassword(password)}, nil
 	}
-	verifier, err := readSmall(dir, passwordFile)
-	if err == nil && verifier != "" {
+	if verifier != "" {
 		return rootPassword{verifier: verifier, kept: true}, nil
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return rootPassword{}, err
 	}
 	created := newPassword()
 	return rootPassword{verifier: api.HashPassword(created), created: created}, nil

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 
+	"coppice/internal/db"
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
 )
@@ -68,7 +69,7 @@ func causeOf(ctx context.Context, err error) error {
 	return err
 }
 
-// storageErrors are tried in order. number is the n of SR_BACKEND_FAILURE_n;
+// storageErrors, and the one of the database, are tried in order. number is the n of SR_BACKEND_FAILURE_n;
 // where it is 0, code and params are the whole answer.
 var storageErrors = []struct {
 	is     error
@@ -77,6 +78,7 @@ var storageErrors = []struct {
 	code   string
 	params []string
 }{
+	{is: db.ErrFull, code: xapi.ErrOutOfSpace, params: []string{"the data directory"}},
 	{is: storage.ErrCorrupt, code: xapi.ErrVDIIOError, params: []string{"Device I/O errors"}},
 	{is: storage.ErrNoSpace, number: 44, text: "There is insufficient space"},
 	{is: storage.ErrNotFound, number: 46, text: "The VDI is not available"},

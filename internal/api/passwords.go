@@ -43,6 +43,13 @@ func HashPassword(password string) string {
 	return v.String()
 }
 
+// PasswordMatches reports whether verifier was made from password. What is no
+// verifier matches nothing.
+func PasswordMatches(verifier, password string) bool {
+	v, err := parseVerifier(verifier)
+	return err == nil && v.matches(password)
+}
+
 // verifier is a parsed argon2id verifier.
 type verifier struct {
 	time, memory uint32
@@ -52,6 +59,10 @@ type verifier struct {
 
 func (v *verifier) derive(password string, n int) []byte {
 	return argon2.IDKey([]byte(password), v.salt, v.time, v.memory, v.threads, uint32(n))
+}
+
+func (v *verifier) matches(password string) bool {
+	return subtle.ConstantTimeCompare(v.derive(password, len(v.key)), v.key) == 1
 }
 
 func (v *verifier) String() string {
@@ -154,7 +165,7 @@ func (p *passwords) verify(ctx context.Context, name, password string) (bool, er
 		case <-ctx.Done():
 			return false, context.Cause(ctx)
 		}
-		ok = subtle.ConstantTimeCompare(v.derive(password, len(v.key)), v.key) == 1
+		ok = v.matches(password)
 		<-p.slow
 	}
 

@@ -2,6 +2,7 @@ package db
 
 import (
 	"context"
+	"errors"
 	"sync"
 )
 
@@ -25,7 +26,7 @@ type commitQueue struct {
 		waiting []*commit
 		busy    bool   // the committer is writing a batch
 		ceiling uint64 // the stored revision: up to it a commit without rows needs no store
-		err     error  // of the store; sticky
+		err     error  // of the store; sticky, but for ErrFull
 		closed  bool
 	}
 }
@@ -35,10 +36,16 @@ func (q *commitQueue) init(ceiling uint64) {
 	q.mu.ceiling = ceiling
 }
 
-func (q *commitQueue) failure() error {
+// failure returns why no commit can be taken. A store that was only full gets another chance: then again is
+// true, and what was queued after the last visible state is gone. The caller keeps others from queueing.
+func (q *commitQueue) failure() (again bool, err error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.mu.err
+	if errors.Is(q.mu.err, ErrFull) {
+		q.mu.err = nil
+		return true, nil
+	}
+	return false, q.mu.err
 }
 
 func (q *commitQueue) close() {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -130,6 +131,50 @@ func TestStoreFailure(t *testing.T) {
 		}
 		if n, m := count[xapi.VDI](t, d), count[xapi.Task](t, d); n != 0 || m != 0 || d.Revision() != 1 {
 			t.Errorf("%d VDIs and %d tasks of failed updates are visible at revision %d", n, m, d.Revision())
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestFullStore refuses a commit on which others have built for want of room: all of them fail, nothing becomes
+// visible, and the next update finds the database as it was.
+func TestFullStore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newGateStore()
+		d, err := db.Open(t.Context(), xapi.Datamodel(), s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		errs := make(chan error, 10)
+		start := func(fn func(*db.Tx) error) {
+			wg.Go(func() { errs <- d.Update(context.Background(), fn) })
+			synctest.Wait()
+		}
+		start(addVDI)
+		<-s.entered
+		start(addVDI)
+		start(addTask)
+		s.answer <- fmt.Errorf("commit: %w", db.ErrFull)
+		wg.Wait()
+		for range 3 {
+			if err := <-errs; !errors.Is(err, db.ErrFull) {
+				t.Errorf("got %v, want ErrFull", err)
+			}
+		}
+		start(addVDI)
+		if b := <-s.entered; len(b.Rows) != 1 {
+			t.Errorf("a later batch has %d rows, want 1", len(b.Rows))
+		}
+		s.answer <- nil
+		wg.Wait()
+		if err := <-errs; err != nil {
+			t.Errorf("a later update: %v", err)
+		}
+		if n, m := count[xapi.VDI](t, d), count[xapi.Task](t, d); n != 1 || m != 0 {
+			t.Errorf("%d VDIs and %d tasks are visible, want 1 and 0", n, m)
 		}
 		if err := d.Close(); err != nil {
 			t.Error(err)

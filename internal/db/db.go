@@ -114,7 +114,8 @@ func (d *DB) View(fn func(*Tx) error) error {
 
 // Update calls fn once with a transaction that it may change. When fn returns an error nothing has happened,
 // and Update returns it. When Update returns nil the changes are visible, and those of persistent classes and
-// fields are durable. When it returns a *StoreError they are not visible and never will be in this process.
+// fields are durable. When it returns a *StoreError they are not visible and never will be in this process,
+// and only one that matches ErrFull leaves later updates a chance.
 //
 // Cancelling ctx ends the wait for other updates; once fn has returned the commit is carried through. fn must
 // not wait for another update, because there can be none until it returns.
@@ -142,14 +143,18 @@ func (d *DB) apply(ctx context.Context, fn func(*Tx) error) (*commit, error) {
 		return nil, ErrClosed
 	default:
 	}
-	if err := d.commits.failure(); err != nil {
+	again, err := d.commits.failure()
+	if err != nil {
 		return nil, err
+	}
+	if again {
+		d.head = d.visible.Load()
 	}
 	tx := &Tx{
 		classes: d.classes, tables: slices.Clone(d.head.tables), revision: d.head.revision + 1,
 		writable: true, owned: make([]bool, len(d.head.tables)),
 	}
-	err := fn(tx)
+	err = fn(tx)
 	tx.writable = false
 	if err != nil {
 		return nil, err

@@ -17,7 +17,8 @@ type Store interface {
 	// and no rows. The data of a row is valid until the next row is asked for.
 	Load(ctx context.Context) (revision uint64, rows iter.Seq2[Row, error], err error)
 
-	// Commit applies a batch, all or nothing, and returns when it is durable. After an error it is not known
+	// Commit applies a batch, all or nothing, and returns when it is durable. An error that matches ErrFull
+	// says that it has not been applied and that the store is as it was. After any other it is not known
 	// whether the batch was applied, and the store is not used again except to be closed.
 	Commit(ctx context.Context, b Batch) error
 
@@ -43,15 +44,20 @@ var (
 	ErrClosed = errors.New("db: closed")
 	// ErrExists is returned by an insert whose reference or uuid is taken.
 	ErrExists = errors.New("db: object exists")
+	// ErrFull says that the store has no room for a commit: the update did not happen, and later ones may.
+	ErrFull = errors.New("db: no room on the file system")
 	// ErrReadTx is returned by a change in a View.
 	ErrReadTx = errors.New("db: the transaction is read-only")
 )
 
 // StoreError says that the store failed. The update it answers did not happen, and the database accepts no
-// further updates until it is opened again.
+// further updates until it is opened again, unless it matches ErrFull.
 type StoreError struct{ Err error }
 
 func (e *StoreError) Error() string {
+	if errors.Is(e.Err, ErrFull) {
+		return e.Err.Error()
+	}
 	return fmt.Sprintf("db: the store failed, the database is read-only: %v", e.Err)
 }
 func (e *StoreError) Unwrap() error { return e.Err }

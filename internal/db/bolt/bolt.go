@@ -29,6 +29,7 @@ import (
 
 	"go.etcd.io/bbolt"
 	boltErrors "go.etcd.io/bbolt/errors"
+	"golang.org/x/sys/unix"
 
 	"coppice/internal/db"
 )
@@ -67,7 +68,10 @@ func (e *FormatError) Error() string {
 }
 
 // Store is a db.Store in a file.
-type Store struct{ file *bbolt.DB }
+type Store struct {
+	file *bbolt.DB
+	free func() (int64, error) // bytes that the file system has left for us
+}
 
 var _ db.Store = (*Store)(nil)
 
@@ -85,7 +89,7 @@ func Open(path string) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("bolt: open %s: %w", path, err)
 	}
-	s := &Store{file: file}
+	s := &Store{file: file, free: func() (int64, error) { return freeBytes(path) }}
 	if err := guard(func() error { return s.prepare(path) }); err != nil {
 		_ = file.Close()
 		return nil, err
@@ -238,11 +242,47 @@ func cursor(b *bbolt.Bucket) func() (k, v []byte) {
 	}
 }
 
-// Commit implements db.Store.
+// Commit implements db.Store. It asks for room before it begins, because a transaction that runs out of it
+// may have been written or not.
 func (s *Store) Commit(_ context.Context, b db.Batch) error {
+	if err := s.room(b); err != nil {
+		return err
+	}
 	return guard(func() error {
 		return s.file.Update(func(tx *bbolt.Tx) error { return commit(tx, b) })
 	})
+}
+
+// slack is the room that a commit must leave to its neighbours, in bytes.
+const slack = 1 << 20
+
+// room returns an error that matches db.ErrFull when a batch may not fit: neither into pages of the file that
+// are free nor into the file system. A row changes a leaf and the branches above it.
+func (s *Store) room(b db.Batch) error {
+	page := int64(s.file.Info().PageSize)
+	need := 32 * page
+	for _, r := range b.Rows {
+		need += int64(len(r.Data)) + 4*page
+	}
+	if int64(s.file.Stats().FreePageN)*page >= need {
+		return nil
+	}
+	free, err := s.free()
+	if err != nil {
+		return fmt.Errorf("bolt: free space: %w", err)
+	}
+	if free < need+slack {
+		return fmt.Errorf("%w of %s: a commit may need %d bytes, %d are free", db.ErrFull, s.file.Path(), need+slack, free)
+	}
+	return nil
+}
+
+func freeBytes(path string) (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(path, &st); err != nil {
+		return 0, err
+	}
+	return int64(st.Bavail) * st.Bsize, nil
 }
 
 func commit(tx *bbolt.Tx, b db.Batch) error {

@@ -1,6 +1,7 @@
 package bolt_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
@@ -90,6 +91,39 @@ func TestStore(t *testing.T) {
 	}
 	if fi, err := os.Stat(path); err != nil || fi.Mode().Perm() != 0o600 {
 		t.Errorf("permissions: %v, %v", fi.Mode(), err)
+	}
+	if err := errors.Join(s.Check(), s.Close()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestFullFileSystem refuses batches before it begins them, takes those that fit into free pages, and goes on
+// when there is room again.
+func TestFullFileSystem(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "objects.db")
+	s := open(t, path)
+	big := db.Row{Class: "VDI", Ref: "big", Data: bytes.Repeat([]byte("x"), 4<<20)}
+	small := db.Row{Class: "VDI", Ref: "small", Data: []byte("y")}
+	room := int64(0)
+	s.SetFree(func() (int64, error) { return room, nil })
+	if err := s.Commit(t.Context(), db.Batch{Revision: 1, Rows: []db.Row{small}}); !errors.Is(err, db.ErrFull) {
+		t.Errorf("without room: got %v, want ErrFull", err)
+	}
+	if revision, rows := load(t, s); revision != 0 || len(rows) != 0 {
+		t.Errorf("a refused batch left revision %d and %d rows", revision, len(rows))
+	}
+	room = 1 << 30
+	for i, r := range []db.Row{big, {Class: "VDI", Ref: "big"}, small} {
+		if err := s.Commit(t.Context(), db.Batch{Revision: uint64(2 + i), Rows: []db.Row{r}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	room = 0
+	if err := s.Commit(t.Context(), db.Batch{Revision: 5, Rows: []db.Row{{Class: "VDI", Ref: "small"}}}); err != nil {
+		t.Errorf("into free pages: %v", err)
+	}
+	if revision, rows := load(t, s); revision != 5 || len(rows) != 0 {
+		t.Errorf("revision %d and %d rows, want 5 and none", revision, len(rows))
 	}
 	if err := errors.Join(s.Check(), s.Close()); err != nil {
 		t.Error(err)
