@@ -90,7 +90,13 @@ func Open(path string) (*Store, error) {
 		return nil, fmt.Errorf("bolt: open %s: %w", path, err)
 	}
 	s := &Store{file: file, free: func() (int64, error) { return freeBytes(path) }}
-	if err := guard(func() error { return s.prepare(path) }); err != nil {
+	err = guard(func() error {
+		if err := s.prepare(path); err != nil {
+			return err
+		}
+		return s.makeReserve()
+	})
+	if err != nil {
 		_ = file.Close()
 		return nil, err
 	}
@@ -256,15 +262,48 @@ func (s *Store) Commit(_ context.Context, b db.Batch) error {
 // slack is the room that a commit must leave to its neighbours, in bytes.
 const slack = 1 << 20
 
+// reservePages are free pages of the file, with host space behind them, that only a batch which deletes may
+// take: on a full file system it must be possible to make room.
+const reservePages = 64
+
+// makeReserve sees to it that the file has its reserve, if there is room for it.
+func (s *Store) makeReserve() error {
+	page := s.file.Info().PageSize
+	if s.file.Stats().FreePageN >= reservePages {
+		return nil
+	}
+	junk := make([]byte, (reservePages+reservePages/4)*page)
+	if free, err := s.free(); err != nil || free < slack+2*int64(len(junk)) {
+		return err
+	}
+	// Pages that a value has been written to and deleted from have space behind them.
+	name := []byte("reserve")
+	err := s.file.Update(func(tx *bbolt.Tx) error {
+		b, err := tx.CreateBucketIfNotExists(name)
+		if err != nil {
+			return err
+		}
+		return b.Put(name, junk)
+	})
+	if err != nil {
+		return err
+	}
+	return s.file.Update(func(tx *bbolt.Tx) error { return tx.DeleteBucket(name) })
+}
+
 // room returns an error that matches db.ErrFull when a batch may not fit: neither into pages of the file that
 // are free nor into the file system. A row changes a leaf and the branches above it.
 func (s *Store) room(b db.Batch) error {
 	page := int64(s.file.Info().PageSize)
-	need := 32 * page
+	need, spare := 32*page, int64(s.file.Stats().FreePageN-reservePages)
 	for _, r := range b.Rows {
 		need += int64(len(r.Data)) + 4*page
+		if r.Data == nil {
+			spare += reservePages
+			break
+		}
 	}
-	if int64(s.file.Stats().FreePageN)*page >= need {
+	if spare*page >= need {
 		return nil
 	}
 	free, err := s.free()

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -97,33 +98,49 @@ func TestStore(t *testing.T) {
 	}
 }
 
-// TestFullFileSystem refuses batches before it begins them, takes those that fit into free pages, and goes on
-// when there is room again.
+// TestFullFileSystem refuses batches before it begins them, takes those that delete into the reserve, and goes
+// on when there is room again.
 func TestFullFileSystem(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "objects.db")
 	s := open(t, path)
-	big := db.Row{Class: "VDI", Ref: "big", Data: bytes.Repeat([]byte("x"), 4<<20)}
-	small := db.Row{Class: "VDI", Ref: "small", Data: []byte("y")}
-	room := int64(0)
+	room := int64(1 << 30)
 	s.SetFree(func() (int64, error) { return room, nil })
-	if err := s.Commit(t.Context(), db.Batch{Revision: 1, Rows: []db.Row{small}}); !errors.Is(err, db.ErrFull) {
-		t.Errorf("without room: got %v, want ErrFull", err)
+	revision := uint64(0)
+	commit := func(rows ...db.Row) error {
+		revision++
+		return s.Commit(t.Context(), db.Batch{Revision: revision, Rows: rows})
 	}
-	if revision, rows := load(t, s); revision != 0 || len(rows) != 0 {
-		t.Errorf("a refused batch left revision %d and %d rows", revision, len(rows))
+	put := func(ref string, size int) db.Row {
+		return db.Row{Class: "VDI", Ref: ref, Data: bytes.Repeat([]byte("x"), size)}
 	}
-	room = 1 << 30
-	for i, r := range []db.Row{big, {Class: "VDI", Ref: "big"}, small} {
-		if err := s.Commit(t.Context(), db.Batch{Revision: uint64(2 + i), Rows: []db.Row{r}}); err != nil {
+	for i := range 20 {
+		if err := commit(put(fmt.Sprint(i), 100)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	room = 0
-	if err := s.Commit(t.Context(), db.Batch{Revision: 5, Rows: []db.Row{{Class: "VDI", Ref: "small"}}}); err != nil {
-		t.Errorf("into free pages: %v", err)
+	for range 50 { // free pages that are nobody's reserve may be taken
+		if err := commit(put("big", 64<<10)); err != nil && !errors.Is(err, db.ErrFull) {
+			t.Fatal(err)
+		}
+		if err := commit(db.Row{Class: "VDI", Ref: "big"}); err != nil {
+			t.Fatal(err)
+		}
 	}
-	if revision, rows := load(t, s); revision != 5 || len(rows) != 0 {
-		t.Errorf("revision %d and %d rows, want 5 and none", revision, len(rows))
+	if err := commit(put("huge", 4<<20)); !errors.Is(err, db.ErrFull) {
+		t.Errorf("without room: got %v, want ErrFull", err)
+	}
+	for i := range 20 {
+		if err := commit(db.Row{Class: "VDI", Ref: fmt.Sprint(i)}, put("SR", 100)); err != nil {
+			t.Errorf("deleting row %d without room: %v", i, err)
+		}
+	}
+	if _, rows := load(t, s); len(rows) != 1 {
+		t.Errorf("%d rows are left, want 1", len(rows))
+	}
+	room = 1 << 30
+	if err := commit(put("huge", 4<<20)); err != nil {
+		t.Errorf("with room again: %v", err)
 	}
 	if err := errors.Join(s.Check(), s.Close()); err != nil {
 		t.Error(err)
@@ -200,7 +217,14 @@ func TestOpenRefuses(t *testing.T) {
 		return tx.Bucket([]byte("meta")).Put([]byte("format"), []byte{0, 0, 0, 0, 0, 0, 0, 2})
 	})
 	for path, version := range map[string]uint64{other: 0, newer: 2} {
-		_, err := bolt.Open(path)
+		before, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = bolt.Open(path)
+		if after, e := os.ReadFile(path); e != nil || !bytes.Equal(before, after) {
+			t.Errorf("%s: refusing it changed it (%v)", path, e)
+		}
 		if f, ok := errors.AsType[*bolt.FormatError](err); !ok || f.Version != version || f.Path != path {
 			t.Errorf("%s: got %v", path, err)
 		}
