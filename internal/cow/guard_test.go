@@ -3,8 +3,11 @@ package cow
 import (
 	"bytes"
 	"context"
+	"errors"
+	"math/rand/v2"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"coppice/internal/vfs"
@@ -137,6 +140,12 @@ func TestFramesFollowEachOther(t *testing.T) {
 		return out
 	}
 	l := fresh()
+	l.head.seq = 0 // a frame of the lap before
+	write(l, "old")
+	if got := read(); len(got) != 0 {
+		t.Errorf("frames %q, want none: the frame has another number", got)
+	}
+	l = fresh()
 	write(l, "one")
 	write(l, "two")
 	if got := read(); len(got) != 2 {
@@ -222,6 +231,189 @@ func TestUnitsOfTheLogAreKept(t *testing.T) {
 	for _, s := range []*Store{r, s} {
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// TestFrameNumbersAreNotReused tears the last frame and expects the recovery to
+// leave its number out.
+func TestFrameNumbersAreNotReused(t *testing.T) {
+	ctx := context.Background()
+	m := vfs.NewMem(0)
+	s, err := Create(ctx, m, tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range byte(3) {
+		if _, err := s.Create(ctx, ID{i + 1}, 1<<10, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	torn := s.log.head // behind the last frame
+	c := m.Kill()
+	if err := flip(c, logName, int64(torn.off)-int64(tiny.UnitSize)+frameHeader, 1); err != nil {
+		t.Fatal(err)
+	}
+	r, err := Open(ctx, c, tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := r.super.log.seq; n != torn.seq {
+		t.Errorf("the next frame has number %d, want %d: the torn one had %d", n, torn.seq, torn.seq-1)
+	}
+	for _, s := range []*Store{r, s} {
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestFailedSyncThenPowerCut lets syncs fail, after which the page cache shows
+// what the device does not have, kills the process, and takes the power away in
+// the recovery.
+func TestFailedSyncThenPowerCut(t *testing.T) {
+	rng := rand.New(rand.NewPCG(12, 1))
+	ops := []op{{kind: "create", a: 12, b: 1}}
+	for range 12 {
+		for _, kind := range []string{"write", "flush", "big", "snapshot", "sync", "delete"} {
+			ops = append(ops, op{kind, rng.Uint32(), rng.Uint32(), rng.Uint32(), rng.Uint64()})
+		}
+	}
+	for _, name := range []string{superName, logName, "regions-*", "space-*"} {
+		for n := 1; n <= 8; n++ {
+			f := &vfs.Fault{Ops: []vfs.Op{vfs.OpDatasync}, Name: name, Nth: n, Err: syscall.EIO}
+			w, err := newWorld(tinyOptions())
+			if err != nil {
+				t.Fatal(err)
+			}
+			c := &cutter{w: w, rng: rng, st: &cutStats{}}
+			w.inj = vfs.NewInject(w.mem, nil, func(call vfs.Call) error {
+				if w.s == nil {
+					return nil // opening
+				}
+				return f.Hook(call)
+			})
+			s := w.s
+			w.s = nil
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if s, err = Open(context.Background(), w.inj, w.opts); err != nil {
+				t.Fatal(err)
+			}
+			w.s = s
+			var before map[ID]*mvol
+			for _, o := range ops {
+				before = cloneModel(w.vols)
+				if err = w.step(o); err != nil {
+					break
+				}
+			}
+			if err != nil && expected(err) != nil {
+				t.Fatal(err)
+			}
+			for range 30 {
+				if err := c.verify(w.mem.Kill(), before, true); err != nil {
+					t.Fatalf("sync %d of %s failed: %v", n, name, err)
+				}
+			}
+			w.abandon()
+		}
+	}
+}
+
+// TestSuperblockIsVerified damages each byte of a superblock.
+func TestSuperblockIsVerified(t *testing.T) {
+	b := (&super{geo: tiny, gen: 3, epoch: 9, nextID: 4, regions: 2, logSize: 64 << 10}).encode()
+	if _, err := decodeSuper(b); err != nil {
+		t.Fatal(err)
+	}
+	for i := range b {
+		c := bytes.Clone(b)
+		c[i] ^= 1 << (i % 8)
+		if _, err := decodeSuper(c); !errors.Is(err, errNoSlot) {
+			t.Errorf("damaged in byte %d: %v", i, err)
+		}
+	}
+}
+
+// TestRegionTableIsVerified damages the region table.
+func TestRegionTableIsVerified(t *testing.T) {
+	m, _ := sample(t)
+	f, err := m.Open(superName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sb, err := readSuper(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for off := int64(0); off < tablePageSize; off += 7 {
+		c := m.Kill()
+		if err := flip(c, regionsName(sb.gen), off, 1<<(off%8)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open(context.Background(), c, tinyOptions()); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("damaged in byte %d: %v", off, err)
+		}
+	}
+}
+
+// TestSlotsAlternate expects the superblock of the generation before to be there
+// still when a new one has been written.
+func TestSlotsAlternate(t *testing.T) {
+	ctx := context.Background()
+	m := vfs.NewMem(0)
+	s, err := Create(ctx, m, tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range byte(4) {
+		if _, err := s.Create(ctx, ID{i + 1}, 1<<10, nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.sync(ctx); err != nil {
+			t.Fatal(err)
+		}
+		gen := s.durableGen.Load()
+		b := make([]byte, superSize)
+		for slot := range uint64(superSlots) {
+			if _, err := s.superF.ReadAt(b, int64(slot)*slotSize); err != nil {
+				t.Fatal(err)
+			}
+			want := gen
+			if slot%2 != gen%2 {
+				want--
+			}
+			if sb, err := decodeSuper(b); err != nil || sb.gen != want {
+				t.Errorf("generation %d: slot %d has %+v, %v, want generation %d", gen, slot, sb, err, want)
+			}
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestOpenSettles expects a recovery to sync every file, and to drop the cached
+// pages of those whose newest state it goes by, before it writes anything.
+func TestOpenSettles(t *testing.T) {
+	m, _ := sample(t)
+	var lines bytes.Buffer
+	s, err := Open(context.Background(), vfs.NewTrace(m, &lines), tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	before, _, _ := strings.Cut(lines.String(), "\nwrite ")
+	for _, want := range []string{
+		"datasync super\nevict super\n", "datasync regions-0\nevict regions-0\n",
+		"datasync regions-1\nevict regions-1\n", "datasync log\nevict log\n", "datasync space-0000\n",
+	} {
+		if !strings.Contains(before, want) {
+			t.Errorf("no %q in\n%s", want, before)
 		}
 	}
 }
