@@ -93,6 +93,7 @@ type Info struct {
 	ID       ID
 	Size     int64 // bytes, a multiple of the unit size
 	ReadOnly bool  // a snapshot
+	NoData   bool  // a snapshot whose contents have been given up
 	Parent   ID    // the snapshot its contents descend from; zero when none is left
 	Used     int64 // bytes of data mapped, shared or not; as of the last checkpoint
 	AttrsLen int   // bytes of the attribute blob
@@ -162,6 +163,13 @@ var (
 	ErrInvalid  = errors.New("invalid argument")
 	ErrReadOnly = errors.New("volume is read-only")
 	ErrClosed   = errors.New("closed")
+
+	// ErrNoData: see [Store.DestroyData].
+	ErrNoData = errors.New("data of the volume has been destroyed")
+
+	// ErrNoLineage: what has changed since a volume without data is known for
+	// its descendants only.
+	ErrNoLineage = errors.New("volume is no descendant")
 
 	// ErrFailed: a write or sync of metadata failed, so nothing can be
 	// promised any more. The store only reads until it is opened again.

@@ -33,6 +33,10 @@ func (s *Store) apply(b *batch, r *logRecord) error {
 		}
 	case recRevert:
 		err = cmp.Or(want(r.num), want(r.to))
+	case recEmpty:
+		if err = want(r.num); err == nil && !vols[0].readOnly() {
+			err = fmt.Errorf("%w: number %d is not a snapshot", ErrInvalid, r.num)
+		}
 	default:
 		err = want(r.num)
 	}
@@ -61,11 +65,14 @@ func (s *Store) apply(b *batch, r *logRecord) error {
 	case recDelete:
 		vols[0].gone.Store(true)
 		s.unregister(vols[0])
+	case recEmpty:
+		s.empty(vols[0])
 	case recAttrs:
 		vols[0].attrs = newBlob(r.attrs)
 		s.markChanged(vols[0])
 	}
-	if r.kind == recRevert || r.kind == recResize || r.kind == recDelete {
+	switch r.kind {
+	case recRevert, recResize, recDelete, recEmpty:
 		s.hurry()
 	}
 	s.epoch++
@@ -90,12 +97,8 @@ func (s *Store) derive(b *batch, src *volume, num uint64, id ID, flags uint32, a
 	nv := *s.seal(b, src)
 	v := &volume{num: num, id: id, flags: flags, attrs: attrs, sealedAt: s.epoch}
 	s.nextNum = max(s.nextNum, num+1)
-	switch {
-	case flags&flagPin != 0: // nobody descends from a pin
-	case src.readOnly():
+	if v.parent = src.parent; src.readOnly() {
 		v.parent = src.num
-	default:
-		v.parent = src.parent
 	}
 	if flags&flagReadOnly == 0 {
 		nv.top, nv.logged = newLayer(nv.height), newLayer(nv.height)
@@ -108,6 +111,14 @@ func (s *Store) derive(b *batch, src *volume, num uint64, id ID, flags uint32, a
 	s.markChanged(src)
 	s.markChanged(v)
 	return v
+}
+
+// empty gives up the contents of a snapshot.
+func (s *Store) empty(v *volume) {
+	w := v.view.Load()
+	s.setView(v, &view{size: w.size, height: w.height, bare: true})
+	v.flags |= flagNoData
+	s.markChanged(v)
 }
 
 func (s *Store) revert(b *batch, d, src *volume) {

@@ -58,9 +58,17 @@ func (d *Disk) Extents(ctx context.Context, off, n int64) iter.Seq2[Extent, erro
 // walkDiff yields what differs in [off, end); a nil from is all zero. It
 // reports whether it came to the end.
 func (s *Store) walkDiff(ctx context.Context, from, to *Disk, off, end int64, yield func(Extent, error) bool) bool {
+	return walkSteps(off, end, yield, func(off int64) ([]Extent, int64, error) {
+		return s.diffStep(ctx, from, to, off, end)
+	})
+}
+
+// walkSteps yields what step gathers from off on, step by step, adjoining
+// extents joined. It reports whether it came to the end.
+func walkSteps(off, end int64, yield func(Extent, error) bool, step func(off int64) ([]Extent, int64, error)) bool {
 	var hold Extent // the last extent, which the next one may continue
 	for off < end {
-		batch, next, err := s.diffStep(ctx, from, to, off, end)
+		batch, next, err := step(off)
 		for _, e := range batch {
 			if hold.Len > 0 && hold.End() == e.Off && hold.Hole == e.Hole {
 				hold.Len += e.Len
@@ -110,6 +118,12 @@ func (s *Store) diffStep(ctx context.Context, from, to *Disk, off, end int64) ([
 		if err := from.alive(); err != nil {
 			return nil, 0, err
 		}
+	}
+	switch {
+	case b.bare:
+		return nil, 0, to.noData()
+	case a.bare:
+		return nil, 0, from.noData()
 	}
 	u := int64(s.geo.UnitSize)
 	w := &diffWalk{
@@ -267,12 +281,16 @@ func (w *diffWalk) leaf(lo uint64) error {
 		if from >= to || w.now[i].same(w.old[i]) {
 			continue
 		}
-		e := Extent{Off: from, Len: to - from, Hole: w.now[i].state == slotZero}
-		if k := len(w.out) - 1; k >= 0 && w.out[k].End() == e.Off && w.out[k].Hole == e.Hole {
-			w.out[k].Len += e.Len
-		} else {
-			w.out = append(w.out, e)
-		}
+		w.add(from, to, w.now[i].state == slotZero)
 	}
 	return nil
+}
+
+// add appends the bytes [from, to) to what has been found.
+func (w *diffWalk) add(from, to int64, hole bool) {
+	if k := len(w.out) - 1; k >= 0 && w.out[k].End() == from && w.out[k].Hole == hole {
+		w.out[k].Len += to - from
+		return
+	}
+	w.out = append(w.out, Extent{Off: from, Len: to - from, Hole: hole})
 }

@@ -28,7 +28,7 @@ func (s *Store) OpenDisk(ctx context.Context, id ID, m Mode) (*Disk, error) {
 		defer s.end()
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		v, err := s.lookup(id)
+		v, err := s.source(id)
 		if err != nil {
 			return nil, err
 		}
@@ -39,7 +39,7 @@ func (s *Store) OpenDisk(ctx context.Context, id ID, m Mode) (*Disk, error) {
 	}
 	defer s.end()
 	s.mu.Lock()
-	v, err := s.lookup(id)
+	v, err := s.source(id)
 	s.mu.Unlock()
 	if err != nil {
 		return nil, err
@@ -53,7 +53,7 @@ func (s *Store) OpenDisk(ctx context.Context, id ID, m Mode) (*Disk, error) {
 	pin := func(b *batch) error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		v, err := s.lookup(id)
+		v, err := s.source(id)
 		if err != nil {
 			return err
 		}
@@ -159,6 +159,8 @@ func (d *Disk) alive() error {
 	return fmt.Errorf("%w: %v", ErrNotFound, d.id)
 }
 
+func (d *Disk) noData() error { return fmt.Errorf("%w: %v", ErrNoData, d.id) }
+
 // Flush makes every write to the volume that returned before it durable.
 // After an error nothing is known about them, and the store has failed unless
 // the error is the context's.
@@ -210,6 +212,9 @@ func (d *Disk) readWindow(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	w := d.v.view.Load()
+	if w.bare {
+		return 0, d.noData()
+	}
 	if off >= w.size {
 		return 0, io.EOF
 	}

@@ -59,8 +59,9 @@
 // a *[SpaceError] before it is acknowledged; reads, flushes, deletes and
 // reverts work on a full store. A unit that fails its checksum twice is a
 // *[CorruptError]; [Store.Scrub] looks for such units ahead of time and
-// [Store.Damage] lists what is known. Any failed write or sync of metadata makes the store read-only until it is opened again
-// ([ErrFailed]), because after a failed sync nobody knows what the device has.
+// [Store.Damage] lists what is known. Any failed write or sync of metadata
+// makes the store read-only until it is opened again ([ErrFailed]), because
+// after a failed sync nobody knows what the device has.
 //
 // # Format, version 1
 //
@@ -97,7 +98,9 @@
 // A map page is 256 entries: data or holes in a leaf, pages of the level below
 // or holes elsewhere. Entry i of a page of level l maps 256^(l-1) units. The
 // level of a root is the height of its tree; units beyond a tree are holes of
-// birth 0, and a tree grows by a new root whose entry 0 is the old one.
+// birth 0, and a tree grows by a new root whose entry 0 is the old one. It never
+// shrinks, so that holes keep their births: the root of a volume that has been
+// zeroed is a page of holes.
 //
 // Superblock, 512 bytes at the start of a slot. Generation g is in slots
 // g mod 2 and g mod 2 + 2; the newest that is valid counts:
@@ -133,7 +136,8 @@
 //
 //	 0  8 number n, never reused; 0 if there is no such volume
 //	 8 16 ID
-//	24  4 flags: 1 read-only, 2 pin, 4 mapped units are an upper bound
+//	24  4 flags: 1 read-only, 2 pin, 4 mapped units are an upper bound,
+//	     8 the contents have been given up
 //	28  4 bytes of the attribute blob
 //	32  8 size in bytes
 //	40  8 number of the parent, 0 for none
@@ -173,6 +177,7 @@
 //	    own attributes 1, attributes: snapshots or clones, of one instant
 //	'R' epoch 8, source 8: revert      'L' epoch 8, size 8: resize
 //	'D' delete                         'A' attributes
+//	'X' give up the contents of a snapshot
 //
 // Room for later: entry kinds for compressed and encrypted units, the level
 // byte's upper bits for a second copy of a page, feature bits.

@@ -144,6 +144,8 @@ func (r *logRecord) describe() (lines []string) {
 		line("volume %d: resize to %d bytes at epoch %d", r.num, r.size, r.epoch)
 	case recDelete:
 		line("volume %d: delete", r.num)
+	case recEmpty:
+		line("volume %d: destroy the data", r.num)
 	case recAttrs:
 		line("volume %d: %d bytes of attributes", r.num, len(r.attrs))
 	}
@@ -155,6 +157,8 @@ func (d *dumper) record(r record) {
 	switch {
 	case r.flags&flagPin != 0:
 		kind = "pin"
+	case r.flags&flagNoData != 0:
+		kind = fmt.Sprintf("snapshot of epoch %d without its data", r.sealed)
 	case r.flags&flagReadOnly != 0:
 		kind = fmt.Sprintf("snapshot of epoch %d", r.sealed)
 	}

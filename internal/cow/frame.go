@@ -73,6 +73,7 @@ const (
 	recResize recordKind = 'L'
 	recDelete recordKind = 'D'
 	recAttrs  recordKind = 'A'
+	recEmpty  recordKind = 'X' // the contents of a snapshot are given up
 )
 
 // logRecord is one record of the log in memory. Which fields count depends on
@@ -236,7 +237,7 @@ func decodeRecords(b []byte, g Geometry) ([]logRecord, error) {
 			r.epoch, r.size = d.u64(), int64(d.u64())
 		case recAttrs:
 			r.attrs = d.blob()
-		case recDelete:
+		case recDelete, recEmpty:
 		default:
 			return nil, fmt.Errorf("unknown record %q", r.kind)
 		}

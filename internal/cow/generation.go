@@ -213,7 +213,7 @@ func (s *Store) mergeCut(w *treeWriter, c *cut) (map[*layer]tree, map[*blob]entr
 		if p := parent[l]; p != nil {
 			t = trees[p]
 		}
-		t, err := w.mergeLayer(t, l)
+		t, err := w.mergeVolume(t, l)
 		if err != nil {
 			return nil, nil, err
 		}

@@ -268,6 +268,7 @@ func FuzzRecords(f *testing.F) {
 		{kind: recResize, num: 1, size: 8192, epoch: 6},
 		{kind: recDelete, num: 1},
 		{kind: recAttrs, num: 1, attrs: []byte("c")},
+		{kind: recEmpty, num: 1},
 	} {
 		b = r.append(b)
 	}

@@ -58,6 +58,22 @@ func (w *treeWriter) mergeLayer(t tree, l *layer) (tree, error) {
 	return t, nil
 }
 
+// mergeVolume is mergeLayer for the tree of a volume, whose height never
+// shrinks: units beyond a tree are holes of birth 0, so those that a root has
+// stood for need it to keep their date.
+func (w *treeWriter) mergeVolume(old tree, l *layer) (tree, error) {
+	t, err := w.mergeLayer(old, l)
+	if err != nil || !t.root.isHole() || old.root.level < 2 {
+		return t, err
+	}
+	ents := w.entries(int(old.root.level))
+	for i := range ents {
+		ents[i] = t.root
+	}
+	t.root, err = w.storePage(ents, int(old.root.level))
+	return t, err
+}
+
 // merge applies the changes that l has for the subtree e, a page of the given
 // level or a hole, whose first chunk is lo.
 func (w *treeWriter) merge(e entry, level int, lo uint64, l *layer) (entry, error) {
@@ -237,6 +253,15 @@ func (w *treeWriter) writePage(ents []entry, level int) (entry, error) {
 	}
 	if holes {
 		return hole(birth), nil
+	}
+	return w.storePage(ents, level)
+}
+
+// storePage is writePage whatever the entries are.
+func (w *treeWriter) storePage(ents []entry, level int) (entry, error) {
+	birth := uint64(0)
+	for _, c := range ents {
+		birth = max(birth, c.birth)
 	}
 	b := make([]byte, w.geo.UnitSize)
 	for i, c := range ents {

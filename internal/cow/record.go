@@ -12,6 +12,7 @@ const (
 	flagReadOnly = 1 << 0
 	flagPin      = 1 << 1 // keeps the contents of an open pinned volume; removed by the next open of the store
 	flagInexact  = 1 << 2 // mapped is an upper bound
+	flagNoData   = 1 << 3 // of a snapshot: its contents have been given up
 )
 
 // record is a volume as the volume table has it.
@@ -68,6 +69,9 @@ func getRecord(b []byte, g Geometry) (record, error) {
 	}
 	if err := checkRoot(r.root, g); err != nil {
 		return r, fmt.Errorf("volume %d: %w", r.num, err)
+	}
+	if r.flags&flagNoData != 0 && (!r.root.isHole() || r.flags&(flagReadOnly|flagPin) != flagReadOnly) {
+		return r, fmt.Errorf("volume %d: flags %#x do not go with root %+v", r.num, r.flags, r.root)
 	}
 	var err error
 	switch n := g.units(int64(r.attrLen)); {

@@ -274,7 +274,7 @@ func (s *Store) addRecord(r record) error {
 		s.markChanged(v)
 		return nil
 	}
-	nv := &view{size: r.size, base: tree{root: r.root, mapped: r.mapped, inexact: r.flags&flagInexact != 0}}
+	nv := &view{size: r.size, bare: r.flags&flagNoData != 0, base: tree{root: r.root, mapped: r.mapped, inexact: r.flags&flagInexact != 0}}
 	nv.height = max(s.geo.height(s.geo.units(r.size)), int(r.root.level))
 	if r.flags&flagReadOnly == 0 {
 		nv.top, nv.logged = newLayer(nv.height), newLayer(nv.height)

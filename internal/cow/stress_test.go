@@ -474,7 +474,8 @@ func TestDeleteUnderWriters(t *testing.T) {
 }
 
 // TestHolesAreDated expects that a hole made by zeroing keeps the epoch of its
-// making in every unit when it is opened again.
+// making in every unit when it is opened again, and that the tree keeps its
+// height meanwhile: what lies beyond a tree has no date.
 func TestHolesAreDated(t *testing.T) {
 	ctx := context.Background()
 	s, err := Create(ctx, vfs.NewMem(0), tinyOptions())
@@ -500,8 +501,13 @@ func TestHolesAreDated(t *testing.T) {
 	do(d.WriteAt(noise(256<<10), 0))
 	do(0, d.Zero(ctx, 0, 256<<10))
 	root := d.v.view.Load().base.root
-	if !root.isHole() || root.birth == 0 {
+	if root.level != 4 || root.birth == 0 {
 		t.Fatalf("root after zeroing everything: %v", root)
+	}
+	for i := range 4 {
+		if e, err := s.child(root, i); err != nil || e != hole(root.birth) {
+			t.Errorf("entry %d of the root: %v, %v", i, e, err)
+		}
 	}
 	do(d.WriteAt(noise(1<<10), 37<<10))
 	leaf, err := s.leaf(d.v.view.Load().base.root, 37/4)

@@ -10,6 +10,7 @@ type view struct {
 	logged *layer   // is in the log; nil for a read-only volume
 	sealed []*layer // newest first
 	base   tree
+	bare   bool // the contents have been given up; nothing is below
 }
 
 // frozen is the view as it stays when the volume changes: everything sealed.

@@ -201,10 +201,19 @@ func (s *Store) lookup(id ID) (*volume, error) {
 	return v, nil
 }
 
+// source returns the volume of a name whose contents are wanted. mu is held.
+func (s *Store) source(id ID) (*volume, error) {
+	v, err := s.lookup(id)
+	if err == nil && v.view.Load().bare {
+		err = fmt.Errorf("%w: %v", ErrNoData, id)
+	}
+	return v, err
+}
+
 // info describes v. mu is held.
 func (s *Store) info(v *volume) Info {
 	w := v.view.Load()
-	i := Info{ID: v.id, Size: w.size, ReadOnly: v.readOnly(), Used: int64(w.base.mapped) * int64(s.geo.UnitSize)}
+	i := Info{ID: v.id, Size: w.size, ReadOnly: v.readOnly(), NoData: w.bare, Used: int64(w.base.mapped) * int64(s.geo.UnitSize)}
 	if p := s.byNum[v.parent]; p != nil {
 		i.Parent = p.id
 	}
@@ -402,7 +411,7 @@ func (s *Store) derived(ctx context.Context, pairs []Pair, flags uint32) ([]Info
 		r := &logRecord{kind: recDerive, flags: flags}
 		names := map[ID]bool{}
 		for i, p := range pairs {
-			v, err := s.lookup(p.Src)
+			v, err := s.source(p.Src)
 			if err != nil {
 				return nil, err
 			}
@@ -466,7 +475,7 @@ func (s *Store) Revert(ctx context.Context, disk, to ID) error {
 		if err != nil {
 			return nil, err
 		}
-		src, err := s.lookup(to)
+		src, err := s.source(to)
 		if err != nil {
 			return nil, err
 		}
@@ -511,6 +520,30 @@ func (s *Store) Delete(ctx context.Context, id ID) error {
 			return nil, err
 		}
 		return &logRecord{kind: recDelete, num: v.num}, nil
+	})
+}
+
+// DestroyData gives up the contents of a snapshot and keeps the rest: its
+// name, size, attributes and place among its relatives, so that
+// [Store.ChangedSince] can still tell what has changed since it. Pinned disks
+// stay readable; Live ones, and whatever wants the contents, fail with
+// [ErrNoData] from now on. Space that was the snapshot's alone comes back in
+// the background. It is durable on return. [ErrInvalid] for a volume that is
+// not a snapshot; doing it again changes nothing.
+func (s *Store) DestroyData(ctx context.Context, id ID) error {
+	if err := s.beginWrite(); err != nil {
+		return err
+	}
+	defer s.end()
+	return s.operate(ctx, 0, nil, func() (*logRecord, error) {
+		v, err := s.lookup(id)
+		if err != nil {
+			return nil, err
+		}
+		if !v.readOnly() {
+			return nil, fmt.Errorf("%w: %v is not a snapshot", ErrInvalid, id)
+		}
+		return &logRecord{kind: recEmpty, num: v.num}, nil
 	})
 }
 

@@ -19,7 +19,7 @@ func drain(s *Store) error {
 			return err
 		}
 		if !s.reaping.Load() {
-			return s.sync(context.Background())
+			return errors.Join(s.sync(context.Background()), s.awaitReleases(context.Background()))
 		}
 	}
 }
