@@ -6,6 +6,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -415,5 +416,91 @@ func TestOpenSettles(t *testing.T) {
 		if !strings.Contains(before, want) {
 			t.Errorf("no %q in\n%s", want, before)
 		}
+	}
+}
+
+// TestLongQueue deletes so many volumes that the reap queue takes several
+// blocks, and checks every generation while it becomes shorter: queue and
+// counters must be of one generation.
+func TestLongQueue(t *testing.T) {
+	ctx := context.Background()
+	m := vfs.NewMem(0)
+	var mu sync.Mutex
+	var taken []*vfs.Mem // guarded by mu
+	var armed atomic.Bool
+	held, goOn := make(chan struct{}), make(chan struct{})
+	hook := func(c vfs.Call) error {
+		if c.Op != vfs.OpWrite || c.Name != superName {
+			return nil
+		}
+		if armed.CompareAndSwap(true, false) { // the deletes share the next checkpoint
+			close(held)
+			<-goOn
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		taken = append(taken, m.Kill())
+		return nil
+	}
+	o := tinyOptions()
+	o.Limits.ReapPages = 5
+	o.LogBytes = 16 << 20 // room for everything until the deletes are over
+	s, err := Create(ctx, vfs.NewInject(m, nil, hook), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := byte(3 * tiny.linksPerUnit())
+	for i := range n {
+		if _, err := s.Create(ctx, ID{i + 1}, 8<<10, nil); err != nil {
+			t.Fatal(err)
+		}
+		d, err := s.OpenDisk(ctx, ID{i + 1}, Live)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for off := range int64(2) { // two leaves, which the reaper puts on the queue
+			if _, err := d.WriteAt(bytes.Repeat([]byte{i + 1}, 1<<10), off*4<<10); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	armed.Store(true)
+	synced := make(chan error)
+	go func() { synced <- s.sync(ctx) }()
+	<-held
+	for i := range n {
+		if err := s.Delete(ctx, ID{i + 1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(goOn)
+	if err := <-synced; err != nil {
+		t.Fatal(err)
+	}
+	for more := true; more; more = s.Usage().Reaping {
+		if err := s.sync(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	long := 0
+	for i, c := range append(taken, m) {
+		if err := checkClean(c); err != nil {
+			t.Fatalf("call %d of %d: %v", i, len(taken), err)
+		}
+		f, err := c.Open(superName)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if sb, err := readSuper(f); err != nil {
+			t.Fatal(err)
+		} else if sb.queueLen > uint64(tiny.linksPerUnit()) {
+			long++
+		}
+	}
+	if long < 10 {
+		t.Errorf("only %d of %d generations had a queue of more than a block", long, len(taken))
 	}
 }
