@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"syscall"
 	"testing"
 
 	"coppice/internal/vfs"
@@ -180,5 +181,57 @@ func TestFailedSyncIsRemembered(t *testing.T) {
 	}
 	if err := sf.close(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestHostFilledByOthers fills the host behind a young store's back: whatever
+// needs no new region goes on, generation after generation.
+func TestHostFilledByOthers(t *testing.T) {
+	ctx := context.Background()
+	m := vfs.NewMem(4 << 20)
+	s, err := Create(ctx, m, tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b := ID{1}, ID{2}
+	for _, id := range []ID{a, b} {
+		if _, err := s.Create(ctx, id, 40<<10, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	filler, err := m.Create("filler")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for off := int64(0); ; off += 512 {
+		if _, err := filler.WriteAt(make([]byte, 512), off); errors.Is(err, syscall.ENOSPC) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Delete(ctx, a); err != nil {
+		t.Errorf("delete: %v", err)
+	}
+	for round := range byte(6) {
+		d, err := s.OpenDisk(ctx, b, Live)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := d.WriteAt([]byte{round + 1}, int64(round)*1000); err != nil {
+			t.Errorf("round %d: write: %v", round, err)
+		}
+		if err := errors.Join(d.Flush(ctx), d.Close(), s.Close()); err != nil {
+			t.Fatalf("round %d: %v", round, err)
+		}
+		if err := checkClean(m.Kill()); err != nil {
+			t.Errorf("round %d: %v", round, err)
+		}
+		if s, err = Open(ctx, m, tinyOptions()); err != nil {
+			t.Fatalf("round %d: open: %v", round, err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
 	}
 }

@@ -65,6 +65,17 @@ type regionTable struct {
 	crc   []uint32            // of each page, as last written or read
 }
 
+// allocate has the host provide the space for the record of a region in both
+// files, so that no generation is kept from being written by a full host.
+func (t *regionTable) allocate(region int) error {
+	for i, f := range t.file {
+		if err := f.Allocate(int64(region/tablePageRecords)*tablePageSize, tablePageSize); err != nil {
+			return fmt.Errorf("growing %s: %w", regionsName(uint64(i)), err)
+		}
+	}
+	return nil
+}
+
 // mark notes that the record of a region has changed.
 func (t *regionTable) mark(region int) {
 	for i := range t.dirty {

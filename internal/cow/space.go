@@ -185,6 +185,11 @@ func (s *space) append() error {
 	if i >= s.geo.maxRegions() {
 		return errMax
 	}
+	if i%tablePageRecords == 0 {
+		if err := s.table.allocate(i); err != nil {
+			return err
+		}
+	}
 	if err := s.files.allocate(i); err != nil {
 		return err
 	}

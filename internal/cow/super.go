@@ -170,7 +170,7 @@ func createSuper(dir vfs.FS, s *super) (vfs.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = f.Truncate(superSlots * slotSize)
+	err = f.Allocate(0, superSlots*slotSize)
 	if err == nil {
 		err = writeSuper(f, s)
 	}
