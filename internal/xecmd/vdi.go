@@ -2,6 +2,7 @@ package xecmd
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"strings"
 
@@ -96,7 +97,7 @@ func vdiCreate(ctx context.Context, r *run) error {
 		return failf("Unknown vdi type: %s", kind)
 	}
 	tags := []any{}
-	for tag := range r.args.pairs("tags") {
+	for _, tag := range slices.Sorted(maps.Keys(r.args.pairs("tags"))) {
 		tags = append(tags, tag)
 	}
 	vdi, err := r.callText(ctx, "VDI.create", map[string]any{
