@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -502,5 +503,75 @@ func TestLongQueue(t *testing.T) {
 	}
 	if long < 10 {
 		t.Errorf("only %d of %d generations had a queue of more than a block", long, len(taken))
+	}
+}
+
+// TestPunchAfterFlag expects the durable region table to say that a region has no
+// host space before that is given back: after a crash the store must not count
+// on it.
+func TestPunchAfterFlag(t *testing.T) {
+	ctx := context.Background()
+	m := vfs.NewMem(0)
+	var mu sync.Mutex
+	punched := 0 // guarded by mu
+	hook := func(c vfs.Call) error {
+		if c.Op != vfs.OpPunch {
+			return nil
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		punched++
+		im, err := readImage(m.Crash(func(int) int { return 0 }), Options{})
+		if err != nil {
+			t.Error(err)
+			return nil
+		}
+		var file int
+		if _, err := fmt.Sscanf(c.Name, "space-%d", &file); err != nil {
+			t.Error(err)
+		}
+		i := file*tiny.RegionsPerFile + int(c.Off/tiny.regionBytes())
+		if i >= len(im.space.regions) || !im.space.regions[i].rec.unbacked {
+			t.Errorf("region %d is punched out, and the durable table of %d does not say so", i, len(im.space.regions))
+		}
+		if err := im.close(); err != nil {
+			t.Error(err)
+		}
+		return nil
+	}
+	s, err := Create(ctx, vfs.NewInject(m, nil, hook), tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	const size = 1 << 20
+	if _, err := s.Create(ctx, ID{1}, size, nil); err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.OpenDisk(ctx, ID{1}, Live)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.WriteAt(noise(size), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.sync(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Delete(ctx, ID{1}); err != nil {
+		t.Fatal(err)
+	}
+	for more := true; more; more = s.Usage().Reaping || s.reclaimable() || s.space.hasSpare() {
+		if err := s.sync(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.awaitReleases(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if punched < 5 {
+		t.Errorf("%d regions were punched out", punched)
 	}
 }
