@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -36,6 +37,21 @@ type rawFile struct{ *os.File }
 
 func (f rawFile) flush(context.Context) error { return unix.Fdatasync(int(f.Fd())) }
 
+// checkedFile is a raw file whose reads take the CRC32C of each block, as any
+// reader that verifies must.
+type checkedFile struct {
+	rawFile
+	sum *atomic.Uint32 // keeps the checksums from being optimised away
+}
+
+func (f checkedFile) ReadAt(p []byte, off int64) (int, error) {
+	n, err := f.rawFile.ReadAt(p, off)
+	for i := 0; i < n; i += block {
+		f.sum.Store(crc32.Checksum(p[i:min(n, i+block)], castagnoli))
+	}
+	return n, err
+}
+
 // engineBench is a store in a real directory and a raw file beside it, both
 // filled with the same number of bytes.
 type engineBench struct {
@@ -46,6 +62,8 @@ type engineBench struct {
 	disk  engineDisk
 	file  rawFile
 }
+
+func (b *engineBench) checked() checkedFile { return checkedFile{b.file, new(atomic.Uint32)} }
 
 func (b *engineBench) newID() cow.ID {
 	b.next++
@@ -234,6 +252,7 @@ func (b *engineBench) reads(ctx context.Context, cfg config) error {
 		err := compare(ctx, cfg, fmt.Sprintf("4 KiB random read, warm, %d at a time", depth),
 			contestant{"engine", n * block, read(b.disk), nil},
 			contestant{"raw file", n * block, read(b.file), nil},
+			contestant{"raw file + CRC32C", n * block, read(b.checked()), nil},
 		)
 		if err != nil {
 			return err
@@ -253,11 +272,14 @@ func (b *engineBench) sequentials(ctx context.Context, cfg config) error {
 		move := func(t ioTarget) func(context.Context) error {
 			return func(ctx context.Context) error { return sequential(ctx, t, size, write) }
 		}
-		err := compare(ctx, cfg, title,
-			contestant{"engine", size, move(b.disk), nil},
-			contestant{"raw file", size, move(b.file), nil},
-		)
-		if err != nil {
+		cs := []contestant{
+			{"engine", size, move(b.disk), nil},
+			{"raw file", size, move(b.file), nil},
+		}
+		if !write {
+			cs = append(cs, contestant{"raw file + CRC32C", size, move(b.checked()), nil})
+		}
+		if err := compare(ctx, cfg, title, cs...); err != nil {
 			return err
 		}
 	}
