@@ -295,13 +295,14 @@ func (s *Store) makeReserve() error {
 // are free nor into the file system. A row changes a leaf and the branches above it.
 func (s *Store) room(b db.Batch) error {
 	page := int64(s.file.Info().PageSize)
-	need, spare := 32*page, int64(s.file.Stats().FreePageN-reservePages)
+	need, deletes := 32*page, false
 	for _, r := range b.Rows {
 		need += int64(len(r.Data)) + 4*page
-		if r.Data == nil {
-			spare += reservePages
-			break
-		}
+		deletes = deletes || r.Data == nil
+	}
+	spare := int64(s.file.Stats().FreePageN)
+	if !deletes {
+		spare -= reservePages
 	}
 	if spare*page >= need {
 		return nil

@@ -130,6 +130,9 @@ func TestFullFileSystem(t *testing.T) {
 	if err := commit(put("huge", 4<<20)); !errors.Is(err, db.ErrFull) {
 		t.Errorf("without room: got %v, want ErrFull", err)
 	}
+	if err := commit(db.Row{Class: "VDI", Ref: "0"}, put("huge", 4<<20)); !errors.Is(err, db.ErrFull) {
+		t.Errorf("deleting a little and putting much without room: got %v, want ErrFull", err)
+	}
 	for i := range 20 {
 		if err := commit(db.Row{Class: "VDI", Ref: fmt.Sprint(i)}, put("SR", 100)); err != nil {
 			t.Errorf("deleting row %d without room: %v", i, err)
