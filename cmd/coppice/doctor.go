@@ -154,17 +154,25 @@ func (f *findings) permissions(data dataDir, info fs.FileInfo) {
 }
 
 func (f *findings) space(data dataDir) {
-	var st unix.Statfs_t
-	if err := unix.Statfs(string(data), &st); err != nil {
+	free, err := freeSpace(data)
+	if err != nil {
 		f.add(warning, "", "free space: %v", err)
 		return
 	}
-	free := int64(st.Bavail) * st.Bsize
 	if free < lowSpace {
 		f.add(trouble, "Delete disks or snapshots, or enlarge the file system.", "free space: only %d MiB", free>>20)
 		return
 	}
 	f.add(fine, "", "free space: %.1f GiB", float64(free)/(1<<30))
+}
+
+func freeSpace(data dataDir) (int64, error) {
+	dir, err := vfs.OpenDir(string(data))
+	if err != nil {
+		return 0, err
+	}
+	defer dir.Close()
+	return dir.Free()
 }
 
 // fileSystem tries the operations that stores depend on, in a scratch file.

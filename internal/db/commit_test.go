@@ -100,31 +100,47 @@ func TestGroupCommit(t *testing.T) {
 	})
 }
 
+// gated is a database on a gateStore, and the updates that a test has begun on it.
+type gated struct {
+	store   *gateStore
+	db      *db.DB
+	updates sync.WaitGroup
+	errs    chan error // what they returned
+}
+
+func (g *gated) start(fn func(*db.Tx) error) {
+	g.updates.Go(func() { g.errs <- g.db.Update(context.Background(), fn) })
+	synctest.Wait()
+}
+
+// refused opens a database whose store answers the first commit with an error, when two more updates have been
+// built on it.
+func refused(t *testing.T, answer error) *gated {
+	t.Helper()
+	g := &gated{store: newGateStore(), errs: make(chan error, 10)}
+	var err error
+	if g.db, err = db.Open(t.Context(), xapi.Datamodel(), g.store); err != nil {
+		t.Fatal(err)
+	}
+	g.start(addVDI)
+	<-g.store.entered
+	g.start(addVDI)
+	g.start(addTask)
+	g.store.answer <- answer
+	g.updates.Wait()
+	return g
+}
+
 // TestStoreFailure fails a commit on which others have built: all of them fail, nothing becomes visible, and
 // the database is read-only.
 func TestStoreFailure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newGateStore()
-		d, err := db.Open(t.Context(), xapi.Datamodel(), s)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var wg sync.WaitGroup
-		errs := make(chan error, 10)
-		start := func(fn func(*db.Tx) error) {
-			wg.Go(func() { errs <- d.Update(context.Background(), fn) })
-			synctest.Wait()
-		}
-		start(addVDI)
-		<-s.entered
-		start(addVDI)
-		start(addTask)
-		s.answer <- errInjected
-		wg.Wait()
-		start(addTask)
-		wg.Wait()
-		close(errs)
-		for err := range errs {
+		g := refused(t, errInjected)
+		d := g.db
+		g.start(addTask)
+		g.updates.Wait()
+		close(g.errs)
+		for err := range g.errs {
 			if _, ok := errors.AsType[*db.StoreError](err); !ok || !errors.Is(err, errInjected) {
 				t.Errorf("got %v, want a StoreError", err)
 			}
@@ -142,35 +158,20 @@ func TestStoreFailure(t *testing.T) {
 // visible, and the next update finds the database as it was.
 func TestFullStore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newGateStore()
-		d, err := db.Open(t.Context(), xapi.Datamodel(), s)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var wg sync.WaitGroup
-		errs := make(chan error, 10)
-		start := func(fn func(*db.Tx) error) {
-			wg.Go(func() { errs <- d.Update(context.Background(), fn) })
-			synctest.Wait()
-		}
-		start(addVDI)
-		<-s.entered
-		start(addVDI)
-		start(addTask)
-		s.answer <- fmt.Errorf("commit: %w", db.ErrFull)
-		wg.Wait()
+		g := refused(t, fmt.Errorf("commit: %w", db.ErrFull))
+		s, d := g.store, g.db
 		for range 3 {
-			if err := <-errs; !errors.Is(err, db.ErrFull) {
+			if err := <-g.errs; !errors.Is(err, db.ErrFull) {
 				t.Errorf("got %v, want ErrFull", err)
 			}
 		}
-		start(addVDI)
+		g.start(addVDI)
 		if b := <-s.entered; len(b.Rows) != 1 {
 			t.Errorf("a later batch has %d rows, want 1", len(b.Rows))
 		}
 		s.answer <- nil
-		wg.Wait()
-		if err := <-errs; err != nil {
+		g.updates.Wait()
+		if err := <-g.errs; err != nil {
 			t.Errorf("a later update: %v", err)
 		}
 		if n, m := count[xapi.VDI](t, d), count[xapi.Task](t, d); n != 1 || m != 0 {

@@ -208,7 +208,8 @@ func (c *client) copied(err error) (Response, error) {
 }
 
 // body returns what is left to read. Where the buffer holds nothing of it any
-// more this is the bare connection, from which the kernel can copy.
+// more this is the bare connection, from which the kernel can copy to standard
+// output.
 func (x *exchange) body() io.Reader {
 	var conn io.Reader = x.Conn
 	if b, ok := conn.(*boundConn); ok {
