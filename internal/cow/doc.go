@@ -113,8 +113,9 @@
 //	24  4 entries per page         152  8 regions
 //	28  4 counters per page        160  4 CRC over the CRCs of the pages
 //	32  4 regions per file                of the region table
-//	36 16 store UUID               164    zero
-//	52 16 log key                  508  4 CRC of bytes 0 to 507
+//	36 16 store UUID               164  8 bytes of the log
+//	52 16 log key                  172    zero
+//	                               508  4 CRC of bytes 0 to 507
 //	68  8 generation
 //	76  8 epoch
 //
@@ -152,9 +153,10 @@
 // Reap queue: a stack in a chain of blocks. A block is the entry of the block
 // below, of kind data, and 255 entries of roots to be given up.
 //
-// Log: frames, each at a multiple of the unit size. One that would have less
-// than the greatest frame, a quarter of the ring or 8 MiB, before the end of
-// the ring is at byte 0. CRCs of a frame start from the CRC of the log key, so
+// Log: frames, each at a multiple of the alignment: 4 KiB, or the unit size
+// where that is less. The greatest frame is a quarter of the ring, at most 8
+// MiB, rounded down to the alignment; one that would have less than that before
+// the end of the ring is at byte 0. CRCs of a frame start from the CRC of the log key, so
 // that no data in a volume passes for a frame:
 //
 //	 0  8 "COWFRAME"                44  4 bytes of payload

@@ -56,6 +56,10 @@ func (g Geometry) regionBytes() int64 { return int64(g.regionUnits()) * int64(g.
 // maxRegions is how many regions 40 bits of address can name.
 func (g Geometry) maxRegions() int { return int(maxAddr / uint64(g.regionUnits())) }
 
+// frameAlign is what frames of the log begin at multiples of: a page of the
+// host, or a unit if that is smaller.
+func (g Geometry) frameAlign() uint64 { return uint64(min(g.UnitSize, 4096)) }
+
 // fanBits is log2 of the fan-out.
 func (g Geometry) fanBits() uint { return uint(bits.TrailingZeros(uint(g.Fanout))) }
 

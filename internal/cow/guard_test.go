@@ -122,7 +122,7 @@ func TestFramesFollowEachOther(t *testing.T) {
 	fresh := func() *redoLog {
 		return &redoLog{
 			file: file, codec: newFrameCodec(&super{logKey: [16]byte{2}}), size: size,
-			align: uint64(tiny.UnitSize), head: logPos{seq: 1},
+			align: tiny.frameAlign(), head: logPos{seq: 1},
 		}
 	}
 	write := func(l *redoLog, s string) {

@@ -91,7 +91,7 @@ func (im *image) newReader(cache int64) *pageReader {
 func (im *image) newLog() redoLog {
 	return redoLog{
 		file: im.logF, codec: newFrameCodec(im.super), size: im.super.logSize,
-		align: uint64(im.super.geo.UnitSize), head: im.super.log,
+		align: im.super.geo.frameAlign(), head: im.super.log,
 	}
 }
 

@@ -53,8 +53,14 @@ func createLog(dir vfs.FS, n int64) (err error) {
 	return f.Datasync()
 }
 
-// maxFrame is the greatest size of a frame with its header.
-func (l *redoLog) maxFrame() uint64 { return min(8<<20, l.size/4) }
+// maxFrame is the greatest size of a frame with its header: a quarter of the
+// ring, at most 8 MiB, and whole multiples of what frames begin at.
+func (l *redoLog) maxFrame() uint64 { return min(8<<20, l.size/minLogFrames) / l.align * l.align }
+
+// frameSize is what a frame with n bytes of payload takes.
+func (l *redoLog) frameSize(n uint64) uint64 {
+	return (frameHeader + n + l.align - 1) / l.align * l.align
+}
 
 // room is how many bytes of frames can be written for certain.
 func (l *redoLog) room() uint64 {
@@ -81,7 +87,7 @@ func (l *redoLog) next(p logPos) logPos {
 // write writes one frame with the given payload and makes it durable.
 func (l *redoLog) write(gen uint64, payload []byte) error {
 	p := l.next(l.head)
-	n := (frameHeader + uint64(len(payload)) + l.align - 1) / l.align * l.align
+	n := l.frameSize(uint64(len(payload)))
 	if n > l.maxFrame() || p.virt+n-l.tail > l.size {
 		return fmt.Errorf("log: frame of %d bytes does not fit", n)
 	}
@@ -126,7 +132,7 @@ func (l *redoLog) scan(gen uint64, f func(frame) error) error {
 		if err := f(frame{h, p.off, b}); err != nil {
 			return err
 		}
-		n := (frameHeader + uint64(h.n) + l.align - 1) / l.align * l.align
+		n := l.frameSize(uint64(h.n))
 		l.head = logPos{off: p.off + n, seq: p.seq + 1, prev: h.crc, virt: p.virt + n}
 	}
 	return l.nothingBehind()

@@ -55,7 +55,7 @@ func TestModelManyRuns(t *testing.T) {
 				o.FirstFit = rng.IntN(4) > 0
 				o.Limits.Chain = 1 + rng.IntN(5)
 				o.Limits.ReapPages = 1 + rng.IntN(12)
-				o.LogBytes += int64(rng.IntN(6)) * 4 * int64(tiny.UnitSize)
+				o.LogBytes += int64(rng.IntN(24)) * int64(tiny.UnitSize)
 				ops := randomOps(rng, 60+rng.IntN(200))
 				if err := run(o, ops); err != nil {
 					small := shrink(o, ops, time.Now().Add(20*time.Second))

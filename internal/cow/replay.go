@@ -7,12 +7,11 @@ import (
 // minLogFrames is how many frames of the greatest size a log has at least.
 const minLogFrames = 4
 
-// minLogBytes is the least size of a log: a frame takes a quarter of it and
-// must hold the attributes of a volume and a unit.
+// minLogBytes is the least size of a log: the greatest frame is a quarter of
+// it and must hold the attributes of a volume and a unit.
 func minLogBytes(g Geometry) int64 {
-	n := int64(minLogFrames * (g.maxAttrs() + 2*g.UnitSize + 4096))
 	u := int64(g.UnitSize)
-	return (n + u - 1) / u * u
+	return minLogFrames * ((int64(g.maxAttrs()) + 2*u + 4096 + u - 1) / u * u)
 }
 
 // checkLogSize reports why a log cannot have the given size.

@@ -118,7 +118,7 @@ func decodeSuper(b []byte) (*super, error) {
 	if s.regions > uint64(s.geo.maxRegions()) || s.epoch > maxEpoch || s.queueLen > 1<<40 {
 		return nil, &CorruptError{Detail: "superblock: count out of range"}
 	}
-	if checkLogSize(int64(s.logSize), s.geo) != nil || s.log.off > s.logSize || s.log.off%uint64(s.geo.UnitSize) != 0 {
+	if checkLogSize(int64(s.logSize), s.geo) != nil || s.log.off > s.logSize || s.log.off%s.geo.frameAlign() != 0 {
 		return nil, &CorruptError{Detail: "superblock: log position out of range"}
 	}
 	return s, nil
