@@ -28,11 +28,14 @@ func fieldHooks() map[string]fieldHook {
 		// The volume knows these fields too.
 		"VDI": func(a *API, ctx context.Context, c *Call, ref, field string) error {
 			a.syncAttrs(ctx, xapi.Ref[xapi.VDI](ref))
-			return nil
+			if field != "other_config" { // a hold decides what may happen to a disk
+				return nil
+			}
+			return a.db.Update(ctx, func(tx *db.Tx) error { return a.refreshVDI(tx, xapi.Ref[xapi.VDI](ref)) })
 		},
-		// Being a template decides what a VM may do.
+		// Being a template, or on hold, decides what a VM may do.
 		"VM": func(a *API, ctx context.Context, c *Call, ref, field string) error {
-			if field != "is_a_template" {
+			if field != "is_a_template" && field != "other_config" {
 				return nil
 			}
 			return a.db.Update(ctx, func(tx *db.Tx) error { return a.refreshVM(tx, xapi.Ref[xapi.VM](ref)) })

@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"coppice/internal/db"
@@ -26,9 +27,13 @@ func messageMethods() map[string]any {
 // messages is what a set of messages is on the wire.
 type messages = map[xapi.Ref[xapi.Message]]*xapi.Message
 
-// maxMessages is how many messages are kept; the oldest make room for new
-// ones. They live in memory and are gone after a restart.
+// maxMessages is how many messages are kept, on disk; the oldest make room for
+// new ones.
 const maxMessages = 10_000
+
+// maxMessageSize bounds the name and the body of a message of a client, in
+// bytes: together, because all messages are kept in memory too.
+const maxMessageSize = 64 << 10
 
 // messageClasses are the classes of objects that messages can be about.
 var messageClasses = map[xapi.Cls]string{
@@ -49,22 +54,42 @@ func (a *API) objectExists(tx *db.Tx, cls xapi.Cls, uuid string) error {
 }
 
 func (a *API) messageCreate(ctx context.Context, c *Call, name string, priority int64, cls xapi.Cls, uuid, body string) (ref xapi.Ref[xapi.Message], err error) {
+	if size := len(name) + len(body); size > maxMessageSize {
+		return "", xapi.NewError(xapi.ErrValueNotSupported, "body", fmt.Sprint(size)+" bytes", fmt.Sprintf("A message has at most %d bytes", maxMessageSize))
+	}
 	err = a.db.Update(ctx, func(tx *db.Tx) (err error) {
 		if err := a.objectExists(tx, cls, uuid); err != nil {
 			return err
 		}
-		if tx.Count(xapi.ClassOf[xapi.Message]()) >= maxMessages {
-			if err := dropOldestMessage(tx); err != nil {
-				return err
-			}
-		}
-		m := xapi.New[xapi.Message]()
-		m.Name, m.Priority, m.Cls, m.ObjUUID, m.Body = name, priority, cls, uuid, body
-		m.Timestamp = a.now().Truncate(time.Second)
-		ref, err = db.Insert(tx, m)
+		ref, err = a.addMessage(tx, name, priority, cls, uuid, body)
 		return err
 	})
 	return ref, err
+}
+
+// alert tells whoever watches messages what has happened to an object. It
+// belongs into the commit that makes it so: an alert without its cause, or a
+// cause without its alert, does not exist. The datamodel knows its priority.
+func (a *API) alert(tx *db.Tx, name string, cls xapi.Cls, uuid, body string) error {
+	priority, ok := a.model.Alerts[name]
+	if !ok {
+		return xapi.NewError(xapi.ErrInternalError, "alert "+name+" is not in the datamodel")
+	}
+	_, err := a.addMessage(tx, name, priority, cls, uuid, body)
+	return err
+}
+
+// addMessage inserts a message, for which the oldest may have to go.
+func (a *API) addMessage(tx *db.Tx, name string, priority int64, cls xapi.Cls, uuid, body string) (xapi.Ref[xapi.Message], error) {
+	if tx.Count(xapi.ClassOf[xapi.Message]()) >= maxMessages {
+		if err := dropOldestMessage(tx); err != nil {
+			return "", err
+		}
+	}
+	m := xapi.New[xapi.Message]()
+	m.Name, m.Priority, m.Cls, m.ObjUUID, m.Body = name, priority, cls, uuid, body
+	m.Timestamp = a.now().Truncate(time.Second)
+	return db.Insert(tx, m)
 }
 
 func dropOldestMessage(tx *db.Tx) error {

@@ -228,6 +228,10 @@ type fieldJSON struct {
 	KeyRoles   map[string]string `json:"key_roles"`
 }
 
+// kept are the classes that the model keeps outside its database but not in memory: they survive a restart all
+// the same.
+var kept = []string{"message"}
+
 // addClasses makes all classes before the first field, because types refer to classes.
 func (m *Model) addClasses(in map[string]*classJSON) error {
 	for _, name := range slices.Sorted(maps.Keys(in)) {
@@ -238,7 +242,8 @@ func (m *Model) addClasses(in map[string]*classJSON) error {
 		}
 		c := &Class{
 			Name: name, Introduced: j.Introduced, State: j.State,
-			Stored: j.InDatabase, Events: j.GenEvents, Persist: j.Persist, CtorDtor: j.CtorDtor, GetAll: j.GetAll,
+			Stored: j.InDatabase, Events: j.GenEvents, Persist: j.Persist || slices.Contains(kept, name),
+			CtorDtor: j.CtorDtor, GetAll: j.GetAll,
 			Methods: make(map[string]*Method, len(j.Methods)),
 			GoType:  gt.record,
 			byName:  make(map[string]*Field, len(j.Fields)),

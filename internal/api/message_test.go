@@ -1,0 +1,43 @@
+package api
+
+import (
+	"strings"
+	"testing"
+
+	"coppice/internal/db"
+	"coppice/internal/xapi"
+)
+
+func TestMessagesSurviveARestart(t *testing.T) {
+	r := newRig(t)
+	vm := record(r.core, r.dom0).UUID
+	r.call("message.create", "kept", 3, "VM", vm, "body")
+	gone := r.call("message.create", "gone", 3, "VM", vm, "").(xapi.Ref[xapi.Message])
+	r.call("message.destroy", string(gone))
+	want := r.call("message.get_all_records").(messages)
+	r.restart()
+	got := r.call("message.get_all_records").(messages)
+	if len(got) != 1 || len(want) != 1 {
+		t.Fatalf("%d messages, there were %d; want 1", len(got), len(want))
+	}
+	for ref, m := range want {
+		if g := got[ref]; g == nil || *g != *m {
+			t.Errorf("got %+v, want %+v", g, m)
+		}
+	}
+	r.wantFailure("VALUE_NOT_SUPPORTED|body|65537 bytes", r.root, "message.create", "x", 1, "VM", vm, strings.Repeat("x", 64<<10))
+}
+
+func TestAlert(t *testing.T) {
+	c := newCore(t)
+	c.update(func(tx *db.Tx) error { return c.alert(tx, "VM_SNAPSHOTTED", xapi.ClsVM, "a-uuid", "body") })
+	for _, m := range c.call("message.get_all_records").(messages) {
+		if m.Name != "VM_SNAPSHOTTED" || m.Priority != 5 || m.ObjUUID != "a-uuid" {
+			t.Errorf("message %+v", m)
+		}
+	}
+	err := c.db.Update(t.Context(), func(tx *db.Tx) error { return c.alert(tx, "NO_SUCH_ALERT", xapi.ClsVM, "", "") })
+	if code(err) != xapi.ErrInternalError {
+		t.Errorf("an alert that nobody knows: %v", err)
+	}
+}
