@@ -141,6 +141,7 @@ type Usage struct {
 type Problem struct {
 	Volume ID     // whose contents are hit
 	Off    int64  // byte in the volume at which the damage begins
+	Len    int64  // bytes that cannot be had, if it is known; they may go beyond the end of the volume
 	Addr   uint64 // unit of the store
 	Detail string
 }

@@ -14,6 +14,11 @@ import (
 type ScrubOptions struct {
 	// BytesPerSecond bounds what is read on average; 0 means no bound.
 	BytesPerSecond int64
+
+	// Progress, unless nil, is called by the goroutine that iterates, after
+	// each step: how many bytes have been verified, of about how many. It ends
+	// with the two equal when the scrub comes to its end.
+	Progress func(done, total int64)
 }
 
 const (
@@ -40,9 +45,13 @@ func (s *Store) Scrub(ctx context.Context, o ScrubOptions) iter.Seq2[Problem, er
 			return
 		}
 		defer s.end()
-		c := &scrub{s: s, ctx: ctx, yield: yield, rate: o.BytesPerSecond, due: time.Now(), seen: map[int][]uint64{}}
+		c := &scrub{
+			s: s, ctx: ctx, yield: yield, rate: o.BytesPerSecond, due: time.Now(), seen: map[int][]uint64{},
+			progress: o.Progress, total: s.Usage().Used,
+		}
 		if err := c.run(); err == nil {
 			s.damage.replace(c.found)
+			c.tell(c.total)
 		} else if !errors.Is(err, errStopped) {
 			yield(Problem{}, fmt.Errorf("scrub: %w", err))
 		}
@@ -64,6 +73,9 @@ type scrub struct {
 	seen  map[int][]uint64 // bit per unit that is verified, with all below it; by region
 	epoch uint64           // of the checkpoint at the beginning
 	found []Problem
+
+	progress    func(done, total int64) // may be nil
+	done, total int64                   // bytes
 
 	// The tree being walked. The walk begins anew with each step, from the root
 	// that the tree has then, and passes over what lies before at.
@@ -177,7 +189,7 @@ func (c *scrub) walk(e entry, lo uint64) error {
 		return err
 	}
 	if err == nil && refs == 0 && c.at <= lo {
-		c.problem(lo, e.addr, "unit in use has no references")
+		c.problem(lo, 0, e.addr, "unit in use has no references")
 	}
 	if e.kind == kindData {
 		c.step.units = append(c.step.units, unit{lo, e})
@@ -192,7 +204,7 @@ func (c *scrub) walk(e entry, lo uint64) error {
 	}
 	b, err := read(e)
 	if ce, ok := errors.AsType[*CorruptError](err); ok {
-		c.problem(lo, ce.Addr, ce.Detail)
+		c.problem(lo, n, ce.Addr, ce.Detail)
 		c.at = lo + n
 		return nil
 	} else if err != nil {
@@ -231,7 +243,7 @@ func (c *scrub) contents() error {
 			}
 			err := c.s.pageReader.verified(b, x.entry)
 			if ce, ok := errors.AsType[*CorruptError](err); ok {
-				c.problem(x.index, ce.Addr, ce.Detail)
+				c.problem(x.index, 1, ce.Addr, ce.Detail)
 			} else if err != nil {
 				return err
 			} else {
@@ -257,7 +269,17 @@ func (c *scrub) settle() error {
 			return errStopped
 		}
 	}
-	return c.pace(int64(c.step.pages+len(c.step.units)) * int64(c.s.geo.UnitSize))
+	n := int64(c.step.pages+len(c.step.units)) * int64(c.s.geo.UnitSize)
+	c.done += n
+	c.tell(min(c.done, c.total))
+	return c.pace(n)
+}
+
+// tell says how far the scrub has come.
+func (c *scrub) tell(done int64) {
+	if c.progress != nil {
+		c.progress(done, c.total)
+	}
 }
 
 // pace waits until n more bytes may have been read.
@@ -276,11 +298,12 @@ func (c *scrub) pace(n int64) error {
 	}
 }
 
-// problem notes a problem of unit lo of the tree.
-func (c *scrub) problem(lo, addr uint64, detail string) {
+// problem notes a problem of n units of the tree, from lo on.
+func (c *scrub) problem(lo, n, addr uint64, detail string) {
 	p := Problem{Volume: c.vol, Addr: addr, Detail: detail}
 	if c.what == "" {
-		p.Off = int64(lo) * int64(c.s.geo.UnitSize)
+		u := int64(c.s.geo.UnitSize)
+		p.Off, p.Len = int64(lo)*u, int64(n)*u
 	} else {
 		p.Detail = c.what + ": " + detail
 	}
@@ -306,7 +329,7 @@ func (c *scrub) counters() error {
 			for k := range pagesPerRegion {
 				_, err := loadCounters(c.s.files, i, k, &rec)
 				if ce, ok := errors.AsType[*CorruptError](err); ok {
-					c.problem(0, ce.Addr, ce.Detail)
+					c.problem(0, 0, ce.Addr, ce.Detail)
 				} else if err != nil {
 					return err
 				}

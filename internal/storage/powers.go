@@ -3,6 +3,7 @@ package storage
 import (
 	"context"
 	"iter"
+	"time"
 )
 
 // Resizer changes the size of a volume, in bytes. Growth reads as zero; what a
@@ -50,6 +51,66 @@ type Attributer interface {
 	SetAttrs(ctx context.Context, id ID, attrs []byte) error
 }
 
+// DataDestroyer gives up the contents of a read-only volume and keeps the
+// rest: its name, size, attributes and place among its relatives, so that a
+// [ChangeTracker] can still tell what has changed since. From then on whatever
+// wants the contents fails with ErrNoData; volumes opened Pinned before stay
+// readable. Space that was the volume's alone comes back in the background. It
+// is durable on return. ErrInvalid for a writable volume; doing it again
+// changes nothing.
+type DataDestroyer interface {
+	DestroyData(ctx context.Context, id ID) error
+}
+
+// ChangeTracker is [Differ] from a volume that is named rather than open, and
+// whose data may be destroyed. Then it yields every range of to that differs
+// from what the volume had, and may yield one that was written with the bytes
+// it had; to must descend from the volume, or the error is ErrNoLineage.
+type ChangeTracker interface {
+	ChangedSince(ctx context.Context, from ID, to Volume, off int64) iter.Seq2[Extent, error]
+}
+
+// SpaceEstimator tells what deleting all of the volumes would give back: for
+// one volume, what it has of its own; for a set more than the sum, by what only
+// its members share. What open volumes hold does not come back before they are
+// closed, and is counted all the same. It changes nothing, takes time in
+// proportion to what would be freed, and may answer from a moment ago: see
+// Freed.At. ErrNotFound when one of them does not exist; nothing for none.
+type SpaceEstimator interface {
+	WouldFree(ctx context.Context, ids ...ID) (Freed, error)
+}
+
+// Freed is what a deletion would give back.
+type Freed struct {
+	Bytes int64
+	At    time.Time // of the state that has been looked at: later changes are not in it
+	Exact bool      // false when the state changed while it was looked at
+}
+
+// Scrubber verifies everything that is stored, while the repo is in use, and
+// yields every problem. Only a scrub that comes to its end changes what a
+// [DamageLister] says; a caller may stop at any time.
+type Scrubber interface {
+	Scrub(ctx context.Context, o ScrubOptions) iter.Seq2[Problem, error]
+}
+
+// ScrubOptions says how a scrub goes about it.
+type ScrubOptions struct {
+	// BytesPerSecond bounds what is read on average; 0 means no bound.
+	BytesPerSecond int64
+	// Progress, unless nil, is told now and then, by the goroutine that
+	// scrubs, how many bytes of about how many have been verified. It ends
+	// with the two equal when the scrub comes to its end.
+	Progress func(done, total int64)
+}
+
+// DamageLister lists what is known to be damaged, from the last complete scrub
+// and from reads since, in the order of volumes and offsets. It may stop at a
+// bound; it costs next to nothing.
+type DamageLister interface {
+	Damage(ctx context.Context) ([]Problem, error)
+}
+
 // Checker verifies the whole repo while it is in use and reports every
 // problem it finds; an error means the check itself could not go on.
 type Checker interface {
@@ -60,5 +121,14 @@ type Checker interface {
 type Problem struct {
 	Volume ID    // "" when it concerns the repo
 	Off    int64 // bytes into the volume
+	Len    int64 // bytes from Off on that cannot be had; 0 when that is not known or nothing is lost
 	Detail string
+}
+
+// Labeled is a repo that keeps a blob of its own, at most MaxAttrs bytes,
+// opaque to the driver like those of volumes. It begins empty, and a failed or
+// interrupted SetRepoAttrs leaves the old one or the new one.
+type Labeled interface {
+	RepoAttrs(ctx context.Context) ([]byte, error)
+	SetRepoAttrs(ctx context.Context, attrs []byte) error
 }

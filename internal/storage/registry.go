@@ -52,5 +52,9 @@ func Features(r Repo) []string {
 	if _, ok := r.(Reverter); ok {
 		f = append(f, "VDI_REVERT")
 	}
+	_, destroys := r.(DataDestroyer)
+	if _, tracks := r.(ChangeTracker); tracks && destroys {
+		f = append(f, "VDI_CONFIG_CBT")
+	}
 	return f
 }

@@ -143,6 +143,7 @@ type Info struct {
 	ID       ID
 	Size     int64 // bytes
 	ReadOnly bool  // a snapshot: never writable
+	NoData   bool  // its contents have been destroyed, see [DataDestroyer]
 	Parent   ID    // the read-only volume its contents descend from, "" when none
 	Used     int64 // bytes of data it maps, shared or not
 	Attrs    []byte
@@ -263,6 +264,8 @@ var (
 	ErrExists       = errors.New("volume exists")
 	ErrInvalid      = errors.New("invalid argument")
 	ErrReadOnly     = errors.New("volume is read-only")
+	ErrNoData       = errors.New("data of the volume has been destroyed")
+	ErrNoLineage    = errors.New("volume does not descend from the other")
 	ErrRepoReadOnly = errors.New("repository has become read-only after a failure")
 	ErrClosed       = errors.New("closed")
 	ErrCorrupt      = errors.New("stored data is damaged")

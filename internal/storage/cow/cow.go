@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"iter"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 
 	engine "coppice/internal/cow"
@@ -68,6 +69,9 @@ func openStore(ctx context.Context, dir vfs.FS, o engine.Options, create bool) (
 	}
 	s, err := engine.Open(ctx, dir, o)
 	if errors.Is(err, engine.ErrNoStore) && create {
+		if err := removeLabel(dir); err != nil { // of a store that was destroyed in part
+			return nil, err
+		}
 		s, err = engine.Create(ctx, dir, o)
 	}
 	if err != nil {
@@ -88,7 +92,10 @@ func destroyDir(ctx context.Context, config map[string]string) error {
 	}
 	dir, err := vfs.OpenDir(path)
 	if err == nil {
-		err = errors.Join(engine.Destroy(dir), dir.Close())
+		if err = engine.Destroy(dir); err == nil {
+			err = removeLabel(dir)
+		}
+		err = errors.Join(err, dir.Close())
 	}
 	if err != nil {
 		return translate("destroy store in "+path, "", err)
@@ -102,6 +109,7 @@ type repo struct {
 	dir     vfs.FS
 	release func() error // what Close calls at the end; may be nil
 	closed  atomic.Bool
+	label   sync.Mutex // guards the file of the repo's own attributes
 }
 
 var (
@@ -111,7 +119,13 @@ var (
 	_ storage.GroupSnapshotter = (*repo)(nil)
 	_ storage.Differ           = (*repo)(nil)
 	_ storage.Attributer       = (*repo)(nil)
+	_ storage.DataDestroyer    = (*repo)(nil)
+	_ storage.ChangeTracker    = (*repo)(nil)
+	_ storage.SpaceEstimator   = (*repo)(nil)
 	_ storage.Checker          = (*repo)(nil)
+	_ storage.Scrubber         = (*repo)(nil)
+	_ storage.DamageLister     = (*repo)(nil)
+	_ storage.Labeled          = (*repo)(nil)
 )
 
 // usable refuses work on a closed repo or with a cancelled context.
@@ -127,7 +141,7 @@ func (r *repo) usable(ctx context.Context) error {
 
 // info adds the attributes to what the engine says of a volume.
 func (r *repo) info(i engine.Info, attrs []byte) storage.Info {
-	info := storage.Info{ID: volumeID(i.ID), Size: i.Size, ReadOnly: i.ReadOnly, Used: i.Used, Attrs: attrs}
+	info := storage.Info{ID: volumeID(i.ID), Size: i.Size, ReadOnly: i.ReadOnly, NoData: i.NoData, Used: i.Used, Attrs: attrs}
 	if i.Parent != (engine.ID{}) {
 		info.Parent = volumeID(i.Parent)
 	}
@@ -348,30 +362,6 @@ func (r *repo) Usage(ctx context.Context) (storage.Usage, error) {
 	}
 	growth = max(0, growth)
 	return storage.Usage{Total: u.Allocated + growth, Used: u.Used, Free: u.Free + growth}, nil
-}
-
-func (r *repo) Check(ctx context.Context) iter.Seq2[storage.Problem, error] {
-	return func(yield func(storage.Problem, error) bool) {
-		if err := r.usable(ctx); err != nil {
-			yield(storage.Problem{}, translate("check", "", err))
-			return
-		}
-		for p, err := range r.s.Check(ctx) {
-			problem := storage.Problem{Off: p.Off, Detail: p.Detail}
-			if p.Addr != 0 {
-				problem.Detail = fmt.Sprintf("unit %d: %s", p.Addr, p.Detail)
-			}
-			if p.Volume != (engine.ID{}) {
-				problem.Volume = volumeID(p.Volume)
-			}
-			if err != nil {
-				err = translate("check", "", err)
-			}
-			if !yield(problem, err) || err != nil {
-				return
-			}
-		}
-	}
 }
 
 func (r *repo) Close() error {

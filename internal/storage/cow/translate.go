@@ -34,6 +34,8 @@ var kinds = []struct{ lower, contract error }{
 	{engine.ErrExists, storage.ErrExists},
 	{engine.ErrInvalid, storage.ErrInvalid},
 	{engine.ErrReadOnly, storage.ErrReadOnly},
+	{engine.ErrNoData, storage.ErrNoData},
+	{engine.ErrNoLineage, storage.ErrNoLineage},
 	{engine.ErrClosed, storage.ErrClosed},
 	{engine.ErrFailed, storage.ErrRepoReadOnly},
 	{engine.ErrNoStore, storage.ErrNoRepo},

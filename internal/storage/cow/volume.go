@@ -81,19 +81,6 @@ func (v *volume) Close() error {
 	return v.fail("close", v.d.Close())
 }
 
-func (r *repo) Diff(ctx context.Context, from, to storage.Volume, off int64) iter.Seq2[storage.Extent, error] {
-	a, aok := from.(*volume)
-	b, bok := to.(*volume)
-	if !aok || !bok || a.r != r || b.r != r {
-		return func(yield func(storage.Extent, error) bool) {
-			yield(storage.Extent{}, fmt.Errorf("diff: %w: volume of another repository", storage.ErrInvalid))
-		}
-	}
-	return b.convert(ctx, "diff to", func() (iter.Seq2[engine.Extent, error], error) {
-		return r.s.Diff(ctx, a.d, b.d, off), b.within(off, 0)
-	})
-}
-
 // convert passes extents of the engine on. ask is called when the iteration
 // begins.
 func (v *volume) convert(ctx context.Context, doing string, ask func() (iter.Seq2[engine.Extent, error], error)) iter.Seq2[storage.Extent, error] {
