@@ -55,6 +55,7 @@ func (f checkedFile) ReadAt(p []byte, off int64) (int, error) {
 // engineBench is a store in a real directory and a raw file beside it, both
 // filled with the same number of bytes.
 type engineBench struct {
+	path  string // holds the store and the raw file
 	store *cow.Store
 	next  uint64 // of the volume to be made
 	size  int64  // bytes of the disk and the file
@@ -89,11 +90,15 @@ func (b *engineBench) snapshot(ctx context.Context, src cow.ID) (cow.ID, error) 
 }
 
 func startEngine(ctx context.Context, cfg config, size int64) (_ *engineBench, err error) {
-	dir, err := vfs.CreateDir(filepath.Join(cfg.scratch, "engine"))
+	path, err := os.MkdirTemp(cfg.scratch, "engine-")
 	if err != nil {
 		return nil, err
 	}
-	b := &engineBench{size: size}
+	dir, err := vfs.CreateDir(filepath.Join(path, "store"))
+	if err != nil {
+		return nil, err
+	}
+	b := &engineBench{path: path, size: size}
 	if b.store, err = cow.Create(ctx, dir, cow.Options{}); err != nil {
 		return nil, err
 	}
@@ -105,7 +110,7 @@ func startEngine(ctx context.Context, cfg config, size int64) (_ *engineBench, e
 	if b.id, b.disk, err = b.create(ctx, size); err != nil {
 		return nil, err
 	}
-	f, err := os.Create(filepath.Join(cfg.scratch, "raw"))
+	f, err := os.Create(filepath.Join(path, "raw"))
 	if err != nil {
 		return nil, err
 	}
@@ -118,7 +123,9 @@ func startEngine(ctx context.Context, cfg config, size int64) (_ *engineBench, e
 	return b, nil
 }
 
-func (b *engineBench) stop() error { return errors.Join(b.file.Close(), b.store.Close()) }
+func (b *engineBench) stop() error {
+	return errors.Join(b.file.Close(), b.store.Close(), os.RemoveAll(b.path))
+}
 
 var noiseSeed atomic.Uint64
 
@@ -187,20 +194,27 @@ func random(ctx context.Context, t ioTarget, size int64, n, depth int, write, ev
 	return errors.Join(errs...)
 }
 
-// benchEngine measures the storage engine through its Go interface against a
-// raw file that the same loops read and write.
-func benchEngine(ctx context.Context, cfg config, _ *server) (err error) {
-	b, err := startEngine(ctx, cfg, gib)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, b.stop()) }()
-	for _, part := range []func(context.Context, config) error{b.smallWrites, b.reads, b.sequentials, b.volumeOps, b.clones} {
-		if err := part(ctx, cfg); err != nil {
+// engineSections measure the storage engine through its Go interface against
+// a raw file that the same loops read and write.
+var engineSections = []section{
+	engineSection("engine/writes", gib, (*engineBench).smallWrites),
+	engineSection("engine/reads", gib, (*engineBench).reads),
+	engineSection("engine/sequential", gib, (*engineBench).sequentials),
+	engineSection("engine/volumes", 64*mib, (*engineBench).volumeOps),
+	engineSection("engine/clones", 64*mib, (*engineBench).clones),
+}
+
+// engineSection is a section with a store of its own, in which there is a
+// disk filled with size bytes.
+func engineSection(name string, size int64, run func(*engineBench, context.Context, config) error) section {
+	return section{name: name, run: func(ctx context.Context, cfg config, _ *server) (err error) {
+		b, err := startEngine(ctx, cfg, size)
+		if err != nil {
 			return err
 		}
-	}
-	return nil
+		defer func() { err = errors.Join(err, b.stop()) }()
+		return run(b, ctx, cfg)
+	}}
 }
 
 // smallWrites compares 4 KiB random writes, before and right after a snapshot.

@@ -15,11 +15,12 @@
 //     same bytes, takes the CRC32C of each 4 KiB and does nothing else. It is
 //     what any server that verifies its data could reach here.
 //
-// The section "engine" measures the storage engine alone, through its Go
-// interface, against a raw file that the same loops read and write.
+// The sections "engine/…" measure the storage engine alone, through its Go
+// interface, against a raw file that the same loops read and write. Those
+// called "long/…" take minutes and run only when they are asked for.
 //
-// Usage: go run ./bench [-rounds N] [-dir DIR] [-only REGEXP]; it needs
-// bin/coppice (make build) and qemu-img.
+// Usage: go run ./bench [-rounds N] [-dir DIR] [-only REGEXP] [-cpuprofile FILE];
+// it needs qemu-img and, but for the engine, bin/coppice (make build).
 package main
 
 import (
@@ -32,6 +33,8 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"runtime/pprof"
+	"slices"
 )
 
 // config is what the flags say.
@@ -40,7 +43,22 @@ type config struct {
 	dir     string
 	binary  string
 	only    *regexp.Regexp
+	profile string
 	scratch string // a directory of this run, below dir
+}
+
+// section is a part of the benchmark that can be run alone.
+type section struct {
+	name   string
+	server bool // needs a running server; run gets nil otherwise
+	long   bool // runs only when -only asks for it
+	run    func(context.Context, config, *server) error
+}
+
+var serverSections = []section{
+	{name: "vhd", server: true, run: benchVHD},
+	{name: "delta", server: true, run: benchDelta},
+	{name: "snapshot", server: true, run: benchSnapshot},
 }
 
 func main() {
@@ -58,6 +76,7 @@ func run(ctx context.Context) (err error) {
 	flag.IntVar(&cfg.rounds, "rounds", 5, "measured rounds of each comparison, after one that is not counted")
 	flag.StringVar(&cfg.dir, "dir", os.TempDir(), "where the store and the image files are put")
 	flag.StringVar(&cfg.binary, "coppice", "bin/coppice", "the server binary")
+	flag.StringVar(&cfg.profile, "cpuprofile", "", "write a CPU profile of the run to this `file`")
 	flag.Parse()
 	if cfg.only, err = regexp.Compile(*only); err != nil {
 		return err
@@ -70,24 +89,28 @@ func run(ctx context.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(cfg.scratch)) }()
 
-	srv, err := startServer(ctx, cfg)
-	if err != nil {
-		return err
+	if cfg.profile != "" {
+		f, err := os.Create(cfg.profile)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, f.Close()) }()
+		if err := pprof.StartCPUProfile(f); err != nil {
+			return err
+		}
+		defer pprof.StopCPUProfile()
 	}
-	defer func() { err = errors.Join(err, srv.stop()) }()
-
+	var srv *server
 	fmt.Printf("%d CPUs, %s, %d rounds, files in %s\n", runtime.NumCPU(), runtime.Version(), cfg.rounds, cfg.dir)
-	for _, s := range []struct {
-		name string
-		run  func(context.Context, config, *server) error
-	}{
-		{"vhd", benchVHD},
-		{"delta", benchDelta},
-		{"snapshot", benchSnapshot},
-		{"engine", benchEngine},
-	} {
-		if !cfg.only.MatchString(s.name) {
+	for _, s := range slices.Concat(serverSections, engineSections) {
+		if s.long && *only == "" || !cfg.only.MatchString(s.name) {
 			continue
+		}
+		if s.server && srv == nil {
+			if srv, err = startServer(ctx, cfg); err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, srv.stop()) }()
 		}
 		if err := s.run(ctx, cfg, srv); err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
