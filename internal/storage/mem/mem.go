@@ -1,7 +1,7 @@
 // Package mem is a storage driver that keeps volumes in the memory of the
-// process. It has every power of the contract, so it serves as the model that
-// other drivers are compared with, and for scratch repositories that may
-// vanish with the server.
+// process. It has every power of the contract but that of telling damage, so
+// it serves as the model that other drivers are compared with, and for scratch
+// repositories that may vanish with the server.
 //
 // The contents of a volume are an ordered map from unit number to an immutable
 // page. Snapshots, clones, pinned volumes and iterations take a copy of the
@@ -62,7 +62,7 @@ func (h *host) open(ctx context.Context, config map[string]string, create bool) 
 	case s == nil && !create:
 		return nil, fmt.Errorf("open repository %q: %w", name, storage.ErrNoRepo)
 	case s == nil:
-		s = &store{}
+		s = &store{pins: map[*pinned]struct{}{}}
 		h.stores[name] = s
 	case s.open:
 		return nil, fmt.Errorf("open repository %q: %w", name, storage.ErrLocked)
@@ -94,7 +94,9 @@ type store struct {
 	open bool // guarded by host.mu
 
 	mu      sync.RWMutex
-	volumes btree.Map[storage.ID, *volume] // guarded by mu
+	volumes btree.Map[storage.ID, *volume] // guarded by mu, as is all below
+	pins    map[*pinned]struct{}           // that are open
+	attrs   []byte                         // of the repository; never changed in place
 
 	changes atomic.Uint64 // of any volume
 }
@@ -116,7 +118,12 @@ var (
 	_ storage.GroupSnapshotter = (*repo)(nil)
 	_ storage.Differ           = (*repo)(nil)
 	_ storage.Attributer       = (*repo)(nil)
+	_ storage.DataDestroyer    = (*repo)(nil)
+	_ storage.ChangeTracker    = (*repo)(nil)
+	_ storage.SpaceEstimator   = (*repo)(nil)
 	_ storage.Checker          = (*repo)(nil)
+	_ storage.Scrubber         = (*repo)(nil)
+	_ storage.Labeled          = (*repo)(nil)
 )
 
 // volume is a volume with a name.
@@ -129,12 +136,13 @@ type volume struct {
 	parent storage.ID // also guarded by store.mu: written under both
 	attrs  []byte     // never changed in place
 	gone   bool
+	ghost  *ghost // what is left of data that has been destroyed; nil while there is data
 }
 
 // info describes v, which the caller has locked.
 func (v *volume) info() storage.Info {
 	return storage.Info{
-		ID: v.id, Size: v.data.size, ReadOnly: v.readOnly, Parent: v.parent,
+		ID: v.id, Size: v.data.size, ReadOnly: v.readOnly, NoData: v.ghost != nil, Parent: v.parent,
 		Used: int64(v.data.pages.Len()) * storage.Unit, Attrs: slices.Clone(v.attrs),
 	}
 }
@@ -165,6 +173,15 @@ func (r *repo) find(id storage.ID) (*volume, error) {
 		return nil, storage.ErrNotFound
 	}
 	return v, nil
+}
+
+// source is find for a volume whose contents are wanted.
+func (r *repo) source(id storage.ID) (*volume, error) {
+	v, err := r.find(id)
+	if err == nil && v.ghost != nil {
+		return nil, storage.ErrNoData
+	}
+	return v, err
 }
 
 // update runs fn with the store locked, unless the repo is not usable, and
@@ -251,18 +268,20 @@ func (r *repo) nextVolume(ctx context.Context, after storage.ID) (info storage.I
 }
 
 func (r *repo) Open(ctx context.Context, id storage.ID, m storage.Mode) (storage.Volume, error) {
-	r.store.mu.RLock()
-	defer r.store.mu.RUnlock()
+	r.store.mu.Lock()
+	defer r.store.mu.Unlock()
 	err := r.usable(ctx)
 	if err == nil {
 		var v *volume
-		if v, err = r.find(id); err == nil {
+		if v, err = r.source(id); err == nil {
 			if m == storage.Live {
 				return &live{handle: handle{repo: r}, v: v}, nil
 			}
 			v.mu.Lock()
 			defer v.mu.Unlock()
-			return &pinned{handle: handle{repo: r}, data: v.data.copy()}, nil
+			p := &pinned{handle: handle{repo: r}, data: v.data.copy(), parent: v.heir()}
+			r.store.pins[p] = struct{}{}
+			return p, nil
 		}
 	}
 	return nil, fmt.Errorf("open volume %s: %w", id, err)
@@ -302,7 +321,7 @@ func (r *repo) derive(ctx context.Context, doing string, readOnly bool, ds ...st
 			if err := d.Validate(); err != nil {
 				return err
 			}
-			v, err := r.find(d.Source)
+			v, err := r.source(d.Source)
 			if err != nil {
 				return err
 			}
@@ -346,7 +365,7 @@ func (r *repo) Revert(ctx context.Context, id, to storage.ID) error {
 		if err != nil {
 			return err
 		}
-		src, err := r.find(to)
+		src, err := r.source(to)
 		switch {
 		case err != nil:
 			return err
@@ -418,6 +437,11 @@ func (r *repo) Delete(ctx context.Context, id storage.ID) error {
 			}
 			return true
 		})
+		for p := range r.store.pins {
+			if p.parent == id {
+				p.parent = v.parent
+			}
+		}
 		v.mu.Lock()
 		defer v.mu.Unlock()
 		v.gone, v.data = true, newContents(v.data.size)
@@ -446,32 +470,6 @@ func (r *repo) Usage(ctx context.Context) (storage.Usage, error) {
 	u := storage.Usage{Used: int64(len(seen)) * storage.Unit, Free: int64(host.Freeram) * int64(host.Unit)}
 	u.Total = u.Used + u.Free
 	return u, nil
-}
-
-// Check looks for pages that should not be there.
-func (r *repo) Check(ctx context.Context) iter.Seq2[storage.Problem, error] {
-	return func(yield func(storage.Problem, error) bool) {
-		stopped := false
-		err := r.everyVolume(ctx, func(id storage.ID, data contents) bool {
-			data.pages.Scan(func(unit int64, p *page) bool {
-				problem := storage.Problem{Volume: id, Off: unit * storage.Unit}
-				switch {
-				case problem.Off < 0 || problem.Off >= data.size:
-					problem.Detail = "page outside of the volume"
-				case *p == zeroPage:
-					problem.Detail = "page of zeros"
-				default:
-					return true
-				}
-				stopped = !yield(problem, nil)
-				return !stopped
-			})
-			return !stopped
-		})
-		if err != nil && !stopped {
-			yield(storage.Problem{}, fmt.Errorf("check: %w", err))
-		}
-	}
 }
 
 // everyVolume calls fn with the present contents of each volume, until it
@@ -503,6 +501,7 @@ func (r *repo) Close() error {
 	if r.closed.Swap(true) {
 		return nil
 	}
+	clear(r.store.pins)
 	r.host.mu.Lock()
 	defer r.host.mu.Unlock()
 	r.store.open = false

@@ -33,6 +33,9 @@ type viewer interface {
 	storage.Volume
 	// view returns what the volume holds now, for the caller alone.
 	view(r *repo) (contents, error)
+	// origin is the volume that the contents are of or descend from. The
+	// caller holds the store's lock.
+	origin() storage.ID
 }
 
 // live is a volume opened Live.
@@ -48,8 +51,11 @@ func (l *live) check() error {
 	if err := l.usable(); err != nil {
 		return err
 	}
-	if l.v.gone {
+	switch {
+	case l.v.gone:
 		return storage.ErrNotFound
+	case l.v.ghost != nil:
+		return storage.ErrNoData
 	}
 	return nil
 }
@@ -132,6 +138,8 @@ func (l *live) view(r *repo) (contents, error) {
 	return l.v.data.copy(), nil
 }
 
+func (l *live) origin() storage.ID { return l.v.id }
+
 func (l *live) Extents(ctx context.Context, off, n int64) iter.Seq2[storage.Extent, error] {
 	return extents(ctx, l.repo, l, off, n)
 }
@@ -139,13 +147,21 @@ func (l *live) Extents(ctx context.Context, off, n int64) iter.Seq2[storage.Exte
 // pinned is a volume opened Pinned.
 type pinned struct {
 	handle
-	data contents // never changes
+	data   contents   // never changes
+	parent storage.ID // guarded by store.mu: what the data descends from, or is of
 }
 
 var (
 	_ viewer            = (*pinned)(nil)
 	_ storage.Versioned = (*pinned)(nil)
 )
+
+func (p *pinned) Close() error {
+	p.repo.store.mu.Lock()
+	defer p.repo.store.mu.Unlock()
+	delete(p.repo.store.pins, p)
+	return p.handle.Close()
+}
 
 func (p *pinned) Size() int64 { return p.data.size }
 
@@ -182,6 +198,8 @@ func (p *pinned) view(r *repo) (contents, error) {
 	return p.data, p.usable()
 }
 
+func (p *pinned) origin() storage.ID { return p.parent }
+
 func (p *pinned) Extents(ctx context.Context, off, n int64) iter.Seq2[storage.Extent, error] {
 	return extents(ctx, p.repo, p, off, n)
 }
@@ -198,30 +216,4 @@ func extents(ctx context.Context, r *repo, v viewer, off, n int64) iter.Seq2[sto
 		}
 		data.extents(ctx, off, n)(yield)
 	}
-}
-
-func (r *repo) Diff(ctx context.Context, from, to storage.Volume, off int64) iter.Seq2[storage.Extent, error] {
-	return func(yield func(storage.Extent, error) bool) {
-		a, err := r.viewOf(from)
-		var b contents
-		if err == nil {
-			b, err = r.viewOf(to)
-		}
-		if err == nil {
-			err = b.within(off, 0)
-		}
-		if err != nil {
-			yield(storage.Extent{}, fmt.Errorf("diff: %w", err))
-			return
-		}
-		b.diff(ctx, a, off)(yield)
-	}
-}
-
-func (r *repo) viewOf(v storage.Volume) (contents, error) {
-	mine, ok := v.(viewer)
-	if !ok {
-		return contents{}, fmt.Errorf("%w: volume of another driver", storage.ErrInvalid)
-	}
-	return mine.view(r)
 }

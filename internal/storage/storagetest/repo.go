@@ -276,9 +276,10 @@ func testSpaceReturns(s *suite) {
 
 func testFeatures(s *suite) {
 	for name, have := range map[string]bool{
-		"VDI_RESIZE":   implements[storage.Resizer](s),
-		"VDI_REVERT":   implements[storage.Reverter](s),
-		"VDI_SNAPSHOT": true,
+		"VDI_RESIZE":     implements[storage.Resizer](s),
+		"VDI_REVERT":     implements[storage.Reverter](s),
+		"VDI_SNAPSHOT":   true,
+		"VDI_CONFIG_CBT": implements[storage.DataDestroyer](s) && implements[storage.ChangeTracker](s),
 	} {
 		if slices.Contains(storage.Features(s.Repo), name) != have {
 			s.Errorf("feature %s is advertised: %v", name, !have)

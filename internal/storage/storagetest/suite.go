@@ -96,6 +96,15 @@ func Run(t *testing.T, open Open) {
 		{"DiffResume", testDiffResume},
 		{"DiffInvalid", testDiffInvalid},
 
+		{"DestroyData", testDestroyData},
+		{"ChangedSince", testChangedSince},
+		{"ChangedSinceLineage", testChangedSinceLineage},
+		{"ChangedSinceInvalid", testChangedSinceInvalid},
+		{"WouldFree", testWouldFree},
+		{"Scrub", testScrub},
+		{"Undamaged", testUndamaged},
+		{"RepoAttrs", testRepoAttrs},
+
 		{"ConcurrentIO", testConcurrentIO},
 		{"ConcurrentVolumes", testConcurrentVolumes},
 		{"SnapshotsUnderWrites", testSnapshotsUnderWrites},

@@ -1,0 +1,163 @@
+package mem
+
+import (
+	"context"
+	"fmt"
+	"iter"
+	"weak"
+
+	"coppice/internal/storage"
+
+	"github.com/tidwall/btree"
+)
+
+// ghost remembers which pages a volume had, by their addresses, without
+// keeping them: weak pointers stay equal or not after what they point to is
+// gone.
+type ghost struct {
+	size  int64
+	pages btree.Map[int64, weak.Pointer[page]]
+}
+
+func (c contents) ghost() *ghost {
+	g := &ghost{size: c.size}
+	c.pages.Scan(func(unit int64, p *page) bool {
+		g.pages.Set(unit, weak.Make(p))
+		return true
+	})
+	return g
+}
+
+func (r *repo) DestroyData(ctx context.Context, id storage.ID) error {
+	return r.update(ctx, "destroy the data of", id, func() error {
+		v, err := r.find(id)
+		switch {
+		case err != nil:
+			return err
+		case !v.readOnly:
+			return fmt.Errorf("%w: the volume is writable", storage.ErrInvalid)
+		case v.ghost != nil:
+			return nil
+		}
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		v.ghost, v.data = v.data.ghost(), newContents(v.data.size)
+		return nil
+	})
+}
+
+func (r *repo) Diff(ctx context.Context, from, to storage.Volume, off int64) iter.Seq2[storage.Extent, error] {
+	return func(yield func(storage.Extent, error) bool) {
+		a, err := r.viewOf(from)
+		var b contents
+		if err == nil {
+			b, err = r.viewOf(to)
+		}
+		if err == nil {
+			err = b.within(off, 0)
+		}
+		if err != nil {
+			yield(storage.Extent{}, fmt.Errorf("diff: %w", err))
+			return
+		}
+		b.diff(ctx, a, off)(yield)
+	}
+}
+
+func (r *repo) ChangedSince(ctx context.Context, from storage.ID, to storage.Volume, off int64) iter.Seq2[storage.Extent, error] {
+	return func(yield func(storage.Extent, error) bool) {
+		fail := func(err error) {
+			yield(storage.Extent{}, fmt.Errorf("changes since volume %s: %w", from, err))
+		}
+		b, err := r.viewOf(to)
+		if err == nil {
+			err = b.within(off, 0)
+		}
+		if err != nil {
+			fail(err)
+			return
+		}
+		a, old, err := r.past(ctx, from, to.(viewer))
+		switch {
+		case err != nil:
+			fail(err)
+		case old != nil:
+			b.since(ctx, old, off)(yield)
+		default:
+			b.diff(ctx, a, off)(yield)
+		}
+	}
+}
+
+// past returns what a volume holds, or, if to descends from it, what it held
+// before its data was destroyed.
+func (r *repo) past(ctx context.Context, from storage.ID, to viewer) (contents, *ghost, error) {
+	r.store.mu.RLock()
+	defer r.store.mu.RUnlock()
+	if err := r.usable(ctx); err != nil {
+		return contents{}, nil, err
+	}
+	v, err := r.find(from)
+	if err != nil {
+		return contents{}, nil, err
+	}
+	if v.ghost == nil {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		return v.data.copy(), nil, nil
+	}
+	for id := to.origin(); id != from; {
+		up, ok := r.store.volumes.Get(id)
+		if !ok {
+			return contents{}, nil, storage.ErrNoLineage
+		}
+		id = up.parent
+	}
+	return contents{}, v.ghost, nil
+}
+
+// since yields where c differs from what has become a ghost. Nobody else uses
+// c.
+func (c contents) since(ctx context.Context, old *ghost, off int64) iter.Seq2[storage.Extent, error] {
+	return func(yield func(storage.Extent, error) bool) {
+		j := joiner{next: off, end: c.size}
+		a := old.pages.Iter()
+		aok := a.Seek(off / storage.Unit)
+		b, bok := c.seek(off / storage.Unit)
+		for {
+			if ctx.Err() != nil {
+				yield(storage.Extent{}, context.Cause(ctx))
+				return
+			}
+			aok = aok && a.Key()*storage.Unit < c.size
+			goOn := true
+			switch {
+			case !aok && !bok:
+				j.finish(yield)
+				return
+			case !bok || aok && a.Key() < b.Key():
+				goOn = j.add(a.Key(), true, yield)
+				aok = a.Next()
+			case !aok || b.Key() < a.Key():
+				goOn = j.add(b.Key(), false, yield)
+				bok = b.Next()
+			default:
+				if a.Value() != weak.Make(b.Value()) {
+					goOn = j.add(b.Key(), false, yield)
+				}
+				aok, bok = a.Next(), b.Next()
+			}
+			if !goOn {
+				return
+			}
+		}
+	}
+}
+
+func (r *repo) viewOf(v storage.Volume) (contents, error) {
+	mine, ok := v.(viewer)
+	if !ok {
+		return contents{}, fmt.Errorf("%w: volume of another driver", storage.ErrInvalid)
+	}
+	return mine.view(r)
+}
