@@ -344,6 +344,7 @@ func (s *Store) placeLayer(l *layer) (*layer, error) {
 	w := newTreeWriter(s.pageReader, s.space, nil)
 	l.mu.Lock()
 	p := &layer{pathCost: l.pathCost, zeros: *l.zeros.Copy(), load: l.load, direct: true}
+	p.some.Store(true)
 	l.mu.Unlock()
 	before := p.load.buffers
 	var err error

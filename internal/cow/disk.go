@@ -253,6 +253,9 @@ var scratches = sync.Pool{New: func() any { return new(scratch) }}
 func (r *pageReader) readView(w *view, p []byte, off int64) error {
 	u := int64(r.geo.UnitSize)
 	first, last := uint64(off/u), uint64((off+int64(len(p))-1)/u)
+	if first == last {
+		return r.readUnit(w, first, p, off)
+	}
 	sc := scratches.Get().(*scratch)
 	defer func() {
 		clear(sc.slots)
@@ -302,6 +305,35 @@ func (r *pageReader) readView(w *view, p []byte, off int64) error {
 		return nil
 	}
 	return eachPiece(pieces, func(pc piece) error { return r.readPiece(pc, p, off) })
+}
+
+// readUnit is readView within one unit.
+func (r *pageReader) readUnit(w *view, unit uint64, p []byte, off int64) error {
+	fan := uint64(r.geo.Fanout)
+	s, err := r.lookup(w, unit/fan, int(unit%fan))
+	if err != nil {
+		return damagedAt(err, off)
+	}
+	at := int(off % int64(r.geo.UnitSize))
+	switch {
+	case s.state == slotBuf:
+		copy(p, s.buf[at:])
+	case s.state != slotAddr:
+		clear(p)
+	case len(p) == r.geo.UnitSize:
+		if err := r.verified(p, s.entry()); err != nil {
+			clear(p)
+			return damagedAt(err, off)
+		}
+	default:
+		b := pieceBuffers.Get().(*[readPiece]byte)
+		defer pieceBuffers.Put(b)
+		if err := r.verified(b[:r.geo.UnitSize], s.entry()); err != nil {
+			return damagedAt(err, off)
+		}
+		copy(p, b[at:])
+	}
+	return nil
 }
 
 // eachPiece calls do for several pieces, in turn when they are few, for

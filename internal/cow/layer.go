@@ -3,6 +3,7 @@ package cow
 import (
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/tidwall/btree"
 )
@@ -44,6 +45,7 @@ type layer struct {
 	pathCost  int64 // units promised for the first change of a chunk: a path of map pages
 	tableCost int64 // units promised for the first change of all: a path of the volume table
 
+	some  atomic.Bool               // there has been a change; until then readers pass without the lock
 	mu    sync.RWMutex              // guards the maps; not needed once sealed, but harmless
 	slots btree.Map[uint64, []slot] // by chunk; each sorted by idx, never empty
 	zeros btree.Map[uint64, uint64] // ranges of chunks that are zero below their slots: first → end
@@ -83,6 +85,7 @@ func (l *layer) empty() bool {
 // grew by and the units of the space files that nobody refers to now.
 // l.mu is held.
 func (l *layer) putRun(chunk uint64, add []slot) (d load, dropped []uint64) {
+	l.some.Store(true)
 	d.promised = l.first()
 	old, ok := l.slots.Get(chunk)
 	if !ok {
@@ -192,6 +195,7 @@ func (s slot) drop(d *load, dropped []uint64) []uint64 {
 
 // zeroChunks makes whole chunks [from, to) zero. l.mu is held.
 func (l *layer) zeroChunks(from, to uint64) (d load, dropped []uint64) {
+	l.some.Store(true)
 	d.promised = l.first()
 	var gone []uint64
 	l.slots.Ascend(from, func(c uint64, ss []slot) bool {
@@ -248,6 +252,9 @@ func (l *layer) zeroed(chunk uint64) bool {
 
 // get returns the layer's version of a unit.
 func (l *layer) get(chunk uint64, idx int) slot {
+	if !l.some.Load() {
+		return slot{}
+	}
 	l.mu.RLock()
 	defer l.mu.RUnlock()
 	return l.getLocked(chunk, idx)
@@ -255,8 +262,7 @@ func (l *layer) get(chunk uint64, idx int) slot {
 
 func (l *layer) getLocked(chunk uint64, idx int) slot {
 	ss, _ := l.slots.Get(chunk)
-	i, ok := slices.BinarySearchFunc(ss, idx, func(s slot, i int) int { return int(s.idx) - i })
-	if ok {
+	if i := search(ss, idx); i < len(ss) && int(ss[i].idx) == idx {
 		return ss[i]
 	}
 	if l.zeroed(chunk) {
@@ -265,15 +271,43 @@ func (l *layer) getLocked(chunk uint64, idx int) slot {
 	return slot{}
 }
 
+// search returns the place of unit idx in slots sorted by idx, or where it
+// would be. Most are in unbroken runs, in which the place is known.
+func search(ss []slot, idx int) int {
+	if len(ss) == 0 || idx <= int(ss[0].idx) {
+		return 0
+	}
+	if i := idx - int(ss[0].idx); i < len(ss) && int(ss[i].idx) == idx {
+		return i
+	}
+	lo, hi := 1, min(len(ss), idx-int(ss[0].idx)) // numbers differ, so none is further behind
+	for lo < hi {
+		m := int(uint(lo+hi) / 2)
+		if int(ss[m].idx) < idx {
+			lo = m + 1
+		} else {
+			hi = m
+		}
+	}
+	return lo
+}
+
 // fill sets those of out, the units from idx lo on of a chunk, for which the
 // layer has a version and out has none. It returns how many it set.
 func (l *layer) fill(chunk uint64, lo int, out []slot) int {
+	if !l.some.Load() {
+		return 0
+	}
 	l.mu.RLock()
 	defer l.mu.RUnlock()
 	n := 0
 	ss, _ := l.slots.Get(chunk)
-	for _, s := range ss {
-		if i := int(s.idx) - lo; i >= 0 && i < len(out) && out[i].state == slotNone {
+	for _, s := range ss[search(ss, lo):] {
+		i := int(s.idx) - lo
+		if i >= len(out) {
+			break
+		}
+		if out[i].state == slotNone {
 			out[i] = s
 			n++
 		}

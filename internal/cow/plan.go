@@ -34,12 +34,8 @@ func (w *writer) plan(first uint64, p []byte) ([]slot, error) {
 		n := min(len(slots)-i, int(fan-at%fan))
 		if !w.compare && !zeros {
 			// A damaged map must fail the write, not the checkpoint.
-			if leaf, err := s.leaf(v.base.root, at/fan); err != nil {
+			if _, err := s.leafPage(v.base.root, at/fan); err != nil {
 				return nil, w.damaged(err, at)
-			} else if !leaf.isHole() {
-				if _, err := s.page(leaf); err != nil {
-					return nil, w.damaged(err, at)
-				}
 			}
 			i += n
 			continue

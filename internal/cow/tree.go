@@ -35,15 +35,22 @@ func (r *pageReader) verified(p []byte, e entry) error {
 // page returns a map page, whose entries have been checked for their form.
 // The result is shared and immutable.
 func (r *pageReader) page(e entry) ([]byte, error) {
-	if b := r.cache.get(e); b != nil {
-		return b, nil
+	p, err := r.cached(e)
+	if err != nil {
+		return nil, err
+	}
+	return p.data, nil
+}
+
+func (r *pageReader) cached(e entry) (*cachedPage, error) {
+	if p := r.cache.find(e); p != nil {
+		return p, nil
 	}
 	b, err := r.storedPage(e)
 	if err != nil {
 		return nil, err
 	}
-	r.cache.put(e, b)
-	return b, nil
+	return r.cache.put(e, b), nil
 }
 
 // storedPage is page without the cache.
@@ -89,29 +96,48 @@ func (r *pageReader) leaf(root entry, chunk uint64) (entry, error) {
 	return e, nil
 }
 
+// leafPage returns the leaf that maps a chunk, nil for a hole.
+func (r *pageReader) leafPage(root entry, chunk uint64) ([]byte, error) {
+	if b, ok := r.cache.leaf(root, chunk); ok {
+		return b, nil
+	}
+	e, err := r.leaf(root, chunk)
+	if err != nil {
+		return nil, err
+	}
+	if e.isHole() {
+		r.cache.putLeaf(root, chunk, nil)
+		return nil, nil
+	}
+	p, err := r.cached(e)
+	if err != nil {
+		return nil, err
+	}
+	r.cache.putLeaf(root, chunk, p)
+	return p.data, nil
+}
+
+// leafSlot is what a leaf, nil for a hole, has for the unit idx.
+func leafSlot(page []byte, idx int) slot {
+	s := slot{idx: uint16(idx), state: slotZero}
+	if page != nil {
+		if c := getEntry(page[idx*entrySize:]); c.kind == kindData {
+			s.state, s.addr, s.crc = slotAddr, c.addr, c.crc
+		}
+	}
+	return s
+}
+
 // fill sets those of out, the units from idx lo on of a chunk, that are not
 // set yet, from the tree.
 func (r *pageReader) fill(root entry, chunk uint64, lo int, out []slot) error {
-	e, err := r.leaf(root, chunk)
+	b, err := r.leafPage(root, chunk)
 	if err != nil {
 		return err
 	}
-	var b []byte
-	if !e.isHole() {
-		if b, err = r.page(e); err != nil {
-			return err
-		}
-	}
 	for i := range out {
-		if out[i].state != slotNone {
-			continue
-		}
-		out[i] = slot{idx: uint16(lo + i), state: slotZero}
-		if b == nil {
-			continue
-		}
-		if c := getEntry(b[(lo+i)*entrySize:]); c.kind == kindData {
-			out[i].state, out[i].addr, out[i].crc = slotAddr, c.addr, c.crc
+		if out[i].state == slotNone {
+			out[i] = leafSlot(b, lo+i)
 		}
 	}
 	return nil

@@ -55,6 +55,24 @@ func (r *pageReader) resolve(v *view, chunk uint64, lo int, out []slot) error {
 	return r.fill(v.base.root, chunk, lo, out)
 }
 
+// lookup is resolve for one unit.
+func (r *pageReader) lookup(v *view, chunk uint64, idx int) (slot, error) {
+	for _, l := range [...]*layer{v.top, v.caught, v.logged} {
+		if l != nil {
+			if s := l.get(chunk, idx); s.state != slotNone {
+				return s, nil
+			}
+		}
+	}
+	for _, l := range v.sealed {
+		if s := l.get(chunk, idx); s.state != slotNone {
+			return s, nil
+		}
+	}
+	b, err := r.leafPage(v.base.root, chunk)
+	return leafSlot(b, idx), err
+}
+
 // version identifies what a unit's contents were at some moment: a layer's
 // slot, or the tree below the layers.
 type version struct {
