@@ -38,7 +38,7 @@ var mayImport = map[string][]string{
 	"internal/xecmd": {"internal/api", "internal/xapi", "internal/thincli"},
 	"internal/server": {
 		"internal/api", "internal/xapi", "internal/rpc", "internal/xecmd", "internal/thincli",
-		"internal/storage", "internal/vhd", "internal/server/web",
+		"internal/storage", "internal/vhd", "internal/qcow2", "internal/server/web",
 	},
 	"internal/server/web": {},
 

@@ -19,9 +19,10 @@ import (
 // is rendered from: a format is specified beside the code that reads it.
 func TestFormatDocuments(t *testing.T) {
 	for file, pkg := range map[string]string{
-		"doc/format/cow.md": "internal/cow",
-		"doc/format/vhd.md": "internal/vhd",
-		"doc/format/xe.md":  "internal/thincli",
+		"doc/format/cow.md":   "internal/cow",
+		"doc/format/vhd.md":   "internal/vhd",
+		"doc/format/qcow2.md": "internal/qcow2",
+		"doc/format/xe.md":    "internal/thincli",
 	} {
 		want := renderPackageComment(t, pkg)
 		if *update {

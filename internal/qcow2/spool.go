@@ -1,0 +1,113 @@
+package qcow2
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+)
+
+// maxHeld is how many separate ranges a spool can have: an image whose tables
+// interleave with data more often than that is refused.
+const maxHeld = 1 << 18
+
+// spool keeps parts of the stream that may turn out to be needed.
+type spool struct {
+	open func() (Spool, error)
+	s    Spool
+	held []held // ascending
+}
+
+// held is a range [from, to) of the image.
+type held struct{ from, to int64 }
+
+// put stores the next part of the stream.
+func (s *spool) put(p []byte, off int64) error {
+	if len(p) == 0 {
+		return nil
+	}
+	last := len(s.held) - 1
+	switch {
+	case last >= 0 && s.held[last].to == off:
+		s.held[last].to = off + int64(len(p))
+	case last+1 == maxHeld:
+		return field(off, "order of tables and data", "too scattered", fmt.Sprintf("at most %d gaps before the last table", maxHeld))
+	default:
+		s.held = append(s.held, held{off, off + int64(len(p))})
+	}
+	if s.allZero(p) {
+		return nil
+	}
+	if s.s == nil {
+		if s.open == nil {
+			return field(off, "order of tables and data", "data before its table", "tables before data, because there is no room to put it")
+		}
+		var err error
+		if s.s, err = s.open(); err != nil {
+			return fmt.Errorf("scratch space: %w", err)
+		}
+	}
+	if _, err := s.s.WriteAt(p, off); err != nil {
+		return fmt.Errorf("scratch space: %w", err)
+	}
+	return nil
+}
+
+func (s *spool) allZero(p []byte) bool {
+	for len(p) > 0 {
+		n := min(len(p), len(zeros))
+		if string(p[:n]) != string(zeros[:n]) {
+			return false
+		}
+		p = p[n:]
+	}
+	return true
+}
+
+// has fails when part of a range was not kept: it was something else already,
+// or never came.
+func (s *spool) has(off, n int64, what string) error {
+	i, found := slices.BinarySearchFunc(s.held, off, func(h held, off int64) int {
+		switch {
+		case h.to <= off:
+			return -1
+		case h.from > off:
+			return 1
+		}
+		return 0
+	})
+	if !found || s.held[i].to < off+n {
+		return field(off, what, "a place that is used already, or behind the end", "one of its own")
+	}
+	return nil
+}
+
+// readFull fills p from a range that the spool has.
+func (s *spool) readFull(p []byte, off int64) error {
+	clear(p)
+	if s.s == nil { // all of it was zero
+		return nil
+	}
+	if n, err := s.s.ReadAt(p, off); n < len(p) && !errors.Is(err, io.EOF) {
+		return fmt.Errorf("scratch space: %w", err)
+	}
+	return nil
+}
+
+// section reads a range that the spool has.
+type section struct {
+	s        *spool
+	off, end int64
+}
+
+func (s *section) Read(p []byte) (int, error) {
+	p = p[:min(int64(len(p)), s.end-s.off)]
+	if len(p) == 0 {
+		return 0, io.EOF
+	}
+	if err := s.s.readFull(p, s.off); err != nil {
+		return 0, err
+	}
+	s.off += int64(len(p))
+	return len(p), nil
+}
