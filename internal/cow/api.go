@@ -144,6 +144,7 @@ type Problem struct {
 	Len    int64  // bytes that cannot be had, if it is known; they may go beyond the end of the volume
 	Addr   uint64 // unit of the store
 	Detail string
+	Done   string // what has been done about it; empty when nothing has
 }
 
 func (p Problem) String() string {
@@ -151,8 +152,15 @@ func (p Problem) String() string {
 	if p.Addr != 0 {
 		s = fmt.Sprintf("unit %d: %s", p.Addr, s)
 	}
-	if p.Volume != (ID{}) {
+	switch {
+	case p.Volume == (ID{}):
+	case p.Len > 0:
+		s = fmt.Sprintf("volume %v, %d bytes from %d: %s", p.Volume, p.Len, p.Off, s)
+	default:
 		s = fmt.Sprintf("volume %v at byte %d: %s", p.Volume, p.Off, s)
+	}
+	if p.Done != "" {
+		s += ": " + p.Done
 	}
 	return s
 }

@@ -10,10 +10,10 @@ import (
 )
 
 // Check examines the store in a directory that nobody has open, and yields
-// every problem: it reads and verifies each unit that is referred to, counts
-// the references anew and compares them with the counters, so it finds units
-// that could be lost as well as units that leak. It writes nothing. The error
-// says why the check could not go on.
+// every problem: it reads and verifies each unit that is referred to, copies
+// as well, counts the references anew and compares them with the counters, so
+// it finds units that could be lost as well as units that leak. It writes
+// nothing. The error says why the check could not go on.
 //
 // It takes 4 bytes of memory for each unit of the store.
 func Check(ctx context.Context, dir vfs.FS) iter.Seq2[Problem, error] {
@@ -30,11 +30,7 @@ func Check(ctx context.Context, dir vfs.FS) iter.Seq2[Problem, error] {
 			return
 		}
 		defer func() { _ = im.close() }() // nothing was written
-		c := &checker{
-			image: im, ctx: ctx, yield: yield,
-			refs: make([][]uint32, len(im.space.regions)), below: map[uint64]uint64{},
-		}
-		im.pageReader = im.newReader(32 << 20)
+		c := newChecker(ctx, im, yield)
 		if err := c.run(); err != nil && !errors.Is(err, errStopped) {
 			yield(Problem{}, err)
 		}
@@ -49,16 +45,32 @@ type checker struct {
 	*image
 	ctx   context.Context
 	yield func(Problem, error) bool
+	mend  bool // write what is damaged anew from its copy
 
 	refs  [][]uint32        // references found, by region and unit
 	below map[uint64]uint64 // data units below each page that has been seen
+	blind map[uint64]bool   // pages that cannot be read, or with such a one below
 	vol   ID                // being walked
+	what  string            // is walked; "" for the contents of a volume
+	count int               // problems reported
+}
+
+func newChecker(ctx context.Context, im *image, yield func(Problem, error) bool) *checker {
+	im.pageReader = im.newReader(32 << 20)
+	return &checker{
+		image: im, ctx: ctx, yield: yield,
+		refs: make([][]uint32, im.super.regions), below: map[uint64]uint64{}, blind: map[uint64]bool{},
+	}
 }
 
 func (c *checker) report(p Problem) error {
 	if p.Volume == (ID{}) {
 		p.Volume = c.vol
 	}
+	if c.what != "" {
+		p.Detail, p.Off, p.Len = c.what+": "+p.Detail, 0, 0
+	}
+	c.count++
 	if !c.yield(p, nil) {
 		return errStopped
 	}
@@ -66,39 +78,68 @@ func (c *checker) report(p Problem) error {
 }
 
 func (c *checker) run() error {
-	var recs []record
-	nums := map[uint64]*record{}
-	for r, err := range c.records() {
-		if err != nil {
-			return err
-		}
-		recs = append(recs, r)
-	}
-	for i := range recs {
-		nums[recs[i].num] = &recs[i]
-	}
-	if _, err := c.walk(c.super.table, 0, maxEpoch); err != nil {
+	if err := c.checkSlots(); err != nil {
 		return err
 	}
-	for _, r := range recs {
-		if err := c.checkVolume(r, nums); err != nil {
+	if err := c.checkTable(); err != nil {
+		return err
+	}
+	var recs []record
+	for r, err := range c.records() {
+		if err == nil {
+			recs = append(recs, r)
+		} else if !errors.Is(err, ErrCorrupt) { // damage has been reported
+			return err
+		}
+	}
+	for i := range recs {
+		if err := c.checkVolume(&recs[i], recs); err != nil {
 			return err
 		}
 	}
 	c.vol = ID{}
-	if err := c.checkQueue(); err != nil {
+	if _, err := c.checkQueue(); err != nil {
+		return err
+	}
+	if err := c.checkLog(); err != nil {
 		return err
 	}
 	return c.checkCounters()
 }
 
-func (c *checker) checkVolume(r record, nums map[uint64]*record) error {
-	c.vol = r.id
-	n, err := c.walk(r.root, 0, maxEpoch)
+// checkSlots looks for slots that hold neither a superblock nor nothing.
+func (c *checker) checkSlots() error {
+	c.vol, c.what = ID{}, "superblock"
+	bad, err := badSlots(c.superF)
 	if err != nil {
 		return err
 	}
-	exact := r.flags&flagInexact == 0
+	for _, slot := range bad {
+		if err := c.report(Problem{Detail: fmt.Sprintf("slot %d is damaged", slot)}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkTable walks the volume table.
+func (c *checker) checkTable() error {
+	c.vol, c.what = ID{}, "volume table"
+	if err := checkRoot(c.super.table, c.geo); err != nil {
+		return c.report(Problem{Addr: c.super.table.addr, Detail: err.Error()})
+	}
+	_, err := c.walkRoot(c.super.table)
+	return err
+}
+
+// checkVolume walks one volume and its attributes. mapped is corrected.
+func (c *checker) checkVolume(r *record, recs []record) error {
+	c.vol, c.what = r.id, ""
+	n, err := c.walkRoot(r.root)
+	if err != nil {
+		return err
+	}
+	exact := r.flags&flagInexact == 0 && !c.isBlind(r.root)
 	if n != r.mapped && exact || n > r.mapped {
 		if err := c.report(Problem{Detail: fmt.Sprintf("%d units are mapped, the record says %d", n, r.mapped)}); err != nil {
 			return err
@@ -109,25 +150,42 @@ func (c *checker) checkVolume(r record, nums map[uint64]*record) error {
 			return err
 		}
 	}
-	if r.parent != 0 && (nums[r.parent] == nil || nums[r.parent].flags&(flagReadOnly|flagPin) != flagReadOnly) {
+	if r.parent != 0 && !isSnapshot(recs, r.parent) {
 		if err := c.report(Problem{Detail: fmt.Sprintf("parent %d is not a snapshot", r.parent)}); err != nil {
 			return err
 		}
 	}
-	if r.attrLen > 0 {
-		if _, err := c.walk(r.attrs, 0, maxEpoch); err != nil {
-			return err
-		}
+	if r.attrLen == 0 {
+		return nil
 	}
-	return nil
+	c.what = "attributes"
+	_, err = c.walkRoot(r.attrs)
+	return err
 }
 
-// ref counts a reference and reports whether it is the first to the unit.
+// isSnapshot reports whether a record, found by its number in a sorted list,
+// is one of a snapshot.
+func isSnapshot(recs []record, num uint64) bool {
+	r := findRecord(recs, num)
+	return r != nil && r.flags&(flagReadOnly|flagPin) == flagReadOnly
+}
+
+// ref counts a reference, to the copy as well, and reports whether it is the
+// first to the unit.
 func (c *checker) ref(e entry) (bool, error) {
+	if e.twice {
+		if _, err := c.refUnit(c.geo.copyOf(e.addr)); err != nil {
+			return false, err
+		}
+	}
+	return c.refUnit(e.addr)
+}
+
+func (c *checker) refUnit(addr uint64) (bool, error) {
 	n := uint64(c.geo.regionUnits())
-	region, u := e.addr/n, int(e.addr%n)
+	region, u := addr/n, int(addr%n)
 	if region >= uint64(len(c.refs)) || u < c.geo.metaUnits() {
-		return false, c.report(Problem{Addr: e.addr, Detail: "reference to a unit that cannot be allocated"})
+		return false, c.report(Problem{Addr: addr, Detail: "reference to a unit that cannot be allocated"})
 	}
 	if c.refs[region] == nil {
 		c.refs[region] = make([]uint32, n)
@@ -136,26 +194,36 @@ func (c *checker) ref(e entry) (bool, error) {
 	return c.refs[region][u] == 1, nil
 }
 
-// walk counts the reference e to a subtree that begins at unit lo, and on the
-// first one everything below. It returns the number of data units below.
-func (c *checker) walk(e entry, lo, birth uint64) (uint64, error) {
+// walkRoot walks a whole tree and returns the number of data units in it.
+func (c *checker) walkRoot(e entry) (uint64, error) {
+	n := uint64(1)
+	if e.kind == kindPage {
+		n = c.geo.span(int(e.level))
+	}
+	return c.walk(e, 0, n, maxEpoch)
+}
+
+// walk counts the reference e to a subtree of n units that begins at unit lo,
+// and on the first one everything below. It returns the number of data units
+// below.
+func (c *checker) walk(e entry, lo, n, birth uint64) (uint64, error) {
 	if e.birth > birth || e.birth > c.super.epoch {
 		if err := c.report(Problem{Off: int64(lo) * int64(c.geo.UnitSize), Addr: e.addr, Detail: fmt.Sprintf("epoch %d is later than that of its page (%d) or of the store (%d)", e.birth, birth, c.super.epoch)}); err != nil {
 			return 0, err
 		}
 	}
-	if e.isHole() {
+	switch e.kind {
+	case kindHole:
 		return 0, nil
+	case kindLost:
+		return 0, c.damage(errLost(), lo, n)
 	}
 	first, err := c.ref(e)
 	if err != nil {
 		return 0, err
 	}
-	if e.kind == kindData {
-		if !first {
-			return 1, nil
-		}
-		return 1, c.checkUnit(e, lo)
+	if e.kind == kindData && !first {
+		return 1, nil
 	}
 	if !first {
 		return c.below[e.addr], nil
@@ -163,15 +231,35 @@ func (c *checker) walk(e entry, lo, birth uint64) (uint64, error) {
 	if err := c.ctx.Err(); err != nil {
 		return 0, context.Cause(c.ctx)
 	}
-	b, err := c.page(e)
-	if err != nil {
-		return 0, c.damage(err, lo)
+	b := make([]byte, c.geo.UnitSize)
+	half, err := c.verifyBoth(b, e, c.mend)
+	if half != nil {
+		if err := c.report(*half); err != nil {
+			return 0, err
+		}
 	}
-	total := uint64(0)
+	if e.kind == kindData {
+		if err != nil {
+			return 1, c.damage(err, lo, n)
+		}
+		return 1, nil
+	}
+	if err == nil {
+		err = c.checkEntries(b, e)
+	}
+	if err != nil {
+		c.blind[e.addr] = true
+		return 0, c.damage(err, lo, n)
+	}
+	total, each := uint64(0), n/uint64(c.geo.Fanout)
 	for i := range c.geo.Fanout {
-		n, err := c.walk(getEntry(b[i*entrySize:]), lo+uint64(i)*c.geo.span(int(e.level)-1), e.birth)
+		child := getEntry(b[i*entrySize:])
+		n, err := c.walk(child, lo+uint64(i)*each, each, e.birth)
 		if err != nil {
 			return 0, err
+		}
+		if c.isBlind(child) {
+			c.blind[e.addr] = true
 		}
 		total += n
 	}
@@ -179,43 +267,78 @@ func (c *checker) walk(e entry, lo, birth uint64) (uint64, error) {
 	return total, nil
 }
 
-func (c *checker) checkUnit(e entry, lo uint64) error {
-	b := make([]byte, c.geo.UnitSize)
-	if err := c.verified(b, e); err != nil {
-		return c.damage(err, lo)
-	}
-	return nil
+// isBlind reports whether there is something below e that cannot be read.
+func (c *checker) isBlind(e entry) bool {
+	return e.kind == kindLost || e.kind == kindPage && c.blind[e.addr]
 }
 
-// damage reports a damaged unit.
-func (c *checker) damage(err error, lo uint64) error {
+// damage reports n units from lo that cannot be read.
+func (c *checker) damage(err error, lo, n uint64) error {
 	ce, ok := errors.AsType[*CorruptError](err)
 	if !ok {
 		return err
 	}
-	return c.report(Problem{Off: int64(lo) * int64(c.geo.UnitSize), Addr: ce.Addr, Detail: ce.Detail})
+	u := int64(c.geo.UnitSize)
+	return c.report(Problem{Off: int64(lo) * u, Len: int64(n) * u, Addr: ce.Addr, Detail: ce.Detail})
 }
 
-func (c *checker) checkQueue() error {
+// checkQueue walks what waits to be reaped. The queue is nil when it cannot
+// be read.
+func (c *checker) checkQueue() (*reapQueue, error) {
+	c.vol, c.what = ID{}, ""
+	c.fellBack = func(ce *CorruptError) {} // looked at below
 	q, err := loadQueue(c.pageReader, c.super.queue, c.super.queueLen)
-	if err != nil {
-		return err
+	c.fellBack = nil
+	if ce, ok := errors.AsType[*CorruptError](err); ok {
+		return nil, c.report(Problem{Addr: ce.Addr, Detail: err.Error()})
+	} else if err != nil {
+		return nil, err
 	}
+	c.what = "reap queue"
 	for _, e := range q.blocks {
-		if _, err := c.ref(e); err != nil {
-			return err
+		if _, err := c.walkRoot(e); err != nil {
+			return nil, err
 		}
 	}
 	for _, e := range q.ents {
-		if _, err := c.walk(e, 0, maxEpoch); err != nil {
-			return err
+		if _, err := c.walkRoot(e); err != nil {
+			return nil, err
 		}
 	}
-	return nil
+	return q, nil
+}
+
+// checkLog looks at what an open would replay.
+func (c *checker) checkLog() error {
+	c.vol, c.what = ID{}, ""
+	err := c.scanLog(func(logRecord) {})
+	if ce, ok := errors.AsType[*CorruptError](err); ok {
+		return c.report(Problem{Detail: ce.Detail})
+	}
+	return err
+}
+
+// scanLog calls f with every record that an open would replay.
+func (c *checker) scanLog(f func(logRecord)) error {
+	l := c.newLog()
+	return l.scan(c.super.gen, func(fr frame) error {
+		recs, err := decodeRecords(fr.payload, c.geo)
+		if err != nil {
+			return &CorruptError{Detail: fmt.Sprintf("log: frame %d: %v", fr.seq, err)}
+		}
+		for _, r := range recs {
+			f(r)
+		}
+		return nil
+	})
 }
 
 // checkCounters compares the references found with the counters.
 func (c *checker) checkCounters() error {
+	c.vol, c.what = ID{}, ""
+	if c.tableErr != nil {
+		return c.report(Problem{Detail: c.tableErr.Error()})
+	}
 	for i, r := range c.space.regions {
 		refs := c.refs[i]
 		if refs == nil {

@@ -44,5 +44,10 @@ func (t *damageTable) add(e *CorruptError) {
 func (t *damageTable) replace(found []Problem) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.list = slices.Clone(found[:min(len(found), maxDamage)])
+	t.list = nil
+	for _, p := range found {
+		if p.Done == "" && len(t.list) < maxDamage {
+			t.list = append(t.list, p)
+		}
+	}
 }

@@ -246,7 +246,7 @@ func (v *view) under(e entry, chunk, n uint64) (_ entry, plain bool) {
 // childOf returns child i of e seen as a page of the given level: a lower
 // tree is entry 0 of a higher one.
 func (w *diffWalk) childOf(e entry, level, i int) (entry, error) {
-	if e.isHole() || int(e.level) == level {
+	if !e.refers() || int(e.level) == level {
 		return w.child(e, i)
 	}
 	if i == 0 {
@@ -278,7 +278,14 @@ func (w *diffWalk) leaf(lo uint64) error {
 	for i := range w.now {
 		from := max(w.first, int64(lo+uint64(i))*u)
 		to := min(w.end, int64(lo+uint64(i)+1)*u)
-		if from >= to || w.now[i].same(w.old[i]) {
+		if from >= to {
+			continue
+		}
+		if w.inOld = w.old[i].state == slotLost; w.inOld || w.now[i].state == slotLost {
+			w.at = lo + uint64(i)
+			return errLost()
+		}
+		if w.now[i].same(w.old[i]) {
 			continue
 		}
 		w.add(from, to, w.now[i].state == slotZero)

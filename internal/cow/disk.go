@@ -269,10 +269,12 @@ func (r *pageReader) readView(w *view, p []byte, off int64) error {
 	slots := sc.slots[:n]
 	sc.slots = slots
 	fan := uint64(r.geo.Fanout)
+	var bad error // of the first unit that cannot be found; those before it are read
 	for at := first; at <= last; {
 		end := min(last+1, (at/fan+1)*fan)
 		if err := r.resolve(w, at/fan, int(at%fan), slots[at-first:end-first]); err != nil {
-			return damagedAt(err, max(off, int64(at)*u))
+			n, bad = int(at-first), damagedAt(err, max(off, int64(at)*u))
+			break
 		}
 		at = end
 	}
@@ -288,6 +290,9 @@ func (r *pageReader) readView(w *view, p []byte, off int64) error {
 			pieces = append(pieces, piece{at, slots[i:j]})
 			i = j
 			continue
+		case slotLost:
+			n, bad = i, damagedAt(errLost(), max(off, at))
+			continue
 		case slotBuf:
 			copy(p[max(0, at-off):], s.buf[max(0, off-at):])
 		default:
@@ -302,9 +307,12 @@ func (r *pageReader) readView(w *view, p []byte, off int64) error {
 				return err
 			}
 		}
-		return nil
+		return bad
 	}
-	return eachPiece(pieces, func(pc piece) error { return r.readPiece(pc, p, off) })
+	if err := eachPiece(pieces, func(pc piece) error { return r.readPiece(pc, p, off) }); err != nil {
+		return err
+	}
+	return bad
 }
 
 // readUnit is readView within one unit.
@@ -318,6 +326,8 @@ func (r *pageReader) readUnit(w *view, unit uint64, p []byte, off int64) error {
 	switch {
 	case s.state == slotBuf:
 		copy(p, s.buf[at:])
+	case s.state == slotLost:
+		return damagedAt(errLost(), off)
 	case s.state != slotAddr:
 		clear(p)
 	case len(p) == r.geo.UnitSize:

@@ -47,10 +47,17 @@ func (e entry) String() string {
 	switch e.kind {
 	case kindHole:
 		return fmt.Sprintf("hole, epoch %d", e.birth)
-	case kindPage:
-		return fmt.Sprintf("page of level %d at %d, epoch %d, crc %08x", e.level, e.addr, e.birth, e.crc)
+	case kindLost:
+		return fmt.Sprintf("lost, epoch %d", e.birth)
 	}
-	return fmt.Sprintf("data at %d, epoch %d, crc %08x", e.addr, e.birth, e.crc)
+	what, where := "data", fmt.Sprint(e.addr)
+	if e.kind == kindPage {
+		what = fmt.Sprintf("page of level %d", e.level)
+	}
+	if e.twice {
+		where += " and in the next region"
+	}
+	return fmt.Sprintf("%s at %s, epoch %d, crc %08x", what, where, e.birth, e.crc)
 }
 
 func (d *dumper) store() error {
@@ -190,7 +197,7 @@ type fold struct {
 }
 
 func (r *fold) takes(e entry) bool {
-	if e.isHole() || r.e.isHole() {
+	if !e.refers() || !r.e.refers() {
 		return e == r.e
 	}
 	return e.kind == kindData && r.e.kind == kindData && e.addr == r.e.addr+r.n && e.birth == r.e.birth
@@ -198,7 +205,7 @@ func (r *fold) takes(e entry) bool {
 
 // tree writes a subtree, a page per line with what it holds below.
 func (d *dumper) tree(e entry, first uint64, depth int) error {
-	if e.isHole() {
+	if !e.refers() {
 		return nil
 	}
 	if err := d.ctx.Err(); err != nil {

@@ -18,7 +18,12 @@ const (
 	kindHole kind = 0 // reads as zero; birth says since when
 	kindData kind = 1 // a unit of a volume's contents
 	kindPage kind = 2 // a map page
+	kindLost kind = 3 // contents that cannot be had any more; reading them is an error
+	// 4 is reserved for compressed, 5 for encrypted contents.
 )
+
+// levelTwice is the bit of the level byte that says that there is a copy.
+const levelTwice = 1 << 7
 
 // entry is a dated, checksummed reference to a unit: the only kind of pointer
 // in the format. Equal entries of one generation stand for equal contents.
@@ -27,17 +32,24 @@ type entry struct {
 	birth uint64 // 40 bits, epoch of the content
 	crc   uint32 // CRC32C of the unit
 	kind  kind
-	level uint8 // of a page: 1 for a leaf; 3 bits
+	level uint8 // of a page: 1 for a leaf
+	twice bool  // there is a copy of the unit, at [Geometry.copyOf]
 }
 
 func hole(birth uint64) entry { return entry{birth: birth} }
 
+// lost is what remains of a reference to a page that cannot be read.
+func lost(birth uint64) entry { return entry{birth: birth, kind: kindLost} }
+
 func (e entry) isHole() bool { return e.kind == kindHole }
+
+// refers reports whether e refers to a unit.
+func (e entry) refers() bool { return e.kind == kindData || e.kind == kindPage }
 
 // sameContent reports whether two entries of one generation stand for the
 // same bytes. Holes do, whatever their birth.
 func (e entry) sameContent(o entry) bool {
-	return e.addr == o.addr && e.kind == o.kind && e.level == o.level && e.crc == o.crc
+	return e.kind != kindLost && e.addr == o.addr && e.kind == o.kind && e.level == o.level && e.crc == o.crc
 }
 
 // put encodes e into the first 16 bytes of b.
@@ -47,6 +59,9 @@ func (e entry) put(b []byte) {
 	b[8], b[9] = byte(e.birth>>24), byte(e.birth>>32)
 	binary.LittleEndian.PutUint32(b[10:], e.crc)
 	b[14], b[15] = byte(e.kind), e.level
+	if e.twice {
+		b[15] |= levelTwice
+	}
 }
 
 // getEntry decodes an entry without judging it.
@@ -58,7 +73,8 @@ func getEntry(b []byte) entry {
 		birth: lo>>40 | uint64(b[8])<<24 | uint64(b[9])<<32,
 		crc:   binary.LittleEndian.Uint32(b[10:]),
 		kind:  kind(b[14]),
-		level: b[15],
+		level: b[15] &^ levelTwice,
+		twice: b[15]&levelTwice != 0,
 	}
 }
 
@@ -66,7 +82,7 @@ func getEntry(b []byte) entry {
 // (level 1 holds data).
 func (e entry) check(level int) error {
 	switch {
-	case e.kind == kindHole && e.addr == 0 && e.crc == 0 && e.level == 0:
+	case (e.kind == kindHole || e.kind == kindLost) && e.addr == 0 && e.crc == 0 && e.level == 0 && !e.twice:
 		return nil
 	case e.kind == kindData && e.addr != 0 && e.level == 0 && level == 1:
 		return nil

@@ -90,6 +90,9 @@ func (s *Store) write(c *cut) error {
 	if err := s.reap(w); err != nil {
 		return fmt.Errorf("checkpoint: reaping: %w", err)
 	}
+	for _, ce := range w.losses {
+		s.damage.add(ce)
+	}
 	table, err := s.mergeTable(w, c)
 	if err != nil {
 		return fmt.Errorf("checkpoint: volume table: %w", err)
@@ -158,7 +161,7 @@ func (s *Store) mergeCut(w *treeWriter, c *cut) (map[*layer]tree, map[*blob]entr
 	net := map[uint64]int{} // of the roots of the last generation, by unit
 	roots := map[uint64]entry{}
 	take := func(e entry, n int) {
-		if !e.isHole() {
+		if e.refers() {
 			net[e.addr] += n
 			roots[e.addr] = e
 		}
@@ -202,7 +205,7 @@ func (s *Store) mergeCut(w *treeWriter, c *cut) (map[*layer]tree, map[*blob]entr
 
 	for addr, n := range net {
 		if n > 0 {
-			if err := w.space.add(addr, uint32(n)); err != nil {
+			if err := w.ref(roots[addr], uint32(n)); err != nil {
 				return nil, nil, err
 			}
 		}
@@ -218,8 +221,8 @@ func (s *Store) mergeCut(w *treeWriter, c *cut) (map[*layer]tree, map[*blob]entr
 			return nil, nil, err
 		}
 		trees[l] = t
-		if n := holders[l] - 1; n > 0 && !t.root.isHole() {
-			if err := w.space.add(t.root.addr, uint32(n)); err != nil {
+		if n := holders[l] - 1; n > 0 {
+			if err := w.ref(t.root, uint32(n)); err != nil {
 				return nil, nil, err
 			}
 		}
@@ -255,7 +258,7 @@ func (s *Store) mergeCut(w *treeWriter, c *cut) (map[*layer]tree, map[*blob]entr
 				return nil, nil, err
 			}
 			if n := blobHolders[cv.attrs] - 1; n > 0 {
-				if err := w.space.add(e.addr, uint32(n)); err != nil {
+				if err := w.ref(e, uint32(n)); err != nil {
 					return nil, nil, err
 				}
 			}
@@ -275,7 +278,7 @@ func (w *treeWriter) writeBlob(data []byte) (entry, error) {
 		b := make([]byte, u)
 		copy(b, data[i*u:])
 		var err error
-		if ents[i], err = w.writeUnit(b, classUpper, &w.upper); err != nil {
+		if ents[i], err = w.writeUnit(b, classUpper, &w.upper, false); err != nil {
 			return entry{}, err
 		}
 	}
@@ -316,7 +319,9 @@ func (s *Store) mergeTable(w *treeWriter, c *cut) (entry, error) {
 		l.putRun(u/uint64(s.geo.Fanout), []slot{sl})
 	}
 	s.space.promiseOwn(l.load.promised)
+	w.table = true
 	t, err := w.mergeLayer(tree{root: s.super.table}, l)
+	w.table = false
 	return t.root, err
 }
 

@@ -56,6 +56,11 @@ func (g Geometry) regionBytes() int64 { return int64(g.regionUnits()) * int64(g.
 // maxRegions is how many regions 40 bits of address can name.
 func (g Geometry) maxRegions() int { return int(maxAddr / uint64(g.regionUnits())) }
 
+// copyOf is where the copy of a unit is that has one: at the same place of
+// the next region, so that a stretch of the medium that goes bad takes one of
+// the two.
+func (g Geometry) copyOf(addr uint64) uint64 { return addr + uint64(g.regionUnits()) }
+
 // frameAlign is what frames of the log begin at multiples of: a page of the
 // host, or a unit if that is smaller.
 func (g Geometry) frameAlign() uint64 { return uint64(min(g.UnitSize, 4096)) }

@@ -16,13 +16,26 @@ type image struct {
 	superF vfs.File
 	logF   vfs.File
 	space  *space
+
+	tableErr error // of the region table, when it is damaged and need not be read
 }
 
-// readImage reads superblock and region table. Everything is synced before it
+// readImage reads superblock and region table.
+func readImage(dir vfs.FS, o Options) (*image, error) {
+	im, err := readDamaged(dir, o)
+	if err == nil && im.tableErr != nil {
+		err = errors.Join(im.tableErr, im.close())
+		im = nil
+	}
+	return im, err
+}
+
+// readDamaged is readImage for a store whose region table, which says nothing
+// that the trees do not, may be damaged. Everything is synced before it
 // is read: after a crash of the process, but not of the host, the page cache
 // may show a state that the device does not have, and nothing may be built
 // on that.
-func readImage(dir vfs.FS, o Options) (_ *image, err error) {
+func readDamaged(dir vfs.FS, o Options) (_ *image, err error) {
 	im := &image{}
 	defer func() {
 		if err != nil {
@@ -66,7 +79,10 @@ func readImage(dir vfs.FS, o Options) (_ *image, err error) {
 		return nil, err
 	}
 	recs, err := im.space.table.read(im.super.gen, int(im.super.regions), im.super.tableCRC, im.super.geo)
-	if err != nil {
+	if errors.Is(err, ErrCorrupt) {
+		im.tableErr = err
+		return im, nil
+	} else if err != nil {
 		return nil, err
 	}
 	im.space.load(recs)
@@ -108,8 +124,9 @@ func (im *image) close() error {
 	return errors.Join(errs...)
 }
 
-// records yields the volumes of the table by number. The volume table is an
-// ordinary tree whose units are leaves of records.
+// records yields the volumes of the table by number, and an error for each
+// part of it that cannot be read. The volume table is an ordinary tree whose
+// units are leaves of records.
 func (im *image) records() iter.Seq2[record, error] {
 	return func(yield func(record, error) bool) {
 		g := im.super.geo
@@ -124,8 +141,10 @@ func (im *image) records() iter.Seq2[record, error] {
 				err = im.verified(b, u.entry)
 			}
 			if err != nil {
-				yield(record{}, fmt.Errorf("volume table: %w", err))
-				return
+				if !yield(record{}, fmt.Errorf("volume table: %w", err)) {
+					return
+				}
+				continue
 			}
 			for i := range g.recordsPerUnit() {
 				r, err := getRecord(b[i*recordSize:], g)
@@ -133,8 +152,10 @@ func (im *image) records() iter.Seq2[record, error] {
 					err = fmt.Errorf("volume %d is in the wrong place", r.num)
 				}
 				if err != nil {
-					yield(record{}, &CorruptError{Addr: u.entry.addr, Detail: "volume table: " + err.Error()})
-					return
+					if !yield(record{}, &CorruptError{Addr: u.entry.addr, Detail: "volume table: " + err.Error()}) {
+						return
+					}
+					continue
 				}
 				if r.num != 0 && !yield(r, nil) {
 					return
@@ -158,6 +179,8 @@ func (r *pageReader) data(root entry) iter.Seq2[unit, error] {
 			switch {
 			case e.isHole():
 				return true
+			case e.kind == kindLost:
+				return yield(unit{}, errLost())
 			case e.kind == kindData:
 				return yield(unit{first, e}, nil)
 			}

@@ -16,6 +16,7 @@ const (
 	slotZero
 	slotBuf  // in memory
 	slotAddr // in the space files
+	slotLost // cannot be had; never in a layer
 )
 
 // slot is a layer's version of one unit.

@@ -13,18 +13,53 @@ type treeWriter struct {
 	data  unitWriter // contents held in memory until now
 	leafs unitWriter
 	upper unitWriter
+	twice unitWriter // units that have copies
+	copy  unitWriter // and these
+
+	// table is set while the volume table is merged. All of it is written
+	// twice, and none of it may get lost.
+	table bool
 
 	epoch   uint64 // of the layer being merged
 	mapped  int64  // what the merge changes the number of mapped units by
 	inexact bool   // mapped leaves out a subtree
+	losses  []*CorruptError
 	budget  int    // pages that may still be read to keep mapped exact
 	scratch [][]entry
 }
 
 func newTreeWriter(r *pageReader, s *space, q *reapQueue) *treeWriter {
 	w := &treeWriter{pageReader: r, space: s, queue: q, budget: 1024}
-	w.data.files, w.leafs.files, w.upper.files = r.files, r.files, r.files
+	for _, u := range w.writers() {
+		u.files = r.files
+	}
 	return w
+}
+
+func (w *treeWriter) writers() []*unitWriter {
+	return []*unitWriter{&w.data, &w.leafs, &w.upper, &w.twice, &w.copy}
+}
+
+// ref counts n more references to what e refers to.
+func (w *treeWriter) ref(e entry, n uint32) error {
+	if !e.refers() {
+		return nil
+	}
+	if err := w.space.add(e.addr, n); err != nil || !e.twice {
+		return err
+	}
+	return w.space.add(w.geo.copyOf(e.addr), n)
+}
+
+// unref counts one reference less to what e refers to.
+func (w *treeWriter) unref(e entry) error {
+	if !e.refers() {
+		return nil
+	}
+	if err := w.space.sub(e.addr); err != nil || !e.twice {
+		return err
+	}
+	return w.space.sub(w.geo.copyOf(e.addr))
 }
 
 // mergeLayer applies a sealed layer to a tree.
@@ -97,29 +132,40 @@ func (w *treeWriter) merge(e entry, level int, lo uint64, l *layer) (entry, erro
 	if err != nil {
 		return e, err
 	}
-	if !e.isHole() { // a shared page stays for the others, an own one is replaced
-		if err := w.space.sub(e.addr); err != nil {
-			return e, err
-		}
+	if err := w.unref(e); err != nil { // a shared page stays for the others, an own one is replaced
+		return e, err
 	}
 	return w.writePage(ents, level)
 }
 
 // open decodes the entries of a page and reports whether others refer to it,
-// too. A hole opens into holes of its birth.
+// too. A hole opens into holes of its birth, something lost into its like.
+//
+// A page that cannot be read although it could when the changes below it were
+// accepted is lost, for this volume: what is in the log of this and all other
+// volumes has to get into the trees. What the page referred to stays counted,
+// so nothing of it is reused before a repair has counted anew.
 func (w *treeWriter) open(e entry, ents []entry) (shared bool, err error) {
-	if e.isHole() {
+	if !e.refers() {
 		for i := range ents {
-			ents[i] = hole(e.birth)
+			ents[i] = e
 		}
 		return false, nil
 	}
 	b, err := w.readPage(e)
-	if err != nil {
+	switch ce, damaged := errors.AsType[*CorruptError](err); {
+	case damaged && !w.table:
+		w.inexact = true
+		w.losses = append(w.losses, ce)
+		for i := range ents {
+			ents[i] = lost(e.birth)
+		}
+	case err != nil:
 		return false, err
-	}
-	for i := range ents {
-		ents[i] = getEntry(b[i*entrySize:])
+	default:
+		for i := range ents {
+			ents[i] = getEntry(b[i*entrySize:])
+		}
 	}
 	c, err := w.space.count(e.addr)
 	if err == nil && c == 0 {
@@ -146,8 +192,8 @@ func (w *treeWriter) mergeChildren(ents []entry, shared bool, level int, lo uint
 				return err
 			}
 		default:
-			if shared && !c.isHole() {
-				if err := w.space.add(c.addr, 1); err != nil {
+			if shared {
+				if err := w.ref(c, 1); err != nil {
 					return err
 				}
 			}
@@ -164,9 +210,12 @@ func (w *treeWriter) mergeChildren(ents []entry, shared bool, level int, lo uint
 // mergeUnits replaces the units of a leaf that the layer has.
 func (w *treeWriter) mergeUnits(ents []entry, shared bool, chunk uint64, l *layer) error {
 	slots, rest := l.chunk(chunk)
-	placed, err := w.place(slots, l)
-	if err != nil {
-		return err
+	var placed []uint64
+	var err error
+	if !w.table {
+		if placed, err = w.place(slots, l); err != nil {
+			return err
+		}
 	}
 	k := 0
 	for i := range ents {
@@ -176,29 +225,35 @@ func (w *treeWriter) mergeUnits(ents []entry, shared bool, chunk uint64, l *laye
 			next = hole(w.epoch)
 			if s := slots[k]; s.state != slotZero {
 				next = entry{addr: s.addr, birth: w.epoch, crc: s.crc, kind: kindData}
-				if s.state == slotBuf {
-					next.addr, placed = placed[0], placed[1:]
-				}
-				if err := w.space.add(next.addr, 1); err != nil {
-					return err
+				if s.state == slotBuf && w.table {
+					if next, err = w.writeUnit(s.buf, classUpper, &w.upper, true); err != nil {
+						return err
+					}
+				} else {
+					if s.state == slotBuf {
+						next.addr, placed = placed[0], placed[1:]
+					}
+					if err := w.ref(next, 1); err != nil {
+						return err
+					}
 				}
 				w.mapped++
 			}
 			k++
 		case rest:
 			next = hole(w.epoch)
-		case shared && !ents[i].isHole():
-			if err := w.space.add(ents[i].addr, 1); err != nil {
+		case shared:
+			if err := w.ref(ents[i], 1); err != nil {
 				return err
 			}
 			continue
 		default:
 			continue
 		}
-		if !ents[i].isHole() {
+		if ents[i].refers() {
 			w.mapped--
 			if !shared {
-				if err := w.space.sub(ents[i].addr); err != nil {
+				if err := w.unref(ents[i]); err != nil {
 					return err
 				}
 			}
@@ -271,7 +326,7 @@ func (w *treeWriter) storePage(ents []entry, level int) (entry, error) {
 	if level == 1 {
 		to, c = &w.leafs, classLeaf
 	}
-	e, err := w.writeUnit(b, c, to)
+	e, err := w.writeUnit(b, c, to, level > 1 || w.table)
 	if err != nil {
 		return e, err
 	}
@@ -280,17 +335,27 @@ func (w *treeWriter) storePage(ents []entry, level int) (entry, error) {
 	return e, nil
 }
 
-// writeUnit writes one new unit with one reference. The entry it returns is
-// of kind data.
-func (w *treeWriter) writeUnit(b []byte, c class, to *unitWriter) (entry, error) {
-	addr, _, err := w.space.alloc(c, 1, 0)
-	if err != nil {
-		return entry{}, err
+// writeUnit writes one new unit with one reference, and a copy of it if one
+// is wanted and there is ample room. The entry it returns is of kind data.
+func (w *treeWriter) writeUnit(b []byte, c class, to *unitWriter, twice bool) (e entry, err error) {
+	e = entry{birth: w.epoch, crc: checksum(b), kind: kindData}
+	if twice {
+		if e.addr, e.twice, err = w.space.allocTwice(); err != nil {
+			return e, err
+		}
 	}
-	if err := w.space.add(addr, 1); err != nil {
-		return entry{}, err
+	if e.twice {
+		to = &w.twice
+		if err := w.copy.write(w.geo.copyOf(e.addr), b); err != nil {
+			return e, err
+		}
+	} else if e.addr, _, err = w.space.alloc(c, 1, 0); err != nil {
+		return e, err
 	}
-	return entry{addr: addr, birth: w.epoch, crc: checksum(b), kind: kindData}, to.write(addr, b)
+	if err := w.ref(e, 1); err != nil {
+		return e, err
+	}
+	return e, to.write(e.addr, b)
 }
 
 // drop gives up a reference. That of a page goes to the queue: nothing below
@@ -299,20 +364,18 @@ func (w *treeWriter) drop(e entry) error {
 	if err := w.unmap(e); err != nil {
 		return err
 	}
-	switch e.kind {
-	case kindData:
-		return w.space.sub(e.addr)
-	case kindPage:
+	if e.kind == kindPage {
 		w.queue.push(e)
+		return nil
 	}
-	return nil
+	return w.unref(e)
 }
 
 // unmap takes the data below e out of the number of mapped units, as long as
 // the budget lasts.
 func (w *treeWriter) unmap(e entry) error {
 	switch {
-	case e.isHole():
+	case !e.refers():
 		return nil
 	case e.kind == kindData:
 		w.mapped--
@@ -323,7 +386,10 @@ func (w *treeWriter) unmap(e entry) error {
 	}
 	w.budget--
 	b, err := w.readPage(e)
-	if err != nil {
+	if errors.Is(err, ErrCorrupt) {
+		w.inexact = true
+		return nil
+	} else if err != nil {
 		return err
 	}
 	for i := range w.geo.Fanout {
@@ -354,18 +420,18 @@ func (w *treeWriter) reapOne() (readable bool, err error) {
 			for i := range w.geo.Fanout {
 				switch c := getEntry(b[i*entrySize:]); c.kind {
 				case kindData:
-					if err := w.space.sub(c.addr); err != nil {
+					if err := w.unref(c); err != nil {
 						return true, err
 					}
 				case kindPage:
 					w.queue.push(c)
 				}
 			}
-			return true, w.space.sub(e.addr)
+			return true, w.unref(e)
 		}
 	}
 	w.queue.pop()
-	return true, w.space.sub(e.addr)
+	return true, w.unref(e)
 }
 
 // saveQueue writes those blocks of the queue that have changed.
@@ -376,14 +442,14 @@ func (w *treeWriter) saveQueue() error {
 	}
 	keep := q.stable / per // full blocks that stay as they are
 	for _, e := range q.blocks[keep:] {
-		if err := w.space.sub(e.addr); err != nil {
+		if err := w.unref(e); err != nil {
 			return err
 		}
 	}
 	q.blocks = q.blocks[:keep]
 	for i := keep * per; i < len(q.ents); i += per {
 		b := encodeBlock(w.geo, q.top(), q.ents[i:min(i+per, len(q.ents))])
-		e, err := w.writeUnit(b, classUpper, &w.upper)
+		e, err := w.writeUnit(b, classUpper, &w.upper, true)
 		if err != nil {
 			return err
 		}
@@ -398,8 +464,8 @@ func (w *treeWriter) readPage(e entry) ([]byte, error) {
 	if b := w.cache.get(e); b != nil {
 		return b, nil
 	}
-	for _, u := range []*unitWriter{&w.leafs, &w.upper} {
-		if u.pending(e.addr) {
+	for _, u := range w.writers() {
+		if u.pending(e.addr) || e.twice && u.pending(w.geo.copyOf(e.addr)) {
 			if err := u.flush(); err != nil {
 				return nil, err
 			}
@@ -409,7 +475,7 @@ func (w *treeWriter) readPage(e entry) ([]byte, error) {
 }
 
 func (w *treeWriter) flush() error {
-	for _, u := range []*unitWriter{&w.data, &w.leafs, &w.upper} {
+	for _, u := range w.writers() {
 		if err := u.flush(); err != nil {
 			return err
 		}

@@ -64,7 +64,7 @@ func (w *writer) leaveEqual(now, old []slot) {
 			if old[i].state == slotZero {
 				now[i].state = slotNone
 			}
-		case old[i].state == slotZero || now[i].crc != old[i].crc:
+		case old[i].state == slotZero || old[i].state == slotLost || now[i].crc != old[i].crc:
 		case old[i].state == slotBuf:
 			if bytes.Equal(now[i].buf, old[i].buf) {
 				now[i].state = slotNone

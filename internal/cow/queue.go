@@ -53,12 +53,12 @@ func encodeBlock(g Geometry, below entry, ents []entry) []byte {
 // decodeBlock decodes a block with n entries.
 func decodeBlock(g Geometry, b []byte, n int) (below entry, ents []entry, err error) {
 	below = getEntry(b)
-	if !below.isHole() && below.check(1) != nil {
+	if !below.isHole() && (below.kind != kindData || below.check(1) != nil) {
 		return below, nil, fmt.Errorf("bad link %+v", below)
 	}
 	for i := range n {
 		e := getEntry(b[(i+1)*entrySize:])
-		if e.isHole() || e.kind == kindData && e.check(1) != nil || e.kind == kindPage && checkRoot(e, g) != nil || e.kind > kindPage {
+		if !e.refers() || e.kind == kindData && e.check(1) != nil || e.kind == kindPage && checkRoot(e, g) != nil {
 			return below, nil, fmt.Errorf("bad queue entry %+v", e)
 		}
 		ents = append(ents, e)

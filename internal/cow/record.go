@@ -1,8 +1,10 @@
 package cow
 
 import (
+	"cmp"
 	"encoding/binary"
 	"fmt"
+	"slices"
 )
 
 const recordSize = 256
@@ -89,6 +91,16 @@ func getRecord(b []byte, g Geometry) (record, error) {
 		return r, fmt.Errorf("volume %d: attributes: %w", r.num, err)
 	}
 	return r, nil
+}
+
+// findRecord returns the record of a number in a list sorted by number, nil if
+// it is not there.
+func findRecord(recs []record, num uint64) *record {
+	i, ok := slices.BinarySearchFunc(recs, num, func(r record, n uint64) int { return cmp.Compare(r.num, n) })
+	if !ok {
+		return nil
+	}
+	return &recs[i]
 }
 
 // checkRoot reports why e cannot be the root of a tree.

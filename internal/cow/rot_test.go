@@ -189,8 +189,15 @@ func TestSuperSlots(t *testing.T) {
 		if err := flip(c, superName, int64(sb.gen%2+2*i)*slotSize+70, 0xff); err != nil {
 			t.Fatal(err)
 		}
-		if err := checkClean(c); err != nil {
-			t.Errorf("slot %d damaged: %v", i, err)
+		var found []string
+		for p, err := range Check(context.Background(), c) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			found = append(found, p.String())
+		}
+		if want := fmt.Sprintf("superblock: slot %d is damaged", sb.gen%2+2*i); len(found) != 1 || found[0] != want {
+			t.Errorf("the check found %q, want %q", found, want)
 		}
 		if err := useDamaged(c, data); err != nil {
 			t.Errorf("slot %d damaged: %v", i, err)

@@ -130,10 +130,35 @@ func (c *scrub) run() error {
 			err = c.tree("attributes", of(func(r *record) entry { return r.attrs }))
 		}
 	}
+	if err == nil {
+		err = c.queue()
+	}
 	if err != nil {
 		return err
 	}
 	return c.counters()
+}
+
+// queue verifies the blocks of the reap queue.
+func (c *scrub) queue() error {
+	c.vol, c.what, c.step = ID{}, "reap queue", scrubStep{}
+	err := c.s.withTrees(c.ctx, func() error {
+		b := make([]byte, c.s.geo.UnitSize)
+		for _, e := range c.s.queue.blocks {
+			c.step.pages++
+			err := c.both(b, e)
+			if ce, ok := errors.AsType[*CorruptError](err); ok {
+				c.problem(0, 0, ce.Addr, ce.Detail)
+			} else if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return c.settle()
 }
 
 // tree verifies one tree. root tells its root and whose it is.
@@ -146,7 +171,11 @@ func (c *scrub) tree(what string, root func() (entry, ID)) error {
 			in = c.s.eras.enter() // what has been gathered is not reused before it is read
 			var e entry
 			e, c.vol = root()
-			err := c.walk(e, 0)
+			n := uint64(1)
+			if e.kind == kindPage {
+				n = c.s.geo.span(int(e.level))
+			}
+			err := c.walk(e, 0, n)
 			c.s.space.trimCounters()
 			return err
 		})
@@ -167,15 +196,16 @@ func (c *scrub) tree(what string, root func() (entry, ID)) error {
 	return nil
 }
 
-// walk gathers what is to be verified below e, whose first unit is lo.
-func (c *scrub) walk(e entry, lo uint64) error {
+// walk gathers what is to be verified below e, which stands for n units from
+// lo on.
+func (c *scrub) walk(e entry, lo, n uint64) error {
 	g := c.s.geo
-	n := uint64(1)
-	if e.kind == kindPage {
-		n = g.span(int(e.level))
-	}
 	switch {
 	case e.isHole(), lo+n <= c.at:
+		return nil
+	case e.kind == kindLost:
+		c.problem(lo, n, 0, errLost().Detail)
+		c.at = lo + n
 		return nil
 	case c.verified(e):
 		c.at = lo + n
@@ -184,25 +214,27 @@ func (c *scrub) walk(e entry, lo uint64) error {
 		c.step.stopped = true
 		return nil
 	}
-	refs, err := c.s.space.count(e.addr)
-	if err != nil && !errors.Is(err, ErrCorrupt) { // damaged counters are reported on their own
-		return err
-	}
-	if err == nil && refs == 0 && c.at <= lo {
-		c.problem(lo, 0, e.addr, "unit in use has no references")
+	if c.at <= lo {
+		if err := c.counted(e, lo); err != nil {
+			return err
+		}
 	}
 	if e.kind == kindData {
 		c.step.units = append(c.step.units, unit{lo, e})
 		c.at = lo + 1
 		return nil
 	}
-	read := c.s.storedPage
+	var b []byte
+	var err error
 	if c.at > lo { // has been verified by an earlier step
-		read = c.s.page
+		b, err = c.s.page(e)
 	} else {
 		c.step.pages++
+		b = make([]byte, g.UnitSize)
+		if err = c.both(b, e); err == nil {
+			err = c.s.checkEntries(b, e)
+		}
 	}
-	b, err := read(e)
 	if ce, ok := errors.AsType[*CorruptError](err); ok {
 		c.problem(lo, n, ce.Addr, ce.Detail)
 		c.at = lo + n
@@ -211,13 +243,46 @@ func (c *scrub) walk(e entry, lo uint64) error {
 		return err
 	}
 	for i := range g.Fanout {
-		if err := c.walk(getEntry(b[i*entrySize:]), lo+uint64(i)*n/uint64(g.Fanout)); err != nil || c.step.stopped {
+		each := n / uint64(g.Fanout)
+		if err := c.walk(getEntry(b[i*entrySize:]), lo+uint64(i)*each, each); err != nil || c.step.stopped {
 			return err
 		}
 	}
 	c.at = lo + n
 	c.step.done = append(c.step.done, scrubbed{e, lo, n})
 	return nil
+}
+
+// counted looks at the counters of what e refers to.
+func (c *scrub) counted(e entry, lo uint64) error {
+	addrs := []uint64{e.addr}
+	if e.twice {
+		addrs = append(addrs, c.s.geo.copyOf(e.addr))
+	}
+	for _, addr := range addrs {
+		refs, err := c.s.space.count(addr)
+		if err != nil && !errors.Is(err, ErrCorrupt) { // damaged counters are reported on their own
+			return err
+		}
+		if err == nil && refs == 0 {
+			c.problem(lo, 0, addr, "unit in use has no references")
+		}
+	}
+	return nil
+}
+
+// both reads and verifies a unit and its copy. If one of the two is damaged,
+// it is written anew from the other one.
+func (c *scrub) both(p []byte, e entry) error {
+	half, err := c.s.verifyBoth(p, e, true)
+	if half != nil {
+		half.Volume = c.vol
+		if c.what != "" {
+			half.Detail = c.what + ": " + half.Detail
+		}
+		c.step.problems = append(c.step.problems, *half)
+	}
+	return err
 }
 
 // contents reads and verifies the units that a step has gathered, adjoining
@@ -237,11 +302,11 @@ func (c *scrub) contents() error {
 		err := c.s.files.read(buf[:n*u], first)
 		for i, x := range units[:n] {
 			b := buf[i*u : (i+1)*u]
-			if err == nil && checksum(b) == x.entry.crc {
+			if err == nil && !x.entry.twice && checksum(b) == x.entry.crc {
 				c.mark(x.entry)
 				continue
 			}
-			err := c.s.pageReader.verified(b, x.entry)
+			err := c.both(b, x.entry)
 			if ce, ok := errors.AsType[*CorruptError](err); ok {
 				c.problem(x.index, 1, ce.Addr, ce.Detail)
 			} else if err != nil {

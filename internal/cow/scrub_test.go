@@ -121,11 +121,12 @@ func TestScrub(t *testing.T) {
 			"1 at 732954624: checksum mismatch", "2 at 732954624: checksum mismatch", "3 at 732954624: checksum mismatch",
 		}},
 		{"own unit", unitAt(ID{1}, 0).addr, []string{"1 at 0: checksum mismatch"}},
-		{"root of two", s.byID[ID{2}].view.Load().base.root.addr, []string{"2 at 0: checksum mismatch", "3 at 0: checksum mismatch"}},
+		{"root of two", s.byID[ID{2}].view.Load().base.root.addr, []string{"2 at 0: checksum mismatch, its copy is whole"}},
+		{"its copy", s.geo.copyOf(s.byID[ID{2}].view.Load().base.root.addr), []string{"2 at 0: checksum mismatch, its copy is whole"}},
 		{"attributes", s.byID[ID{1}].attrs.root.addr, []string{
 			"1 at 0: attributes: checksum mismatch", "2 at 0: attributes: checksum mismatch", "3 at 0: attributes: checksum mismatch",
 		}},
-		{"volume table", s.super.table.addr, []string{"0 at 0: volume table: checksum mismatch"}},
+		{"volume table", s.super.table.addr, []string{"0 at 0: volume table: checksum mismatch, its copy is whole"}},
 		{"counters", s.geo.counterAddr(0, 0, int(rec.second&1)), []string{"0 at 0: counters: counter page: checksum mismatch"}},
 	}
 	for _, tt := range tests {
@@ -135,8 +136,12 @@ func TestScrub(t *testing.T) {
 		if got := scrubbedProblems(t, s); !slices.Equal(got, tt.want) {
 			t.Errorf("%s: %q, want %q", tt.name, got, tt.want)
 		}
-		if got := s.Damage(); len(got) != len(tt.want) {
+		mended := strings.Contains(tt.want[0], "whole")
+		if got := s.Damage(); mended && len(got) != 0 || !mended && len(got) != len(tt.want) {
 			t.Errorf("%s: table of damage %v", tt.name, got)
+		}
+		if mended {
+			continue
 		}
 		if err := flip(m, spaceName(0), int64(tt.addr)*4096+77, 1); err != nil {
 			t.Fatal(err)

@@ -15,6 +15,7 @@ const (
 	classDirect              // contents, written by their writer in long runs
 	classLeaf                // map pages that point to contents
 	classUpper               // all other metadata
+	classTwice               // metadata with a copy in the region behind
 	numClasses
 )
 
@@ -47,6 +48,14 @@ func (r *region) unhold(u int) {
 	if r.numHeld--; r.numHeld == 0 {
 		r.held = nil
 	}
+}
+
+// busy is a word of the units that cannot be allocated. used is loaded.
+func (r *region) busy(w int) uint64 {
+	if r.held != nil {
+		return r.used[w] | r.held[w]
+	}
+	return r.used[w]
 }
 
 // avail is the number of free units of a region.
@@ -241,6 +250,78 @@ func (s *space) alloc(c class, n, promised int) (addr uint64, got int, err error
 	}
 }
 
+// allocTwice takes a unit and the one that is to have its copy, and holds
+// both. Nobody has been promised them: it leaves everything that others may
+// still ask for, and ok is false when there is no more or no such pair.
+func (s *space) allocTwice() (addr uint64, ok bool, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.free-s.reserved-s.reserve() < 2 {
+		return 0, false, nil
+	}
+	cur := &s.cursor[classTwice]
+	for picked := false; ; picked = true {
+		if i := cur.region; i >= 0 && s.pairAvail(i) > 0 {
+			if s.firstFit {
+				cur.next = s.geo.metaUnits()
+			}
+			u, err := s.findPair(i, cur.next)
+			if err != nil {
+				return 0, false, err
+			}
+			if u < s.geo.regionUnits() {
+				s.regions[i].hold(u)
+				s.regions[i+1].hold(u)
+				s.free -= 2
+				s.held += 2
+				cur.next = u + 1
+				return uint64(i)*uint64(s.geo.regionUnits()) + uint64(u), true, nil
+			}
+		}
+		if picked || !s.pickPair() {
+			return 0, false, nil
+		}
+	}
+}
+
+// pairAvail is how many pairs of units region i and the next one may have.
+func (s *space) pairAvail(i int) int {
+	if i+1 >= len(s.regions) || s.regions[i].rec.unbacked || s.regions[i+1].rec.unbacked {
+		return 0
+	}
+	return min(s.regions[i].avail(), s.regions[i+1].avail())
+}
+
+// findPair returns the first unit at or behind from that is free in region i
+// and the next one, or the number of units of a region.
+func (s *space) findPair(i, from int) (int, error) {
+	for r := i; r <= i+1; r++ {
+		if err := s.loadUsed(r); err != nil {
+			return 0, err
+		}
+	}
+	a, b := s.regions[i], s.regions[i+1]
+	for u := from; u < s.geo.regionUnits(); u = (u/64 + 1) * 64 {
+		if free := ^(a.busy(u/64) | b.busy(u/64)) >> (u % 64); free != 0 {
+			return u + bits.TrailingZeros64(free), nil
+		}
+	}
+	return s.geo.regionUnits(), nil
+}
+
+// pickPair moves the cursor of copied units to the pair of regions with most
+// room and reports whether there is any.
+func (s *space) pickPair() bool {
+	best, most := -1, 0
+	for i := range s.regions {
+		if n := s.pairAvail(i); n > most {
+			best, most = i, n
+		}
+	}
+	s.cursor[classTwice] = cursor{region: best, next: s.geo.metaUnits()}
+	return best >= 0
+}
+
 // pick moves the cursor of a class to the region with most free units,
 // rather one in which no other class allocates. It reports whether there is
 // a free unit.
@@ -302,23 +383,16 @@ func (s *space) loadUsed(i int) error {
 // cut at n units.
 func (s *space) findRun(r *region, from, n int) (u, k int) {
 	end := s.geo.regionUnits()
-	busy := func(w int) uint64 {
-		b := r.used[w]
-		if r.held != nil {
-			b |= r.held[w]
-		}
-		return b
-	}
 	u = from
 	for u < end { // to the first free unit
-		if free := ^busy(u/64) >> (u % 64); free != 0 {
+		if free := ^r.busy(u/64) >> (u % 64); free != 0 {
 			u += bits.TrailingZeros64(free)
 			break
 		}
 		u = (u/64 + 1) * 64
 	}
 	for u+k < end && k < n {
-		w := busy((u+k)/64) >> ((u + k) % 64)
+		w := r.busy((u+k)/64) >> ((u + k) % 64)
 		step := min(bits.TrailingZeros64(w), 64-(u+k)%64)
 		if step == 0 {
 			break

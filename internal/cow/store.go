@@ -218,6 +218,7 @@ func open(ctx context.Context, dir vfs.FS, o Options, lock io.Closer) (_ *Store,
 		super:   *im.super, durable: map[uint64]*record{},
 		trees: make(chan struct{}, 1), wake: make(chan struct{}, 1), armed: make(chan struct{}, 1), freeing: make(chan struct{}, 1), stop: make(chan struct{}), relWake: make(chan struct{}, 1),
 	}
+	s.fellBack = s.damage.add
 	s.eras.init()
 	s.durableGen.Store(s.super.gen)
 	s.freeable.begin(s.super.gen)

@@ -148,6 +148,23 @@ func readSuper(f vfs.File) (*super, error) {
 	return newest, nil
 }
 
+// badSlots returns the slots that hold neither a superblock nor what a new
+// store has there, zeros. A power cut leaves none.
+func badSlots(f vfs.File) (bad []int, err error) {
+	b := make([]byte, superSize)
+	for slot := range superSlots {
+		clear(b)
+		if _, err := f.ReadAt(b, int64(slot)*slotSize); err != nil && !errors.Is(err, io.EOF) {
+			bad = append(bad, slot)
+			continue
+		}
+		if _, err := decodeSuper(b); errors.Is(err, errNoSlot) && !isZero(b) {
+			bad = append(bad, slot)
+		}
+	}
+	return bad, nil
+}
+
 // writeSuper writes both slots of s.gen and makes them durable. The slots of
 // the generation before are not touched.
 func writeSuper(f vfs.File, s *super) error {

@@ -1,6 +1,9 @@
 package cow
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+)
 
 // tree is the map of a volume as some checkpoint left it.
 type tree struct {
@@ -14,22 +17,47 @@ type pageReader struct {
 	geo   Geometry
 	files *spaceFiles
 	cache *pageCache
+
+	// fellBack is told of a unit that was read from its copy, and why; nil
+	// tells nobody.
+	fellBack func(*CorruptError)
 }
 
-// verified reads a unit and checks it against its entry, a second time if
-// need be.
+// verified reads a unit and checks it against its entry, then its copy if it
+// has one. The error is that of the unit itself.
 func (r *pageReader) verified(p []byte, e entry) error {
-	err := r.files.read(p, e.addr)
-	if err == nil && checksum(p) == e.crc {
-		return nil
+	err := r.verifiedAt(p, e.addr, e.crc)
+	if err == nil || !e.twice {
+		return err
 	}
-	if err = r.files.read(p, e.addr); err != nil {
-		return &CorruptError{Addr: e.addr, Detail: "unit cannot be read", Cause: err}
+	if r.verifiedAt(p, r.geo.copyOf(e.addr), e.crc) != nil {
+		return err
 	}
-	if checksum(p) != e.crc {
-		return &CorruptError{Addr: e.addr, Detail: "checksum mismatch"}
+	if ce, ok := errors.AsType[*CorruptError](err); ok && r.fellBack != nil {
+		r.fellBack(ce)
 	}
 	return nil
+}
+
+// verifiedAt reads what is at addr and compares it with its checksum, a
+// second time if need be.
+func (r *pageReader) verifiedAt(p []byte, addr uint64, crc uint32) error {
+	err := r.files.read(p, addr)
+	if err == nil && checksum(p) == crc {
+		return nil
+	}
+	if err = r.files.read(p, addr); err != nil {
+		return &CorruptError{Addr: addr, Detail: "unit cannot be read", Cause: err}
+	}
+	if checksum(p) != crc {
+		return &CorruptError{Addr: addr, Detail: "checksum mismatch"}
+	}
+	return nil
+}
+
+// errLost is the error of reading what has been lost.
+func errLost() *CorruptError {
+	return &CorruptError{Detail: "the contents were lost with a map page that cannot be read"}
 }
 
 // page returns a map page, whose entries have been checked for their form.
@@ -59,18 +87,56 @@ func (r *pageReader) storedPage(e entry) ([]byte, error) {
 	if err := r.verified(b, e); err != nil {
 		return nil, err
 	}
-	for i := range r.geo.Fanout {
-		if err := getEntry(b[i*entrySize:]).check(int(e.level)); err != nil {
-			return nil, &CorruptError{Addr: e.addr, Detail: err.Error()}
-		}
-	}
-	return b, nil
+	return b, r.checkEntries(b, e)
 }
 
-// child returns entry i of the page e. A hole counts as a page of holes.
+// checkEntries reports why b cannot be the map page e.
+func (r *pageReader) checkEntries(b []byte, e entry) error {
+	for i := range r.geo.Fanout {
+		if err := getEntry(b[i*entrySize:]).check(int(e.level)); err != nil {
+			return &CorruptError{Addr: e.addr, Detail: err.Error()}
+		}
+	}
+	return nil
+}
+
+// verifyBoth is verified with a look at the copy, too: half is the damage of
+// one of the two when the other is whole. With mend that one is written anew.
+func (r *pageReader) verifyBoth(p []byte, e entry, mend bool) (half *Problem, err error) {
+	err = r.verifiedAt(p, e.addr, e.crc)
+	if !e.twice {
+		return nil, err
+	}
+	q := make([]byte, len(p))
+	err2 := r.verifiedAt(q, r.geo.copyOf(e.addr), e.crc)
+	switch {
+	case (err == nil) == (err2 == nil):
+		return nil, err
+	case err != nil:
+		copy(p, q)
+	default:
+		err = err2
+	}
+	ce, ok := errors.AsType[*CorruptError](err)
+	if !ok {
+		return nil, err
+	}
+	half = &Problem{Addr: ce.Addr, Detail: ce.Detail + ", its copy is whole"}
+	if mend {
+		if err := r.files.write(p, ce.Addr); err != nil {
+			half.Detail += ", and " + err.Error()
+		} else {
+			half.Done = "restored"
+		}
+	}
+	return half, nil
+}
+
+// child returns entry i of the page e. What stands for a whole range, a hole
+// or something lost, counts as a page of its like.
 func (r *pageReader) child(e entry, i int) (entry, error) {
-	if e.isHole() {
-		return hole(e.birth), nil
+	if !e.refers() {
+		return e, nil
 	}
 	b, err := r.page(e)
 	if err != nil {
@@ -79,8 +145,8 @@ func (r *pageReader) child(e entry, i int) (entry, error) {
 	return getEntry(b[i*entrySize:]), nil
 }
 
-// leaf returns the entry of the leaf that maps a chunk, or of the hole in its
-// place.
+// leaf returns the entry of the leaf that maps a chunk, or of what is in its
+// place: a hole, or something lost.
 func (r *pageReader) leaf(root entry, chunk uint64) (entry, error) {
 	if root.isHole() || chunk >= r.geo.span(int(root.level)-1) {
 		return hole(0), nil
@@ -89,7 +155,7 @@ func (r *pageReader) leaf(root entry, chunk uint64) (entry, error) {
 	for e.level > 1 {
 		i := chunk >> (uint(e.level-2) * r.geo.fanBits()) & uint64(r.geo.Fanout-1)
 		var err error
-		if e, err = r.child(e, int(i)); err != nil || e.isHole() {
+		if e, err = r.child(e, int(i)); err != nil || !e.refers() {
 			return e, err
 		}
 	}
@@ -109,6 +175,9 @@ func (r *pageReader) leafPage(root entry, chunk uint64) ([]byte, error) {
 		r.cache.putLeaf(root, chunk, nil)
 		return nil, nil
 	}
+	if !e.refers() {
+		return r.lostLeaf(e), nil
+	}
 	p, err := r.cached(e)
 	if err != nil {
 		return nil, err
@@ -117,13 +186,26 @@ func (r *pageReader) leafPage(root entry, chunk uint64) ([]byte, error) {
 	return p.data, nil
 }
 
+// lostLeaf is a page of nothing but what has been lost with e.
+func (r *pageReader) lostLeaf(e entry) []byte {
+	b := make([]byte, r.geo.UnitSize)
+	for i := range r.geo.Fanout {
+		e.put(b[i*entrySize:])
+	}
+	return b
+}
+
 // leafSlot is what a leaf, nil for a hole, has for the unit idx.
 func leafSlot(page []byte, idx int) slot {
 	s := slot{idx: uint16(idx), state: slotZero}
-	if page != nil {
-		if c := getEntry(page[idx*entrySize:]); c.kind == kindData {
-			s.state, s.addr, s.crc = slotAddr, c.addr, c.crc
-		}
+	if page == nil {
+		return s
+	}
+	switch c := getEntry(page[idx*entrySize:]); c.kind {
+	case kindData:
+		s.state, s.addr, s.crc = slotAddr, c.addr, c.crc
+	case kindLost:
+		s.state = slotLost
 	}
 	return s
 }

@@ -157,7 +157,7 @@ func (w *freeWalk) run(ctx context.Context, nums []uint64) (Freed, error) {
 
 // push notes a reference that would be given up.
 func (w *freeWalk) push(e entry) {
-	if !e.isHole() {
+	if e.refers() {
 		w.stack = append(w.stack, e)
 	}
 }
@@ -202,6 +202,9 @@ func (w *freeWalk) giveUp(e entry) error {
 	}
 	delete(w.shared, e.addr)
 	w.units++
+	if e.twice {
+		w.units++
+	}
 	if e.kind != kindPage {
 		return nil
 	}

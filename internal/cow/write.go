@@ -394,6 +394,8 @@ func (w *writer) current(unit uint64) (version, []byte, error) {
 		}
 	}
 	switch one[0].state {
+	case slotLost:
+		return ver, nil, w.damaged(errLost(), unit)
 	case slotBuf:
 		copy(buf, one[0].buf)
 	case slotAddr:
