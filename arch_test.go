@@ -23,6 +23,7 @@ var mayImport = map[string][]string{
 	"internal/storage":  {},
 	"internal/thincli":  {},
 	"internal/schedule": {},
+	"internal/users":    {},
 
 	"internal/xapi/gen": {"internal/xapi"},
 	"internal/cow":      {"internal/vfs"},
@@ -34,7 +35,7 @@ var mayImport = map[string][]string{
 	"internal/storage/cow":         {"internal/storage", "internal/cow", "internal/vfs"},
 	"internal/storage/all":         {"internal/storage", "internal/storage/mem", "internal/storage/cow"},
 
-	"internal/api":   {"internal/xapi", "internal/db", "internal/storage", "internal/rpc", "internal/schedule"},
+	"internal/api":   {"internal/xapi", "internal/db", "internal/storage", "internal/rpc", "internal/schedule", "internal/users"},
 	"internal/xecmd": {"internal/api", "internal/xapi", "internal/thincli"},
 	"internal/server": {
 		"internal/api", "internal/xapi", "internal/rpc", "internal/xecmd", "internal/thincli",
