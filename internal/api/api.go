@@ -66,6 +66,10 @@ type Config struct {
 	DataDir     string           // default SRs live under it
 	HostAddress func() string    // address clients reach the server at; nil means 127.0.0.1
 	Now         func() time.Time // nil means time.Now
+
+	// RevertByClone makes VM.revert replace disks by clones, whatever the
+	// pool's other_config says.
+	RevertByClone bool
 }
 
 // API executes XenAPI messages. It is safe for concurrent use.
@@ -85,6 +89,8 @@ type API struct {
 	running  taskTable
 	claims   claimTable
 	repos    repoTable
+
+	scheduler *scheduler
 
 	ctx        context.Context // ends when Close is called
 	stop       context.CancelCauseFunc
@@ -113,6 +119,7 @@ func New(ctx context.Context, cfg Config) (*API, error) {
 		return nil, errors.Join(fmt.Errorf("api: opening storage: %w", err), a.closeStorage())
 	}
 	a.background.Go(a.collect)
+	a.background.Go(a.scheduler.loop)
 	return a, nil
 }
 
@@ -149,6 +156,7 @@ func prepare(ctx context.Context, cfg Config) (*API, error) {
 	a.running.init()
 	a.ctx, a.stop = context.WithCancelCause(context.WithoutCancel(ctx))
 	a.shut = sync.OnceValue(a.shutdown)
+	a.scheduler = newScheduler(a)
 	return a, nil
 }
 

@@ -38,6 +38,9 @@ type diskAttrs struct {
 	// Forgotten marks a volume that VDI.forget took the record of, so that
 	// start-up does not take it for the rest of a crashed operation.
 	Forgotten bool `json:"forgotten,omitempty"`
+	// Revert marks a volume that keeps the contents from before a VM.revert,
+	// until the revert is complete.
+	Revert *revertMark `json:"revert,omitempty"`
 }
 
 // attrsOf describes a record.

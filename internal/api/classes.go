@@ -13,8 +13,8 @@ import (
 func classMethods() map[string]any {
 	all := map[string]any{}
 	for _, table := range []map[string]any{
-		poolMethods(), hostMethods(), srMethods(), pbdMethods(), vdiMethods(), vmMethods(), vmFieldMethods(),
-		vbdMethods(), vifMethods(), networkMethods(), messageMethods(),
+		poolMethods(), hostMethods(), srMethods(), pbdMethods(), vdiMethods(), vmMethods(), vmFieldMethods(), vmPowerMethods(),
+		vbdMethods(), vifMethods(), networkMethods(), messageMethods(), vmssMethods(),
 	} {
 		maps.Copy(all, table)
 	}
@@ -25,6 +25,12 @@ func classMethods() map[string]any {
 // object of the class.
 func fieldHooks() map[string]fieldHook {
 	return map[string]fieldHook{
+		// What passed while a schedule was disabled is not made up for.
+		"VMSS": func(a *API, ctx context.Context, c *Call, ref, field string) error {
+			a.scheduler.since(xapi.Ref[xapi.VMSS](ref), a.now())
+			a.scheduler.look()
+			return nil
+		},
 		// The volume knows these fields too.
 		"VDI": func(a *API, ctx context.Context, c *Call, ref, field string) error {
 			a.syncAttrs(ctx, xapi.Ref[xapi.VDI](ref))

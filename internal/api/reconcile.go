@@ -118,6 +118,9 @@ func (a *API) reconcile(ctx context.Context, repo *repository) error {
 		return err
 	}
 	defer inv.end()
+	if err := a.settleReverts(ctx, inv); err != nil {
+		return err
+	}
 	var unowned []storage.Info
 	err = a.db.Update(ctx, func(tx *db.Tx) (err error) {
 		unowned, err = a.compareWith(tx, inv, markMissing)

@@ -27,6 +27,7 @@ type rig struct {
 	dir    string            // the data directory
 	sr     xapi.Ref[xapi.SR] // the default one
 	dom0   xapi.Ref[xapi.VM]
+	adjust func(*Config) // of the next start, nil for none
 }
 
 func newRig(t *testing.T) *rig {
@@ -52,12 +53,16 @@ func (r *rig) start(t *testing.T) {
 		t.Fatal(err)
 	}
 	log := new(lockedBuffer)
-	a, err := New(context.Background(), Config{
+	cfg := Config{
 		DB:      d,
 		Storage: storage.Registry{r.driver.Type: r.faults.driver(r.driver)},
 		Log:     slog.New(slog.NewTextHandler(log, nil)),
 		Version: "1.2.3", DataDir: r.dir,
-	})
+	}
+	if r.adjust != nil {
+		r.adjust(&cfg)
+	}
+	a, err := New(context.Background(), cfg)
 	if err != nil {
 		t.Fatalf("start: %v\n%s", err, log.String())
 	}
@@ -387,6 +392,14 @@ func (r *faultRepo) Open(ctx context.Context, id storage.ID, m storage.Mode) (v 
 func (r *faultRepo) Snapshot(ctx context.Context, d storage.Derived) (info storage.Info, err error) {
 	err = r.faults.do(false, func() (err error) { info, err = r.Repo.Snapshot(ctx, d); return err })
 	return info, err
+}
+
+func (r *faultRepo) SnapshotGroup(ctx context.Context, ds []storage.Derived) (infos []storage.Info, err error) {
+	err = r.faults.do(false, func() (err error) {
+		infos, err = r.Repo.(storage.GroupSnapshotter).SnapshotGroup(ctx, ds)
+		return err
+	})
+	return infos, err
 }
 
 func (r *faultRepo) Clone(ctx context.Context, d storage.Derived) (info storage.Info, err error) {

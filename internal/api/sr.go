@@ -143,6 +143,9 @@ func (a *API) attach(ctx context.Context, ref xapi.Ref[xapi.SR], drv storage.Dri
 		return err
 	}
 	defer inv.end()
+	if err := a.settleReverts(ctx, inv); err != nil {
+		return err
+	}
 	a.repos.put(repo)
 	undo.push(func(context.Context) { a.repos.take(ref) })
 	err = a.db.Update(ctx, func(tx *db.Tx) error {

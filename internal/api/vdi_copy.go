@@ -83,31 +83,36 @@ func (a *API) copyToNew(ctx context.Context, c *Call, job copyJob, sr xapi.Ref[x
 	rec := derivedDisk(job.src.rec)
 	rec.SR, rec.OnBoot = sr, xapi.OnBootPersist
 	return a.addDisk(ctx, repo, rec, func(id storage.ID, attrs []byte) (storage.Info, error) {
-		if _, err := repo.Create(ctx, storage.Spec{ID: id, Size: job.src.Size(), Attrs: attrs}); err != nil {
-			return storage.Info{}, fmt.Errorf("create VDI %s: %w", id, err)
-		}
-		dst, err := repo.Open(ctx, id, storage.Live)
-		if err != nil {
-			return storage.Info{}, fmt.Errorf("open VDI %s: %w", id, err)
-		}
-		defer func() { _ = dst.Close() }() // Flush tells what matters
-		write := func(p []byte, off int64) error {
-			_, err := dst.WriteAt(p, off)
-			return err
-		}
-		err = job.run(ctx, write, func(off, n int64) error {
-			// Against a base, zeros are a change like any other and are
-			// written out, so that the delta has them.
-			return writeZeros(ctx, write, off, n)
-		})
-		if err != nil {
-			return storage.Info{}, err
-		}
-		if err := dst.Flush(ctx); err != nil {
-			return storage.Info{}, fmt.Errorf("flush VDI %s: %w", id, err)
-		}
-		return repo.Stat(ctx, id)
+		return job.toNew(ctx, repo, id, attrs)
 	})
+}
+
+// toNew runs a copy to a volume that it creates.
+func (j copyJob) toNew(ctx context.Context, repo *repository, id storage.ID, attrs []byte) (storage.Info, error) {
+	if _, err := repo.Create(ctx, storage.Spec{ID: id, Size: j.src.Size(), Attrs: attrs}); err != nil {
+		return storage.Info{}, fmt.Errorf("create VDI %s: %w", id, err)
+	}
+	dst, err := repo.Open(ctx, id, storage.Live)
+	if err != nil {
+		return storage.Info{}, fmt.Errorf("open VDI %s: %w", id, err)
+	}
+	defer func() { _ = dst.Close() }() // Flush tells what matters
+	write := func(p []byte, off int64) error {
+		_, err := dst.WriteAt(p, off)
+		return err
+	}
+	err = j.run(ctx, write, func(off, n int64) error {
+		// Against a base, zeros are a change like any other and are
+		// written out, so that the delta has them.
+		return writeZeros(ctx, write, off, n)
+	})
+	if err != nil {
+		return storage.Info{}, err
+	}
+	if err := dst.Flush(ctx); err != nil {
+		return storage.Info{}, fmt.Errorf("flush VDI %s: %w", id, err)
+	}
+	return repo.Stat(ctx, id)
 }
 
 // copyChunk is how much a copy moves at a time, and how often it looks

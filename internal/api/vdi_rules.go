@@ -61,6 +61,12 @@ var (
 // before they start and what allowed_operations is computed from. Only
 // OTHER_OPERATION_IN_PROGRESS is worth waiting for.
 func (a *API) vdiAllows(tx *db.Tx, ref xapi.Ref[xapi.VDI], op xapi.VDIOperations) error {
+	return a.vdiAllowsBeside(tx, ref, op, xapi.NullRef)
+}
+
+// vdiAllowsBeside is vdiAllows for an operation that takes the disk away from
+// the VM beside, so that its VBDs there do not count.
+func (a *API) vdiAllowsBeside(tx *db.Tx, ref xapi.Ref[xapi.VDI], op xapi.VDIOperations, beside xapi.Ref[xapi.VM]) error {
 	v, err := db.Get(tx, ref)
 	if err != nil {
 		return err
@@ -76,7 +82,7 @@ func (a *API) vdiAllows(tx *db.Tx, ref xapi.Ref[xapi.VDI], op xapi.VDIOperations
 	if !slices.Contains(vdiOpsOnRecord, op) && !srAttached(tx, v.SR) {
 		return xapi.NewError(xapi.ErrSRHasNoPBDs, string(v.SR))
 	}
-	if err := a.vdiAttachmentAllows(tx, ref, v, op); err != nil {
+	if err := a.vdiAttachmentAllows(tx, ref, v, op, beside); err != nil {
 		return err
 	}
 	if f := vdiOpFeature[op]; f != "" && !srHasFeature(tx, v.SR, f) {
@@ -97,12 +103,12 @@ func (a *API) vdiAllows(tx *db.Tx, ref xapi.Ref[xapi.VDI], op xapi.VDIOperations
 // vdiAttachmentAllows applies the rules about attached disks and about
 // operations on their VBDs. A disk that the server itself writes counts as
 // attached read-write.
-func (a *API) vdiAttachmentAllows(tx *db.Tx, ref xapi.Ref[xapi.VDI], v *xapi.VDI, op xapi.VDIOperations) error {
+func (a *API) vdiAttachmentAllows(tx *db.Tx, ref xapi.Ref[xapi.VDI], v *xapi.VDI, op xapi.VDIOperations, beside xapi.Ref[xapi.VM]) error {
 	inUse := a.repos.uses.count(ref, writing) > 0
 	inUseRW, onlySnapshots := inUse, !inUse
 	for _, b := range v.VBDs {
 		vbd, err := db.Get(tx, b)
-		if err != nil || !vbd.CurrentlyAttached && !vbd.Reserved {
+		if err != nil || !vbd.CurrentlyAttached && !vbd.Reserved || vbd.VM == beside {
 			continue
 		}
 		inUse = true

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"time"
 
 	"coppice/internal/db"
 	"coppice/internal/storage"
@@ -21,11 +20,7 @@ func (a *API) vdiSnapshot(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], 
 		return "", err
 	}
 	defer w.release()
-	rec := derivedDisk(w.rec)
-	rec.IsASnapshot, rec.SnapshotOf = true, ref
-	rec.SnapshotTime = a.now().Truncate(time.Second)
-	rec.CBTEnabled = w.rec.CBTEnabled
-	return a.addDisk(ctx, w.repo, rec, func(id storage.ID, attrs []byte) (storage.Info, error) {
+	return a.addDisk(ctx, w.repo, a.snapshotRecord(ref, w.rec), func(id storage.ID, attrs []byte) (storage.Info, error) {
 		info, err := w.repo.Snapshot(ctx, storage.Derived{Source: w.id(), ID: id, Attrs: attrs})
 		if err != nil {
 			return info, fmt.Errorf("snapshot VDI %s: %w", w.id(), err)

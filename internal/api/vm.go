@@ -14,6 +14,14 @@ import (
 func vmMethods() map[string]any {
 	return map[string]any{
 		"VM.create":                    (*API).vmCreate,
+		"VM.snapshot":                  (*API).vmSnapshot,
+		"VM.checkpoint":                (*API).vmCheckpoint,
+		"VM.clone":                     (*API).vmClone,
+		"VM.copy":                      (*API).vmCopy,
+		"VM.provision":                 (*API).vmProvision,
+		"VM.revert":                    (*API).vmRevert,
+		"VM.update_snapshot_metadata":  (*API).vmUpdateSnapshotMetadata,
+		"VM.get_boot_record":           (*API).vmGetBootRecord,
 		"VM.destroy":                   (*API).vmDestroy,
 		"VM.get_allowed_VBD_devices":   (*API).vmGetAllowedVBDDevices,
 		"VM.get_allowed_VIF_devices":   (*API).vmGetAllowedVIFDevices,
@@ -86,21 +94,25 @@ func (a *API) vmDestroy(ctx context.Context, c *Call, ref xapi.Ref[xapi.VM]) err
 		return err
 	}
 	defer release()
-	return a.db.Update(ctx, func(tx *db.Tx) error {
-		vm, err := db.Get(tx, ref)
-		if err != nil {
+	return a.db.Update(ctx, func(tx *db.Tx) error { return a.removeVM(tx, ref) })
+}
+
+// removeVM removes the record of a VM and what hangs on it. Its children in
+// the tree of snapshots become those of its parent.
+func (a *API) removeVM(tx *db.Tx, ref xapi.Ref[xapi.VM]) error {
+	vm, err := db.Get(tx, ref)
+	if err != nil {
+		return err
+	}
+	for _, child := range slices.Clone(vm.Children) {
+		if err := db.Modify(tx, child, func(c *xapi.VM) { c.Parent = vm.Parent }); err != nil {
 			return err
 		}
-		for _, child := range slices.Clone(vm.Children) {
-			if err := db.Modify(tx, child, func(c *xapi.VM) { c.Parent = vm.Parent }); err != nil {
-				return err
-			}
-		}
-		if err := a.removeDevices(tx, vm); err != nil {
-			return err
-		}
-		return db.Delete(tx, ref)
-	})
+	}
+	if err := a.removeDevices(tx, vm); err != nil {
+		return err
+	}
+	return db.Delete(tx, ref)
 }
 
 // removeDevices deletes the objects that belong to one VM only.

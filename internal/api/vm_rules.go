@@ -11,18 +11,34 @@ import (
 
 // vmRule says when an operation of a VM may begin.
 type vmRule struct {
-	states   []xapi.VMPowerState // empty: any
-	template bool                // also on templates
-	snapshot bool                // also on snapshots
+	states     []xapi.VMPowerState // empty: any
+	template   bool                // also on templates
+	snapshot   bool                // also on snapshots
+	hypervisor bool                // nobody here can do it
 }
 
-// vmRules are the operations that this server performs on VMs. Others do not
-// appear in allowed_operations.
+// States by what they are called together.
+var (
+	halted         = []xapi.VMPowerState{xapi.VMPowerStateHalted}
+	running        = []xapi.VMPowerState{xapi.VMPowerStateRunning}
+	suspended      = []xapi.VMPowerState{xapi.VMPowerStateSuspended}
+	paused         = []xapi.VMPowerState{xapi.VMPowerStatePaused}
+	haltedOrAsleep = []xapi.VMPowerState{xapi.VMPowerStateHalted, xapi.VMPowerStateSuspended}
+	alive          = []xapi.VMPowerState{xapi.VMPowerStatePaused, xapi.VMPowerStateSuspended, xapi.VMPowerStateRunning}
+)
+
+// vmRules are the operations that this server knows on VMs. Those that it
+// cannot perform never appear in allowed_operations, but answer first for what
+// is wrong with the VM and only then that there is no hypervisor.
 var vmRules = map[xapi.VMOperations]vmRule{
-	xapi.VMOperationsDestroy: {
-		states:   []xapi.VMPowerState{xapi.VMPowerStateHalted, xapi.VMPowerStateSuspended},
-		template: true, snapshot: true,
-	},
+	xapi.VMOperationsSnapshot:                {},
+	xapi.VMOperationsCheckpoint:              {states: alive},
+	xapi.VMOperationsClone:                   {states: halted, template: true, snapshot: true}, // more in vmStates
+	xapi.VMOperationsCopy:                    {states: halted, template: true, snapshot: true},
+	xapi.VMOperationsRevert:                  {template: true, snapshot: true},
+	xapi.VMOperationsReverting:               {},
+	xapi.VMOperationsProvision:               {states: halted, template: true},
+	xapi.VMOperationsDestroy:                 {states: haltedOrAsleep, template: true, snapshot: true},
 	xapi.VMOperationsMakeIntoTemplate:        {states: halted},
 	xapi.VMOperationsChangingMemoryLimits:    {states: halted, template: true},
 	xapi.VMOperationsChangingStaticRange:     {states: halted, template: true},
@@ -31,12 +47,52 @@ var vmRules = map[xapi.VMOperations]vmRule{
 	xapi.VMOperationsChangingVCPUs:           {states: halted, template: true},
 	xapi.VMOperationsChangingNVRAM:           {states: halted, template: true},
 	xapi.VMOperationsUpdateAllowedOperations: {template: true, snapshot: true},
+	xapi.VMOperationsHardShutdown:            {states: alive, snapshot: true},
+	xapi.VMOperationsPowerStateReset:         {snapshot: true},
+
+	xapi.VMOperationsStart:         {states: halted, hypervisor: true},
+	xapi.VMOperationsStartOn:       {states: halted, hypervisor: true},
+	xapi.VMOperationsResume:        {states: suspended, hypervisor: true},
+	xapi.VMOperationsResumeOn:      {states: suspended, hypervisor: true},
+	xapi.VMOperationsSuspend:       {states: running, hypervisor: true},
+	xapi.VMOperationsPause:         {states: running, hypervisor: true},
+	xapi.VMOperationsUnpause:       {states: paused, hypervisor: true},
+	xapi.VMOperationsCleanShutdown: {states: running, hypervisor: true},
+	xapi.VMOperationsCleanReboot:   {states: running, hypervisor: true},
+	xapi.VMOperationsHardReboot:    {states: []xapi.VMPowerState{xapi.VMPowerStatePaused, xapi.VMPowerStateRunning}, hypervisor: true},
+	xapi.VMOperationsPoolMigrate:   {states: running, hypervisor: true},
 }
 
-var halted = []xapi.VMPowerState{xapi.VMPowerStateHalted}
+// cloneSuspendedKey in the pool's other_config lets suspended VMs be cloned.
+const cloneSuspendedKey = "allow_clone_suspended_vm"
+
+// vmStates lists the states in which op may begin on a VM; empty is any.
+func (a *API) vmStates(tx *db.Tx, vm *xapi.VM, op xapi.VMOperations) []xapi.VMPowerState {
+	if op == xapi.VMOperationsClone || op == xapi.VMOperationsCopy {
+		_, pool, err := a.pool(tx)
+		if vm.IsASnapshot || err == nil && pool.OtherConfig[cloneSuspendedKey] == "true" {
+			return haltedOrAsleep
+		}
+	}
+	return vmRules[op].states
+}
+
+// vmOpsBeside says whether two operations on one VM can run at the same time.
+func vmOpsBeside(op, cur xapi.VMOperations) bool {
+	for _, together := range [][]xapi.VMOperations{
+		{xapi.VMOperationsClone, xapi.VMOperationsCopy, xapi.VMOperationsExport},
+		{xapi.VMOperationsSnapshot, xapi.VMOperationsCheckpoint},
+	} {
+		if slices.Contains(together, op) && slices.Contains(together, cur) {
+			return true
+		}
+	}
+	return false
+}
 
 // vmAllows says whether an operation may begin on a VM now: nil, or the error
-// of the first rule that forbids it.
+// of the first rule that forbids it. Only OTHER_OPERATION_IN_PROGRESS is worth
+// waiting for.
 func (a *API) vmAllows(tx *db.Tx, ref xapi.Ref[xapi.VM], op xapi.VMOperations) error {
 	vm, err := db.Get(tx, ref)
 	if err != nil {
@@ -49,13 +105,24 @@ func (a *API) vmAllows(tx *db.Tx, ref xapi.Ref[xapi.VM], op xapi.VMOperations) e
 	if reason, blocked := vm.BlockedOperations[op]; blocked {
 		return xapi.NewError(xapi.ErrOperationBlocked, string(ref), reason)
 	}
-	if len(rule.states) > 0 && !slices.Contains(rule.states, vm.PowerState) {
-		return badPowerState(ref, vm, rule.states...)
+	if op == xapi.VMOperationsDestroy {
+		if err := held(string(ref), vm.OtherConfig); err != nil {
+			return err
+		}
+	}
+	if states := a.vmStates(tx, vm, op); len(states) > 0 && !slices.Contains(states, vm.PowerState) {
+		return badPowerState(ref, vm, states...)
 	}
 	for _, task := range slices.Sorted(maps.Keys(vm.CurrentOperations)) {
-		return otherOperation("VM", string(ref), string(vm.CurrentOperations[task]), task)
+		if cur := vm.CurrentOperations[task]; !vmOpsBeside(op, cur) {
+			return otherOperation("VM", string(ref), string(cur), task)
+		}
 	}
 	switch {
+	case op == xapi.VMOperationsProvision && (!vm.IsATemplate || vm.IsASnapshot):
+		return xapi.NewError(xapi.ErrProvisionOnlyAllowedOnTemplate)
+	case op == xapi.VMOperationsRevert && !vm.IsASnapshot:
+		return xapi.NewError(xapi.ErrRevertOnlyAllowedOnSnapshot)
 	case vm.IsASnapshot && !rule.snapshot:
 		return xapi.NewError(xapi.ErrVMIsSnapshot, string(ref), string(op))
 	case vm.IsATemplate && !vm.IsASnapshot && !rule.template:
@@ -64,6 +131,31 @@ func (a *API) vmAllows(tx *db.Tx, ref xapi.Ref[xapi.VM], op xapi.VMOperations) e
 		return xapi.NewError(xapi.ErrVMCannotDeleteDefaultTemplate)
 	case vm.IsControlDomain && op != xapi.VMOperationsUpdateAllowedOperations:
 		return xapi.NewError(xapi.ErrOperationNotAllowed, "The control domain cannot do "+string(op))
+	}
+	if op == xapi.VMOperationsSnapshot || op == xapi.VMOperationsCheckpoint {
+		if err := vmSnapshotable(tx, ref, vm); err != nil {
+			return err
+		}
+	}
+	if rule.hypervisor {
+		return errNoHypervisor
+	}
+	return nil
+}
+
+// vmSnapshotable refuses snapshots of VMs with parts that have no snapshot.
+func vmSnapshotable(tx *db.Tx, ref xapi.Ref[xapi.VM], vm *xapi.VM) error {
+	for _, b := range vm.VBDs {
+		vbd, err := db.Get(tx, b)
+		if err != nil || vbd.Type == xapi.VBDTypeCD {
+			continue
+		}
+		if vdi, err := db.Get(tx, vbd.VDI); err == nil && vdi.OnBoot == xapi.OnBootReset {
+			return xapi.NewError(xapi.ErrVDIOnBootModeIncompatibleWithOperation)
+		}
+	}
+	if len(vm.VUSBs) > 0 {
+		return xapi.NewError(xapi.ErrVMHasVUSBs, string(ref))
 	}
 	return nil
 }

@@ -1,0 +1,240 @@
+package api
+
+import (
+	"strconv"
+	"strings"
+	"time"
+
+	"coppice/internal/xapi"
+)
+
+// snapshot_metadata is the record of a VM at the time of a snapshot, as the
+// field's documentation leaves it to the server: a list of ('key' 'value')
+// pairs of strings, where a set is written as ('a' 'b') and a map as
+// (('k' 'v') …) inside its value. Backslash and quote are escaped with a
+// backslash. It is read by VM.revert.
+
+// sexprWriter writes values of the datamodel in that notation. The value of a
+// field that is neither a set nor a map is its bare text.
+type sexprWriter struct {
+	text  strings.Builder
+	depth int
+}
+
+var _ xapi.Encoder = (*sexprWriter)(nil)
+
+func (w *sexprWriter) atom(s string) {
+	if w.depth == 0 {
+		w.text.WriteString(s)
+		return
+	}
+	w.space()
+	writeQuoted(&w.text, s)
+}
+
+// space separates what follows from its neighbour.
+func (w *sexprWriter) space() {
+	if s := w.text.String(); s != "" && !strings.HasSuffix(s, "(") {
+		w.text.WriteByte(' ')
+	}
+}
+
+func writeQuoted(b *strings.Builder, s string) {
+	b.WriteByte('\'')
+	for i := range len(s) {
+		if s[i] == '\'' || s[i] == '\\' {
+			b.WriteByte('\\')
+		}
+		b.WriteByte(s[i])
+	}
+	b.WriteByte('\'')
+}
+
+func (w *sexprWriter) Null()            { w.atom("") }
+func (w *sexprWriter) Bool(b bool)      { w.atom(strconv.FormatBool(b)) }
+func (w *sexprWriter) Int(n int64)      { w.atom(strconv.FormatInt(n, 10)) }
+func (w *sexprWriter) Float(f float64)  { w.atom(strconv.FormatFloat(f, 'g', -1, 64)) }
+func (w *sexprWriter) String(s string)  { w.atom(s) }
+func (w *sexprWriter) Time(t time.Time) { w.atom(xapi.FormatTime(t)) }
+
+func (w *sexprWriter) open() {
+	w.space()
+	w.text.WriteByte('(')
+	w.depth++
+}
+
+func (w *sexprWriter) close() {
+	w.text.WriteByte(')')
+	w.depth--
+}
+
+func (w *sexprWriter) BeginArray()  { w.open() }
+func (w *sexprWriter) EndArray()    { w.close() }
+func (w *sexprWriter) BeginStruct() { w.open() }
+
+// Key begins a pair; the one before it ends.
+func (w *sexprWriter) Key(k string) {
+	w.endPair()
+	w.open()
+	w.atom(k)
+}
+
+func (w *sexprWriter) EndStruct() {
+	w.endPair()
+	w.close()
+}
+
+// endPair closes a pair of a map that has its value.
+func (w *sexprWriter) endPair() {
+	if strings.HasSuffix(w.text.String(), "'") {
+		w.close()
+	}
+}
+
+// vmMetadata writes the fields of a VM that the datamodel stores.
+func vmMetadata(vm *xapi.VM) (string, error) {
+	var out strings.Builder
+	out.WriteByte('(')
+	for _, f := range xapi.ClassOf[xapi.VM]().Fields {
+		var w sexprWriter
+		if err := f.Type.Encode(&w, f.Get(vm)); err != nil {
+			return "", err
+		}
+		if out.Len() > 1 {
+			out.WriteByte(' ')
+		}
+		out.WriteByte('(')
+		writeQuoted(&out, f.Name)
+		out.WriteByte(' ')
+		writeQuoted(&out, w.text.String())
+		out.WriteByte(')')
+	}
+	out.WriteByte(')')
+	return out.String(), nil
+}
+
+// vmFromMetadata reads what vmMetadata wrote, by field name. Fields that it
+// does not know and values that do not fit their type are left out: the text
+// may be from another version, or from anybody.
+func vmFromMetadata(text string) map[string]any {
+	class := xapi.ClassOf[xapi.VM]()
+	pairs, ok := parseSexpr(text)
+	if !ok {
+		return nil
+	}
+	fields := map[string]any{}
+	for key, value := range sexprPairs(pairs) {
+		f := class.Field(key)
+		s, plain := value.(string)
+		if f == nil || !plain {
+			continue
+		}
+		if v, err := f.Type.Parse(sexprWire(f.Type, s)); err == nil {
+			fields[key] = v
+		}
+	}
+	return fields
+}
+
+// sexprWire makes a wire value of a field's text.
+func sexprWire(t *xapi.Type, s string) any {
+	switch t.Kind {
+	case xapi.KindBool:
+		return s == "true"
+	case xapi.KindSet:
+		list, _ := parseSexpr(s)
+		if list == nil {
+			list = []any{}
+		}
+		return list
+	case xapi.KindMap:
+		m := map[string]any{}
+		list, _ := parseSexpr(s)
+		for k, v := range sexprPairs(list) {
+			m[k] = v
+		}
+		return m
+	}
+	return s
+}
+
+// sexprPairs are those elements of a list that are pairs with a name first.
+func sexprPairs(list []any) map[string]any {
+	pairs := map[string]any{}
+	for _, e := range list {
+		pair, ok := e.([]any)
+		if !ok || len(pair) != 2 {
+			continue
+		}
+		if key, ok := pair[0].(string); ok {
+			pairs[key] = pair[1]
+		}
+	}
+	return pairs
+}
+
+// maxSexprDepth is how deep lists may be nested; what we write has three levels.
+const maxSexprDepth = 8
+
+// parseSexpr reads a list of quoted strings and lists. ok is false for anything
+// else.
+func parseSexpr(s string) (list []any, ok bool) {
+	p := sexprParser{rest: strings.TrimSpace(s)}
+	if !strings.HasPrefix(p.rest, "(") {
+		return nil, false
+	}
+	list, ok = p.list(0)
+	return list, ok && p.rest == ""
+}
+
+type sexprParser struct{ rest string }
+
+func (p *sexprParser) list(depth int) (list []any, ok bool) {
+	if depth > maxSexprDepth {
+		return nil, false
+	}
+	p.rest = p.rest[1:]
+	list = []any{}
+	for {
+		p.rest = strings.TrimLeft(p.rest, " \n\t")
+		if p.rest == "" {
+			return nil, false
+		}
+		switch p.rest[0] {
+		case ')':
+			p.rest = p.rest[1:]
+			return list, true
+		case '(':
+			sub, ok := p.list(depth + 1)
+			if !ok {
+				return nil, false
+			}
+			list = append(list, sub)
+		case '\'':
+			s, ok := p.quoted()
+			if !ok {
+				return nil, false
+			}
+			list = append(list, s)
+		default:
+			return nil, false
+		}
+	}
+}
+
+func (p *sexprParser) quoted() (string, bool) {
+	var b strings.Builder
+	for i := 1; i < len(p.rest); i++ {
+		switch p.rest[i] {
+		case '\'':
+			p.rest = p.rest[i+1:]
+			return b.String(), true
+		case '\\':
+			if i++; i == len(p.rest) {
+				return "", false
+			}
+		}
+		b.WriteByte(p.rest[i])
+	}
+	return "", false
+}
