@@ -31,6 +31,7 @@ type diskAttrs struct {
 	ReadOnly    bool              `json:"read_only,omitempty"`
 	OnBoot      xapi.OnBoot       `json:"on_boot,omitempty"`
 	Caching     bool              `json:"allow_caching,omitempty"`
+	CBT         bool              `json:"cbt_enabled,omitempty"`
 	OtherConfig map[string]string `json:"other_config,omitempty"`
 	SMConfig    map[string]string `json:"sm_config,omitempty"`
 	Xenstore    map[string]string `json:"xenstore_data,omitempty"`
@@ -48,7 +49,7 @@ func attrsOf(tx *db.Tx, v *xapi.VDI) diskAttrs {
 	at := diskAttrs{
 		UUID: v.UUID, Label: v.NameLabel, Description: v.NameDescription, Type: v.Type,
 		Snapshot: v.IsASnapshot, Sharable: v.Sharable, ReadOnly: v.ReadOnly,
-		OnBoot: v.OnBoot, Caching: v.AllowCaching, OtherConfig: v.OtherConfig,
+		OnBoot: v.OnBoot, Caching: v.AllowCaching, CBT: v.CBTEnabled, OtherConfig: v.OtherConfig,
 		SMConfig: v.SMConfig, Xenstore: v.XenstoreData, Tags: v.Tags,
 	}
 	if !v.SnapshotTime.Equal(time.Unix(0, 0)) {
@@ -84,7 +85,7 @@ func (at diskAttrs) apply(v *xapi.VDI) {
 	if at.OnBoot != "" {
 		v.OnBoot = at.OnBoot
 	}
-	v.AllowCaching = at.Caching
+	v.AllowCaching, v.CBTEnabled = at.Caching, at.CBT
 	if !at.Time.IsZero() {
 		v.SnapshotTime = at.Time
 	}

@@ -120,6 +120,18 @@ var faultCases = []faultCase{
 		disks: 1,
 	},
 	{
+		name: "data_destroy",
+		setup: func(r *rig) []xapi.Ref[xapi.VDI] {
+			kept := filledDisk(r)
+			r.call("VDI.enable_cbt", kept)
+			return []xapi.Ref[xapi.VDI]{kept, r.call("VDI.snapshot", kept).(xapi.Ref[xapi.VDI])}
+		},
+		run: func(r *rig, on []xapi.Ref[xapi.VDI]) error {
+			_, err := r.try(r.root, "VDI.data_destroy", on[1])
+			return err
+		},
+	},
+	{
 		name: "forget",
 		setup: func(r *rig) []xapi.Ref[xapi.VDI] {
 			kept := filledDisk(r)

@@ -81,11 +81,15 @@ func (a *API) compareWith(tx *db.Tx, inv *inventory, gone vanishing) (unowned []
 			continue
 		case found:
 			allocated += info.Size
-			if v.VirtualSize == info.Size && v.PhysicalUtilisation == info.Used && !v.Missing {
+			bare := info.NoData && v.Type != xapi.VDITypeCBTMetadata
+			if v.VirtualSize == info.Size && v.PhysicalUtilisation == info.Used && !v.Missing && !bare {
 				continue
 			}
 			err = db.Modify(tx, ref, func(v *xapi.VDI) {
 				v.VirtualSize, v.PhysicalUtilisation, v.Missing = info.Size, info.Used, false
+				if bare {
+					markNoData(v)
+				}
 			})
 		case gone == destroyRecord:
 			a.log.Warn("a disk has vanished from its storage; its record is removed", "vdi", v.UUID, "name", v.NameLabel)
@@ -138,6 +142,9 @@ func (a *API) introduceVolumes(tx *db.Tx, repo *repository, volumes []storage.In
 		rec.UUID, rec.Location, rec.SR = string(info.ID), string(info.ID), repo.sr
 		rec.VirtualSize, rec.PhysicalUtilisation, rec.Managed = info.Size, info.Used, true
 		rec.IsASnapshot = rec.IsASnapshot || info.ReadOnly
+		if info.NoData {
+			markNoData(rec)
+		}
 		ref, err := db.Insert(tx, rec)
 		if err != nil {
 			return err

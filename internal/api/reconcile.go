@@ -133,8 +133,36 @@ func (a *API) reconcile(ctx context.Context, repo *repository) error {
 		// Garbage is a nuisance, not a reason to keep users from their disks.
 		a.log.Error("reclaiming is incomplete", "sr", repo.sr, "err", err)
 	}
+	a.finishDataDestroys(ctx, inv)
 	a.refreshAttrs(ctx, inv)
 	return nil
+}
+
+// finishDataDestroys destroys the data of disks that have none by their
+// records: a crash came between the two.
+func (a *API) finishDataDestroys(ctx context.Context, inv *inventory) {
+	unfinished := map[xapi.Ref[xapi.VDI]]storage.ID{}
+	_ = a.db.View(func(tx *db.Tx) error {
+		sr, err := db.Get(tx, inv.repo.sr)
+		if err != nil {
+			return err
+		}
+		for _, ref := range sr.VDIs {
+			v, err := db.Get(tx, ref)
+			if err != nil || v.Type != xapi.VDITypeCBTMetadata {
+				continue
+			}
+			if info, ok := inv.volumes[storage.ID(v.UUID)]; ok && !info.NoData {
+				unfinished[ref] = info.ID
+			}
+		}
+		return nil
+	})
+	for ref, id := range unfinished {
+		if err := a.finishDataDestroy(ctx, inv.repo, ref, id); err != nil {
+			a.log.Error("the data of a disk could not be destroyed", "vdi", id, "err", err)
+		}
+	}
 }
 
 // closeStorage closes every repository.

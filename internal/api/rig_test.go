@@ -213,6 +213,8 @@ func (r *rig) wantConsistent() {
 				r.t.Errorf("VDI %s: size %d, its volume has %d", v.UUID, v.VirtualSize, info.Size)
 			case v.Missing:
 				r.t.Errorf("VDI %s is missing", v.UUID)
+			case info.NoData != (v.Type == xapi.VDITypeCBTMetadata):
+				r.t.Errorf("VDI %s: type %s, its volume is without data: %v", v.UUID, v.Type, info.NoData)
 			case len(v.CurrentOperations) > 0:
 				r.t.Errorf("VDI %s has current_operations %v", v.UUID, v.CurrentOperations)
 			}
@@ -436,6 +438,20 @@ func (r *faultRepo) Diff(ctx context.Context, from, to storage.Volume, off int64
 			return
 		}
 		r.Repo.(storage.Differ).Diff(ctx, from.(*faultVolume).Volume, to.(*faultVolume).Volume, off)(yield)
+	}
+}
+
+func (r *faultRepo) DestroyData(ctx context.Context, id storage.ID) error {
+	return r.faults.do(false, func() error { return r.Repo.(storage.DataDestroyer).DestroyData(ctx, id) })
+}
+
+func (r *faultRepo) ChangedSince(ctx context.Context, from storage.ID, to storage.Volume, off int64) iter.Seq2[storage.Extent, error] {
+	return func(yield func(storage.Extent, error) bool) {
+		if fail, _ := r.faults.next(false); fail {
+			yield(storage.Extent{}, errInjected)
+			return
+		}
+		r.Repo.(storage.ChangeTracker).ChangedSince(ctx, from, to.(*faultVolume).Volume, off)(yield)
 	}
 }
 

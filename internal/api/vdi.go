@@ -29,6 +29,10 @@ func vdiMethods() map[string]any {
 		"VDI.introduce":            (*API).vdiIntroduce,
 		"VDI.generate_config":      (*API).vdiGenerateConfig,
 		"VDI.get_nbd_info":         (*API).vdiGetNBDInfo,
+		"VDI.enable_cbt":           (*API).vdiEnableCBT,
+		"VDI.disable_cbt":          (*API).vdiDisableCBT,
+		"VDI.data_destroy":         (*API).vdiDataDestroy,
+		"VDI.list_changed_blocks":  (*API).vdiListChangedBlocks,
 		"VDI.set_name_label":       (*API).vdiSetNameLabel,
 		"VDI.set_name_description": (*API).vdiSetNameDescription,
 		"VDI.set_on_boot":          (*API).vdiSetOnBoot,
@@ -265,17 +269,8 @@ func (a *API) removeDiskRecord(tx *db.Tx, ref xapi.Ref[xapi.VDI]) error {
 	if err != nil {
 		return err
 	}
-	for _, b := range v.VBDs {
-		vbd, err := db.Get(tx, b)
-		if err != nil {
-			continue
-		}
-		if err := db.Delete(tx, b); err != nil {
-			return err
-		}
-		if err := a.refreshVM(tx, vbd.VM); err != nil {
-			return err
-		}
+	if err := a.removeVBDs(tx, v); err != nil {
+		return err
 	}
 	var suspended []xapi.Ref[xapi.VM]
 	for r, vm := range db.All[xapi.VM](tx) {
@@ -298,6 +293,23 @@ func (a *API) removeDiskRecord(tx *db.Tx, ref xapi.Ref[xapi.VDI]) error {
 		return err
 	}
 	return a.refreshSR(tx, v.SR)
+}
+
+// removeVBDs removes the VBDs of a disk.
+func (a *API) removeVBDs(tx *db.Tx, v *xapi.VDI) error {
+	for _, b := range v.VBDs {
+		vbd, err := db.Get(tx, b)
+		if err != nil {
+			continue
+		}
+		if err := db.Delete(tx, b); err != nil {
+			return err
+		}
+		if err := a.refreshVM(tx, vbd.VM); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // vdiResize makes a disk larger; what is added reads as zero. The size it has

@@ -154,6 +154,28 @@ func vdiOpSpecific(tx *db.Tx, ref xapi.Ref[xapi.VDI], v *xapi.VDI, op xapi.VDIOp
 		}
 	}
 	switch op {
+	case xapi.VDIOperationsDestroy, xapi.VDIOperationsDataDestroy:
+		if err := held(string(ref), v.OtherConfig); err != nil {
+			return err
+		}
+	}
+	switch op {
+	case xapi.VDIOperationsEnableCBT, xapi.VDIOperationsDisableCBT:
+		switch {
+		case v.IsASnapshot:
+			return xapi.NewError(xapi.ErrOperationNotAllowed, "VDI is a snapshot: "+string(ref))
+		case v.Type != xapi.VDITypeUser && v.Type != xapi.VDITypeSystem:
+			return xapi.NewError(xapi.ErrVDIIncompatibleType, string(ref), string(v.Type))
+		case v.OnBoot == xapi.OnBootReset:
+			return xapi.NewError(xapi.ErrVDIOnBootModeIncompatibleWithOperation)
+		}
+	case xapi.VDIOperationsDataDestroy:
+		switch {
+		case !v.IsASnapshot:
+			return xapi.NewError(xapi.ErrOperationNotAllowed, "VDI is not a snapshot: "+string(ref))
+		case !v.CBTEnabled:
+			return xapi.NewError(xapi.ErrVDINoCBTMetadata, string(ref))
+		}
 	case xapi.VDIOperationsDestroy:
 		if v.Type == xapi.VDITypeHAStatefile || v.Type == xapi.VDITypeRedoLog {
 			for _, p := range db.All[xapi.Pool](tx) {

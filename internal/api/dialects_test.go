@@ -1,0 +1,109 @@
+package api
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"strings"
+	"testing"
+
+	"coppice/internal/rpc"
+	"coppice/internal/storage"
+	"coppice/internal/storage/cow"
+	"coppice/internal/storage/mem"
+	"coppice/internal/xapi"
+)
+
+// wire is a rig that is spoken to in one dialect: calls and answers are text.
+type wire struct {
+	*rig
+	dialect rpc.Dialect
+}
+
+// onWire runs a test on an SR of each type in each syntax, and checks that it
+// leaves no disk behind.
+func onWire(t *testing.T, test func(t *testing.T, w *wire)) {
+	for _, d := range []storage.Driver{mem.Driver(), cow.Driver()} {
+		for name, dialect := range map[string]rpc.Dialect{"XML-RPC": rpc.XMLRPC, "JSON-RPC": rpc.JSONRPC2} {
+			t.Run(d.Type+"/"+name, func(t *testing.T) {
+				w := &wire{newRigOn(t, d), dialect}
+				test(t, w)
+				if left := w.disks(w.sr); len(left) > 0 && !t.Failed() {
+					t.Errorf("disks left: %q", left)
+				}
+				w.wantConsistent()
+			})
+		}
+	}
+}
+
+// send makes a call and returns the value that its answer holds.
+func (w *wire) send(name string, params ...any) (any, error) {
+	w.t.Helper()
+	all := []any{string(w.root)}
+	for _, p := range params {
+		all = append(all, wireOf(p))
+	}
+	var call, answer bytes.Buffer
+	if err := rpc.WriteCall(&call, w.dialect, 1, name, all...); err != nil {
+		w.t.Fatal(err)
+	}
+	req, err := rpc.ParseCall(w.dialect.Syntax(), call.Bytes())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	res, err := w.Invoke(context.Background(), Origin{Peer: "test"}, req.Method, req.Params)
+	if e, ok := errors.AsType[*xapi.Error](err); ok {
+		err = req.WriteFailure(&answer, e.Code, e.Params...)
+	} else if err == nil {
+		err = req.WriteSuccess(&answer, func(e rpc.Encoder) error { return res.Encode(e) })
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return rpc.ReadResponse(w.dialect, &answer, 1<<30)
+}
+
+// call makes a call that succeeds.
+func (w *wire) call(name string, params ...any) any {
+	w.t.Helper()
+	v, err := w.send(name, params...)
+	if err != nil {
+		w.t.Fatalf("%s%q: %v", name, params, err)
+	}
+	return v
+}
+
+// vdi makes a call that returns a disk.
+func (w *wire) vdi(name string, params ...any) vdiRef {
+	w.t.Helper()
+	return vdiRef(w.call(name, params...).(string))
+}
+
+// refuses checks that a call fails with an error; its parameters may be left
+// out from the end.
+func (w *wire) refuses(want, name string, params ...any) {
+	w.t.Helper()
+	v, err := w.send(name, params...)
+	got := "success: " + asText(v)
+	if f, ok := errors.AsType[*rpc.Fault](err); ok {
+		got = strings.Join(append([]string{f.Code}, f.Params...), "|")
+	}
+	if got != want && !strings.HasPrefix(got, want+"|") {
+		w.t.Errorf("%s%q: got %q, want %q", name, params, got, want)
+	}
+}
+
+func asText(v any) string {
+	s, _ := v.(string)
+	return s
+}
+
+// destroy destroys disks twice: the second time must be HANDLE_INVALID.
+func (w *wire) destroy(refs ...vdiRef) {
+	w.t.Helper()
+	for _, ref := range refs {
+		w.call("VDI.destroy", ref)
+		w.refuses("HANDLE_INVALID|VDI|"+string(ref), "VDI.destroy", ref)
+	}
+}
