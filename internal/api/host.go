@@ -51,12 +51,37 @@ func (a *API) hostListMethods(ctx context.Context, c *Call) ([]string, error) {
 	return a.Methods(), nil
 }
 
-// hostCallPlugin would run a script of the host; there are none, which is
-// what clients that try one expect to hear.
+// ourPlugin is the name under which host.call_plugin reaches what XenAPI has no message for.
+const ourPlugin = "coppice"
+
+// hostCallPlugin runs a function of our plugin. Other plugins, which would be
+// scripts of the host, do not exist, which is what clients that try one
+// expect to hear.
 func (a *API) hostCallPlugin(ctx context.Context, c *Call, ref xapi.Ref[xapi.Host], plugin, fn string, args map[string]string) (string, error) {
-	return "", a.onHost(ref, func(*db.Tx, *xapi.Host) error {
-		return xapi.NewError(xapi.ErrXenAPIMissingPlugin, plugin)
+	if err := a.onHost(ref, func(*db.Tx, *xapi.Host) error { return nil }); err != nil {
+		return "", err
+	}
+	if plugin != ourPlugin {
+		return "", xapi.NewError(xapi.ErrXenAPIMissingPlugin, plugin)
+	}
+	switch fn {
+	case "vmss-preview":
+		return a.pluginPreview(args)
+	}
+	return "", xapi.NewError(xapi.ErrXenAPIPluginFailure, "unknown function", fn, "")
+}
+
+// pluginPreview says what the schedule whose uuid is vmss would prune now.
+func (a *API) pluginPreview(args map[string]string) (string, error) {
+	var ref xapi.Ref[xapi.VMSS]
+	err := a.db.View(func(tx *db.Tx) (err error) {
+		ref, _, err = db.ByUUID[xapi.VMSS](tx, args["vmss"])
+		return err
 	})
+	if err != nil {
+		return "", err
+	}
+	return a.pruningPreview(ref)
 }
 
 func (a *API) hostHasExtension(ctx context.Context, c *Call, ref xapi.Ref[xapi.Host], name string) (bool, error) {

@@ -145,6 +145,12 @@ func vdiOpSpecific(tx *db.Tx, ref xapi.Ref[xapi.VDI], v *xapi.VDI, op xapi.VDIOp
 		return err
 	}
 	switch op {
+	case xapi.VDIOperationsDestroy, xapi.VDIOperationsDataDestroy:
+		if err := held(string(ref), v.OtherConfig); err != nil {
+			return err
+		}
+	}
+	switch op {
 	case xapi.VDIOperationsDestroy, xapi.VDIOperationsDataDestroy, xapi.VDIOperationsRevertFrom:
 		switch {
 		case sr.IsToolsSR:

@@ -54,6 +54,7 @@ func derivedDisk(src *xapi.VDI) *xapi.VDI {
 	rec.NameLabel, rec.NameDescription = src.NameLabel, src.NameDescription
 	rec.Sharable, rec.OnBoot, rec.AllowCaching = src.Sharable, src.OnBoot, src.AllowCaching
 	rec.OtherConfig, rec.XenstoreData = maps.Clone(src.OtherConfig), maps.Clone(src.XenstoreData)
+	delete(rec.OtherConfig, holdKey) // it was meant for src
 	rec.Tags = slices.Clone(src.Tags)
 	return rec
 }

@@ -163,6 +163,7 @@ func derivedVM(src *xapi.VM, name string) *xapi.VM {
 	vm.TransportableSnapshotID = ""
 	delete(vm.OtherConfig, "default_template")
 	delete(vm.OtherConfig, "xensource_internal")
+	delete(vm.OtherConfig, holdKey) // it was meant for src
 	return vm
 }
 
@@ -191,7 +192,6 @@ func cloneOfVM(src *xapi.VM, name string) *xapi.VM {
 	vm.SnapshotInfo, vm.SnapshotMetadata, vm.Parent = map[string]string{}, "", xapi.NullRef
 	vm.OtherConfig["mac_seed"] = uuid.NewString()
 	delete(vm.OtherConfig, undoKey)
-	delete(vm.OtherConfig, holdKey)
 	if src.IsATemplate {
 		vm.OtherConfig["base_template_name"] = src.NameLabel
 	}
