@@ -30,6 +30,12 @@ import (
 // on a small machine that would hold up everybody else.
 const minProcs = 4
 
+// The values of --revert.
+const (
+	revertInPlace = "in-place"
+	revertClone   = "clone"
+)
+
 // serveOptions are the flags of serve.
 type serveOptions struct {
 	data         string
@@ -41,6 +47,7 @@ type serveOptions struct {
 	readyFile    string
 	grace        time.Duration
 	logLevel     slog.Level
+	revert       string
 }
 
 func (o *serveOptions) flags() *flag.FlagSet {
@@ -58,6 +65,7 @@ func (o *serveOptions) flags() *flag.FlagSet {
 	fs.StringVar(&o.tlsKey, "tls-key", "", "`file` with the RSA key of --tls-cert in PEM form")
 	fs.StringVar(&o.readyFile, "ready-file", "", "`file` that gets the URLs, one a line, when the server is ready")
 	fs.DurationVar(&o.grace, "grace", server.DefaultGrace, "how long a stop waits for running work")
+	fs.StringVar(&o.revert, "revert", revertInPlace, "how VMs are reverted: in-place puts contents back, clone replaces disks by clones, as other_config:coppice:revert=clone of the pool does, too")
 	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	return fs
 }
@@ -69,6 +77,9 @@ func (o *serveOptions) validate() error {
 	}
 	if o.addresses.http == off && o.addresses.https == off && len(o.addresses.more) == 0 {
 		errs = append(errs, errors.New("--http off and --https off leave nothing to listen at; add --listen"))
+	}
+	if o.revert != revertInPlace && o.revert != revertClone {
+		errs = append(errs, fmt.Errorf("--revert %s: want %s or %s", o.revert, revertInPlace, revertClone))
 	}
 	if o.grace <= 0 {
 		errs = append(errs, errors.New("--grace must be more than 0s"))
@@ -190,6 +201,8 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 		Version:      build.version,
 		DataDir:      string(data),
 		HostAddress:  func() string { return o.address(i.endpoints) },
+
+		RevertByClone: o.revert == revertClone,
 	})
 	if err != nil {
 		return nil, err

@@ -23,6 +23,9 @@ func (a *API) refreshAllowed(tx *db.Tx, class, ref string) error {
 		if err != nil {
 			return nil
 		}
+		if err := a.refreshVBD(tx, r); err != nil {
+			return err
+		}
 		if err := a.refreshVDI(tx, vbd.VDI); err != nil {
 			return err
 		}
@@ -101,6 +104,44 @@ func (a *API) refreshAll(tx *db.Tx) error {
 		vms = append(vms, ref)
 	}
 	for _, ref := range vms {
+		if err := a.refreshVM(tx, ref); err != nil {
+			return err
+		}
+	}
+	var vbds []xapi.Ref[xapi.VBD]
+	for ref := range db.All[xapi.VBD](tx) {
+		vbds = append(vbds, ref)
+	}
+	for _, ref := range vbds {
+		if err := a.refreshVBD(tx, ref); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// refreshChoices recomputes what depends on choices in the pool's
+// other_config.
+func (a *API) refreshChoices(tx *db.Tx) error {
+	if err := a.refreshSMs(tx); err != nil {
+		return err
+	}
+	var srs []xapi.Ref[xapi.SR]
+	for ref := range db.All[xapi.SR](tx) {
+		srs = append(srs, ref)
+	}
+	for _, ref := range srs {
+		if err := a.refreshSR(tx, ref); err != nil {
+			return err
+		}
+	}
+	var asleep []xapi.Ref[xapi.VM]
+	for ref, vm := range db.All[xapi.VM](tx) {
+		if vm.PowerState == xapi.VMPowerStateSuspended {
+			asleep = append(asleep, ref)
+		}
+	}
+	for _, ref := range asleep {
 		if err := a.refreshVM(tx, ref); err != nil {
 			return err
 		}

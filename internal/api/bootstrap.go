@@ -42,11 +42,17 @@ func (a *API) bootstrap(ctx context.Context) error {
 			if err := a.refreshHost(tx); err != nil {
 				return err
 			}
+			if err := a.ensureTemplates(tx); err != nil {
+				return err
+			}
 			return a.refreshSMs(tx)
 		})
 	}
 	create := func(tx *db.Tx) error {
 		if err := a.createPool(tx); err != nil {
+			return err
+		}
+		if err := a.ensureTemplates(tx); err != nil {
 			return err
 		}
 		return a.refreshSMs(tx)
@@ -240,7 +246,8 @@ func (a *API) softwareVersion() map[string]string {
 }
 
 // refreshSMs makes the SM records equal to the drivers of this program: the
-// features of each are what its code implements.
+// features of each are what its code implements, but for the one that is given
+// up when VMs are reverted by cloning.
 func (a *API) refreshSMs(tx *db.Tx) error {
 	known := map[string]xapi.Ref[xapi.SM]{}
 	for ref, sm := range db.All[xapi.SM](tx) {
@@ -264,14 +271,17 @@ func (a *API) refreshSMs(tx *db.Tx) error {
 				return err
 			}
 		}
-		features := map[string]int64{}
-		for _, f := range drv.Features {
+		features, capabilities := map[string]int64{}, slices.Clone(drv.Features)
+		if a.revertsByClone(tx) {
+			capabilities = slices.DeleteFunc(capabilities, func(f string) bool { return f == "VDI_REVERT" })
+		}
+		for _, f := range capabilities {
 			features[f] = 1
 		}
 		err := db.Modify(tx, ref, func(sm *xapi.SM) {
 			sm.NameLabel, sm.NameDescription = typ, drv.Description
 			sm.Vendor, sm.Version, sm.RequiredAPIVersion = "Coppice", a.cfg.Version, "1.0"
-			sm.Features, sm.Capabilities = features, slices.Clone(drv.Features)
+			sm.Features, sm.Capabilities = features, capabilities
 			sm.Configuration = drv.Config
 			sm.SupportedImageFormats = []xapi.ImageFormatType{}
 		})

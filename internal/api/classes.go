@@ -39,6 +39,13 @@ func fieldHooks() map[string]fieldHook {
 			}
 			return a.db.Update(ctx, func(tx *db.Tx) error { return a.refreshVDI(tx, xapi.Ref[xapi.VDI](ref)) })
 		},
+		// How VMs are reverted and what suspended ones may do is chosen here.
+		"pool": func(a *API, ctx context.Context, c *Call, ref, field string) error {
+			if field != "other_config" {
+				return nil
+			}
+			return a.db.Update(ctx, a.refreshChoices)
+		},
 		// Being a template, or on hold, decides what a VM may do.
 		"VM": func(a *API, ctx context.Context, c *Call, ref, field string) error {
 			if field != "is_a_template" && field != "other_config" {

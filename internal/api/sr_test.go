@@ -29,7 +29,7 @@ func TestBootstrap(t *testing.T) {
 	check := func() {
 		t.Helper()
 		r.view(func(tx *db.Tx) {
-			for class, n := range map[string]int{"pool": 1, "host": 1, "host_metrics": 1, "VM": 1, "VM_metrics": 1, "network": 1, "SR": 1, "PBD": 1, "SM": 1, "VDI": 0} {
+			for class, n := range map[string]int{"pool": 1, "host": 1, "host_metrics": 1, "VM": 2, "VM_metrics": 2, "network": 1, "SR": 1, "PBD": 1, "SM": 1, "VDI": 0} {
 				if got := tx.Count(r.model.Classes[class]); got != n {
 					t.Errorf("%d objects of class %s, want %d", got, class, n)
 				}

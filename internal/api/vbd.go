@@ -16,6 +16,8 @@ func vbdMethods() map[string]any {
 		"VBD.create":   (*API).vbdCreate,
 		"VBD.destroy":  (*API).vbdDestroy,
 		"VBD.set_mode": (*API).vbdSetMode,
+		"VBD.insert":   (*API).vbdInsert,
+		"VBD.eject":    (*API).vbdEject,
 	}
 }
 
@@ -172,4 +174,97 @@ func (a *API) vbdSetMode(ctx context.Context, c *Call, ref xapi.Ref[xapi.VBD], v
 		}
 		return a.refreshAllowed(tx, "VBD", string(ref))
 	})
+}
+
+// vbdInsert puts a disc into an empty drive.
+func (a *API) vbdInsert(ctx context.Context, c *Call, ref xapi.Ref[xapi.VBD], vdi xapi.Ref[xapi.VDI]) error {
+	return a.changeMedium(ctx, ref, func(tx *db.Tx, vbd *xapi.VBD) (xapi.Ref[xapi.VDI], error) {
+		if !vbd.Empty {
+			return "", xapi.NewError(xapi.ErrVBDNotEmpty, string(ref))
+		}
+		next := *vbd
+		next.VDI, next.Empty = vdi, false
+		return vdi, vbdMayBe(tx, &next)
+	})
+}
+
+// vbdEject takes the disc out of a drive.
+func (a *API) vbdEject(ctx context.Context, c *Call, ref xapi.Ref[xapi.VBD]) error {
+	return a.changeMedium(ctx, ref, func(tx *db.Tx, vbd *xapi.VBD) (xapi.Ref[xapi.VDI], error) {
+		if vbd.Empty {
+			return "", xapi.NewError(xapi.ErrVBDIsEmpty, string(ref))
+		}
+		return xapi.NullRef, nil
+	})
+}
+
+// changeMedium changes what is in a drive whose VM is not suspended to what
+// medium returns.
+func (a *API) changeMedium(ctx context.Context, ref xapi.Ref[xapi.VBD], medium func(*db.Tx, *xapi.VBD) (xapi.Ref[xapi.VDI], error)) error {
+	return a.db.Update(ctx, func(tx *db.Tx) error {
+		vbd, err := db.Get(tx, ref)
+		if err != nil {
+			return err
+		}
+		if vbd.Type != xapi.VBDTypeCD {
+			return xapi.NewError(xapi.ErrVBDNotRemovableMedia, string(ref))
+		}
+		vm, err := db.Get(tx, vbd.VM)
+		if err != nil {
+			return err
+		}
+		if vm.PowerState == xapi.VMPowerStateSuspended {
+			return badPowerState(vbd.VM, vm, xapi.VMPowerStateHalted, xapi.VMPowerStateRunning)
+		}
+		vdi, err := medium(tx, vbd)
+		if err != nil {
+			return err
+		}
+		err = db.Modify(tx, ref, func(b *xapi.VBD) { b.VDI, b.Empty = vdi, vdi.IsNull() })
+		if err != nil {
+			return err
+		}
+		if err := a.refreshVDI(tx, vbd.VDI); err != nil { // the one that was in it
+			return err
+		}
+		return a.refreshAllowed(tx, "VBD", string(ref))
+	})
+}
+
+// refreshVBD recomputes the allowed_operations of a VBD.
+func (a *API) refreshVBD(tx *db.Tx, ref xapi.Ref[xapi.VBD]) error {
+	vbd, err := db.Get(tx, ref)
+	if err != nil {
+		return nil
+	}
+	allowed := allowedVBDOps(tx, vbd)
+	if slices.Equal(allowed, vbd.AllowedOperations) {
+		return nil
+	}
+	return db.Modify(tx, ref, func(b *xapi.VBD) { b.AllowedOperations = allowed })
+}
+
+// allowedVBDOps lists what may be done to a VBD now: nothing while something
+// is being done.
+func allowedVBDOps(tx *db.Tx, vbd *xapi.VBD) []xapi.VBDOperations {
+	allowed := []xapi.VBDOperations{}
+	vm, err := db.Get(tx, vbd.VM)
+	if err != nil || len(vbd.CurrentOperations) > 0 {
+		return allowed
+	}
+	if vbd.Type == xapi.VBDTypeCD && vm.PowerState != xapi.VMPowerStateSuspended {
+		if vbd.Empty {
+			allowed = append(allowed, xapi.VBDOperationsInsert)
+		} else {
+			allowed = append(allowed, xapi.VBDOperationsEject)
+		}
+	}
+	switch {
+	case vm.PowerState != xapi.VMPowerStateRunning:
+	case !vbd.CurrentlyAttached:
+		allowed = append(allowed, xapi.VBDOperationsPlug)
+	case vbd.Unpluggable:
+		allowed = append(allowed, xapi.VBDOperationsUnplug, xapi.VBDOperationsUnplugForce)
+	}
+	return allowed
 }
