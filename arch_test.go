@@ -17,6 +17,7 @@ const module = "coppice/"
 // is the composition root. The prose behind it is ARCHITECTURE.md.
 var mayImport = map[string][]string{
 	"internal/vfs":      {},
+	"internal/nbd":      {"internal/storage"},
 	"internal/vhd":      {},
 	"internal/rpc":      {},
 	"internal/xapi":     {},
@@ -39,7 +40,7 @@ var mayImport = map[string][]string{
 	"internal/xecmd": {"internal/api", "internal/xapi", "internal/thincli"},
 	"internal/server": {
 		"internal/api", "internal/xapi", "internal/rpc", "internal/xecmd", "internal/thincli",
-		"internal/storage", "internal/vhd", "internal/qcow2", "internal/server/web",
+		"internal/storage", "internal/vhd", "internal/nbd", "internal/qcow2", "internal/server/web",
 	},
 	"internal/server/web": {},
 

@@ -1,0 +1,132 @@
+package nbd
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"testing"
+)
+
+func wantRefusal(t *testing.T, what string, err error, code uint32) {
+	t.Helper()
+	if r, ok := errors.AsType[*Refusal](err); !ok || r.Code != code {
+		t.Errorf("%s: %v, want the refusal %#x", what, err, code)
+	}
+}
+
+func TestNegotiation(t *testing.T) {
+	_, v := newVolume(t, 1<<20)
+	r := newRig(t, map[string]*Export{"a": {Device: v}, "b": {Device: v, ReadOnly: true}}, Options{}, nil)
+	d := r.begin()
+	names, err := d.List()
+	if err != nil || !slices.Equal(names, []string{"a", "b"}) {
+		t.Errorf("exports %q, %v", names, err)
+	}
+	i, err := d.Info("b")
+	want := Info{"b", "the disk b", 1 << 20, FlagHasFlags | FlagReadOnly | FlagSendFlush | FlagMultiConn | FlagSendCache, 1, 4096, maxRequest}
+	if err != nil || i != want {
+		t.Errorf("info %+v, %v, want %+v", i, err, want)
+	}
+	_, err = d.Info("c")
+	wantRefusal(t, "unknown export", err, repErrUnknown)
+	_, err = d.Option(99, nil)
+	wantRefusal(t, "unknown option", err, repErrUnsupported)
+	for opt, data := range map[uint32]string{
+		optList: "x", optStructuredReply: "x", optExtendedHeaders: "x",
+		optInfo: "\x00\x00\x00\x05abc", optGo: "\x00\x00\x00\x01a\x00\x02\x00\x01",
+	} {
+		_, err = d.Option(opt, []byte(data))
+		wantRefusal(t, fmt.Sprintf("malformed option %d", opt), err, repErrInvalid)
+	}
+	_, err = d.Option(optStartTLS, nil)
+	wantRefusal(t, "TLS", err, repErrPolicy)
+	_, err = d.Option(optInfo, make([]byte, maxOption+1))
+	wantRefusal(t, "too long", err, repErrTooBig)
+	_, err = d.ListContexts("a")
+	wantRefusal(t, "contexts before structured replies", err, repErrInvalid)
+	if err := d.Structured(); err != nil {
+		t.Fatal(err)
+	}
+	wantRefusal(t, "twice", d.Structured(), repErrInvalid)
+	contexts, err := d.ListContexts("a")
+	if err != nil || !slices.Equal(contexts, []string{ContextAllocation}) {
+		t.Errorf("contexts %q, %v", contexts, err)
+	}
+	contexts, err = d.SetContexts("a", "base:", "base:other", "x:y", ContextAllocation, ContextAllocation)
+	if err != nil || !slices.Equal(contexts, []string{ContextAllocation}) {
+		t.Errorf("chosen contexts %q, %v", contexts, err)
+	}
+	_, err = d.SetContexts("c", ContextAllocation)
+	wantRefusal(t, "contexts of an unknown export", err, repErrUnknown)
+	if err := d.Extended(); err != nil {
+		t.Fatal(err)
+	}
+	wantRefusal(t, "back from extended headers", d.Structured(), repErrExtRequired)
+	i, err = d.Info("a")
+	flags := uint16(FlagHasFlags | FlagSendFlush | FlagSendFUA | FlagSendTrim | FlagSendWriteZeroes | FlagSendDF |
+		FlagMultiConn | FlagSendCache | FlagSendFastZero | FlagStatusPayload)
+	if err != nil || i.Flags != flags {
+		t.Errorf("flags %#x, %v, want %#x", i.Flags, err, flags)
+	}
+	if err := d.Abort(); err != nil {
+		t.Errorf("abort: %v", err)
+	}
+}
+
+// TestContextsOfAnother has contexts chosen for one export and another
+// opened.
+func TestContextsOfAnother(t *testing.T) {
+	_, v := newVolume(t, 1<<20)
+	r := newRig(t, map[string]*Export{"a": {Device: v}, "b": {Device: v}}, Options{}, nil)
+	d := r.begin()
+	upgrade(t, d, wireStructured)
+	if _, err := d.SetContexts("a", ContextAllocation); err != nil {
+		t.Fatal(err)
+	}
+	c, err := d.Go("b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Abort()
+	_, err = c.BlockStatus(0, 4096, 0)
+	wantErrno(t, "status", err, EINVAL)
+}
+
+func TestExportName(t *testing.T) {
+	_, v := newVolume(t, 1<<20)
+	r := newRig(t, map[string]*Export{"": {Device: v}}, Options{}, nil)
+	for _, padded := range []bool{false, true} {
+		nc := r.dial()
+		d, err := Begin(nc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if padded { // a second hello, by hand, of a client that wants the zeroes
+			nc.Close()
+			nc = r.dial()
+			if _, err := io.ReadFull(nc, make([]byte, 18)); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := nc.Write([]byte{0, 0, 0, flagFixedNewstyle}); err != nil {
+				t.Fatal(err)
+			}
+			d.nc, d.noZeroes = nc, false
+			d.in.Reset(nc)
+		}
+		c, err := d.ExportName("")
+		if err != nil || c.Size() != 1<<20 {
+			t.Fatalf("export: %v", err)
+		}
+		if _, err := c.ReadAt(make([]byte, 10), 5); err != nil {
+			t.Errorf("read: %v", err)
+		}
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	d := r.begin()
+	if _, err := d.ExportName("nothing"); !errors.Is(err, io.EOF) {
+		t.Errorf("unknown export: %v, want the end", err)
+	}
+}
