@@ -41,6 +41,7 @@ type Export struct {
 
 	call      *Call
 	src, base *openDisk
+	notes     [][2]string // for the task
 }
 
 // Export begins an export. When it fails after the session was found valid,
@@ -108,6 +109,7 @@ func (x *Export) Finish(err error) error {
 	if x.base != nil {
 		x.base.close()
 	}
+	x.call.api.describe(x.Task, x.notes)
 	return x.call.finish(Result{}, err)
 }
 
@@ -120,8 +122,11 @@ type Import struct {
 	Volume storage.Volume // Live; written by the caller
 	Repo   storage.Repo
 
-	call *Call
-	dst  *openDisk
+	call    *Call
+	dst     *openDisk
+	shadow  *hidden     // what is written to, nil when that is the disk itself
+	scratch []*hidden   // to be dropped at the end
+	notes   [][2]string // for the task
 
 	// Of a new disk:
 	record func(ctx context.Context) (xapi.Ref[xapi.VDI], error) // makes its record
@@ -263,16 +268,25 @@ func (x *Import) Progress(done, total int64) { x.call.Progress(done, total) }
 
 // Finish makes what was written durable, releases the disk and completes the
 // task: when err is nil, with the reference of the disk as its result. After
-// an error an existing disk keeps what was written, a new one is deleted. It
-// returns what the task ended with: nil for success, else an *xapi.Error.
+// an error an existing disk keeps what was written, unless that went to a
+// shadow; a new one is deleted. It returns what the task ended with: nil for success, else an *xapi.Error.
 func (x *Import) Finish(err error) error {
 	a, ctx := x.call.api, context.WithoutCancel(x.call.Context())
 	if flush := x.Volume.Flush(ctx); err == nil && flush != nil {
 		err = fmt.Errorf("flush VDI %s: %w", x.VDI.UUID, flush)
 	}
+	if err == nil {
+		err = x.publish(ctx)
+	}
 	ref := x.Ref
 	if x.record == nil {
 		a.noteWritten(ctx, x.dst)
+	}
+	if x.shadow != nil {
+		a.reveal(ctx, x.shadow)
+	}
+	for _, h := range x.scratch {
+		a.reveal(ctx, h)
 	}
 	x.dst.close()
 	if x.record != nil {
@@ -282,6 +296,7 @@ func (x *Import) Finish(err error) error {
 		x.undo.run(ctx)
 		x.free()
 	}
+	a.describe(x.Task, x.notes)
 	if err != nil {
 		return x.call.finish(Result{}, err)
 	}

@@ -3,9 +3,11 @@ package server
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
 	"io"
 	"iter"
-	"strconv"
 	"time"
 
 	"coppice/internal/storage"
@@ -31,6 +33,10 @@ type download struct {
 	// extents yields, ascending, the extents of the volume; with a base only
 	// what differs from that. It may be called again.
 	extents func(ctx context.Context) iter.Seq2[storage.Extent, error]
+
+	// Filled in by scan:
+	bytes  int64    // of data
+	layout [32]byte // a hash of where it is
 }
 
 // identity is what an image says about where it comes from.
@@ -60,6 +66,25 @@ func identify(ctx context.Context, vdi *xapi.VDI, v storage.Volume) (identity, e
 	return identity{uuid: uuid.NewSHA1(id, []byte(version)), name: vdi.UUID}, nil
 }
 
+// origin identifies the disk and, if there is one, its base.
+func (d *download) origin(ctx context.Context) (self, base identity, err error) {
+	if self, err = identify(ctx, d.vdi, d.volume); err == nil && d.base != nil {
+		base, err = identify(ctx, d.baseVDI, d.base)
+	}
+	return self, base, err
+}
+
+// tag is the entity tag of an image: it follows from the codec, which has a
+// version of its own, from whose contents the image has, and from where its
+// data is.
+func (d *download) tag(codec string, self, base identity) string {
+	h := sha256.New()
+	for _, part := range [][]byte{[]byte(codec), self.uuid[:], base.uuid[:], d.layout[:]} {
+		h.Write(part)
+	}
+	return `"` + hex.EncodeToString(h.Sum(nil)[:16]) + `"`
+}
+
 // data yields, ascending, what has to be sent: what differs from the base,
 // new holes included; without a base everything that is no hole.
 func (d *download) data(ctx context.Context) iter.Seq2[storage.Extent, error] {
@@ -73,6 +98,43 @@ func (d *download) data(ctx context.Context) iter.Seq2[storage.Extent, error] {
 			}
 		}
 	}
+}
+
+// scan passes what has to be sent to add, neighbours of a kind joined, and
+// notes how much it is and where.
+func (d *download) scan(ctx context.Context, add func(off, n int64)) error {
+	h := sha256.New()
+	d.bytes = 0
+	var last storage.Extent
+	var buf []byte
+	flush := func() {
+		if last.Len == 0 {
+			return
+		}
+		add(last.Off, last.Len)
+		d.bytes += last.Len
+		hole := uint64(0)
+		if last.Hole {
+			hole = 1
+		}
+		buf = binary.BigEndian.AppendUint64(buf[:0], uint64(last.Off))
+		buf = binary.BigEndian.AppendUint64(buf, uint64(last.Len)<<1|hole)
+		h.Write(buf)
+	}
+	for e, err := range d.data(ctx) {
+		if err != nil {
+			return err
+		}
+		if last.Len > 0 && last.End() == e.Off && last.Hole == e.Hole {
+			last.Len += e.Len
+			continue
+		}
+		flush()
+		last = e
+	}
+	flush()
+	h.Sum(d.layout[:0])
+	return nil
 }
 
 // read fills p from the volume at off; behind its end is nothing but zero.
@@ -132,39 +194,93 @@ func (w *walk) within(off, end int64) iter.Seq2[storage.Extent, error] {
 	}
 }
 
-// rawImage is the plain contents of a disk. What does not have to be sent
-// reads as zero, and is sent without touching the volume.
-type rawImage struct{ d *download }
+// chunk is a piece of an image on its way to the client.
+type chunk struct {
+	skip int64  // bytes that stand for it when it is not needed
+	data []byte // what is sent: part of buf, or zeroes
+	buf  []byte
+}
 
-func planRaw(_ context.Context, d *download) (image, error) { return rawImage{d}, nil }
+// chunkSize is how much of a raw image, or of the data of others, is read and
+// sent at a time.
+const chunkSize = 1 << 20
 
-func (r rawImage) length() int64 { return r.d.volume.Size() }
-
-// rawChunk is how much of a raw image is read, and sent, at a time.
-const rawChunk = 1 << 20
-
-func (r rawImage) send(ctx context.Context, w io.Writer, done func(int64)) error {
-	type chunk struct {
-		off  int64
-		data []byte // what is sent: part of buf, or zeroes
-		buf  []byte
-	}
+func newChunks() []*chunk {
 	buffers := make([]*chunk, readAhead)
 	for i := range buffers {
 		buffers[i] = new(chunk)
 	}
+	return buffers
+}
+
+// room returns n bytes of the chunk's own.
+func (c *chunk) room(n int64) []byte {
+	if int64(cap(c.buf)) < n {
+		c.buf = make([]byte, max(n, chunkSize))
+	}
+	return c.buf[:n]
+}
+
+// sendChunks sends what produce makes to w.
+func sendChunks(ctx context.Context, w *window, done func(int64), produce func(ctx context.Context, next func() (*chunk, error), send func(*chunk)) error) error {
+	return relay(ctx, newChunks(), produce, func(c *chunk) error {
+		if c.skip > 0 {
+			w.skip(c.skip)
+			return nil
+		}
+		if _, err := w.Write(c.data); err != nil {
+			return err
+		}
+		done(w.pos)
+		return nil
+	})
+}
+
+// rawImage is the plain contents of a disk. What does not have to be sent
+// reads as zero, and is sent without touching the volume.
+type rawImage struct {
+	d   *download
+	tag string
+}
+
+func planRaw(ctx context.Context, d *download) (image, error) {
+	self, base, err := d.origin(ctx)
+	if err == nil && d.base != nil {
+		err = d.scan(ctx, func(int64, int64) {})
+	}
+	if err != nil {
+		return nil, err
+	}
+	return rawImage{d, d.tag("raw 1", self, base)}, nil
+}
+
+func (r rawImage) length() int64 { return r.d.volume.Size() }
+func (r rawImage) etag() string  { return r.tag }
+
+func (r rawImage) send(ctx context.Context, w *window, done func(int64)) error {
 	size := r.length()
-	zeroes := make([]byte, min(rawChunk, size))
-	produce := func(ctx context.Context, next func() (*chunk, error), send func(*chunk)) error {
+	zeroes := make([]byte, min(chunkSize, size))
+	return sendChunks(ctx, w, done, func(ctx context.Context, next func() (*chunk, error), send func(*chunk)) error {
 		extents := startWalk(r.d.data(ctx))
 		defer extents.stop()
-		for off := int64(0); off < size; off += rawChunk {
+		for off := int64(0); off < size && off < w.to; off += chunkSize {
+			n := min(chunkSize, size-off)
+			if off == 0 && w.from >= chunkSize { // everything before the part, at once
+				n = min(w.from, size) / chunkSize * chunkSize
+				c, err := next()
+				if err != nil {
+					return err
+				}
+				c.skip = n
+				send(c)
+				off = n - chunkSize
+				continue
+			}
 			c, err := next()
 			if err != nil {
 				return err
 			}
-			n := min(rawChunk, size-off)
-			c.off, c.data = off, zeroes[:n]
+			c.skip, c.data = 0, zeroes[:n]
 			filled := off // up to where buf is valid
 			for e, err := range extents.within(off, off+n) {
 				if err != nil {
@@ -174,10 +290,7 @@ func (r rawImage) send(ctx context.Context, w io.Writer, done func(int64)) error
 					continue
 				}
 				if filled == off {
-					if c.buf == nil {
-						c.buf = make([]byte, len(zeroes))
-					}
-					c.data = c.buf[:n]
+					c.data = c.room(n)
 				}
 				clear(c.data[filled-off : e.Off-off])
 				filled = e.End()
@@ -191,119 +304,5 @@ func (r rawImage) send(ctx context.Context, w io.Writer, done func(int64)) error
 			send(c)
 		}
 		return nil
-	}
-	return relay(ctx, buffers, produce, func(c *chunk) error {
-		if _, err := w.Write(c.data); err != nil {
-			return err
-		}
-		done(c.off + int64(len(c.data)))
-		return nil
 	})
-}
-
-// vhdImage is a dynamic image, or with a base a differencing one.
-type vhdImage struct {
-	d *download
-	l *vhd.Layout
-}
-
-func planVHD(ctx context.Context, d *download) (image, error) {
-	size := d.volume.Size()
-	if size > vhd.MaxSize {
-		return nil, xapi.NewError(xapi.ErrVDITooLarge, d.ref, strconv.FormatInt(vhd.MaxSize, 10))
-	}
-	self, err := identify(ctx, d.vdi, d.volume)
-	if err != nil {
-		return nil, err
-	}
-	o := vhd.Options{Size: size, UUID: self.uuid, Timestamp: self.modified, Blocks: vhd.NewBlockSet(size)}
-	if d.base != nil {
-		parent, err := identify(ctx, d.baseVDI, d.base)
-		if err != nil {
-			return nil, err
-		}
-		o.Parent = &vhd.Parent{UUID: parent.uuid, Name: parent.name + ".vhd", Timestamp: parent.modified}
-	}
-	for e, err := range d.data(ctx) {
-		if err != nil {
-			return nil, err
-		}
-		o.Blocks.Add(e.Off, e.Len)
-	}
-	l, err := vhd.NewLayout(o)
-	if err != nil {
-		return nil, err
-	}
-	return vhdImage{d, l}, nil
-}
-
-func (v vhdImage) length() int64 { return v.l.Length() }
-
-func (v vhdImage) send(ctx context.Context, w io.Writer, done func(int64)) error {
-	type indexed struct {
-		index int64
-		vhd.Block
-	}
-	buffers := make([]*indexed, min(readAhead, v.l.NumBlocks()))
-	for i := range buffers {
-		buffers[i] = new(indexed)
-	}
-	enc, err := vhd.NewWriter(w, v.l)
-	if err != nil {
-		return err
-	}
-	sent := v.length() - v.l.NumBlocks()*int64(len(vhd.Block{}))
-	done(sent)
-	produce := func(ctx context.Context, next func() (*indexed, error), send func(*indexed)) error {
-		var changes *walk
-		if v.d.base != nil {
-			changes = startWalk(v.d.data(ctx))
-			defer changes.stop()
-		}
-		for index := range v.l.Blocks() {
-			b, err := next()
-			if err != nil {
-				return err
-			}
-			b.index = index
-			if err := v.fill(&b.Block, index*vhd.BlockSize, changes); err != nil {
-				return err
-			}
-			send(b)
-		}
-		return nil
-	}
-	err = relay(ctx, buffers, produce, func(b *indexed) error {
-		if err := enc.WriteBlock(b.index, &b.Block); err != nil {
-			return err
-		}
-		sent += int64(len(b.Block))
-		done(sent)
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	return enc.Close()
-}
-
-// fill makes the block that lies at off on the disk: its complete contents,
-// and in a delta the marks of what has changed. Sectors behind the end of the
-// base are marked too, because not every reader reads behind that end.
-func (v vhdImage) fill(b *vhd.Block, off int64, changes *walk) error {
-	if changes == nil {
-		b.MarkAll()
-	} else {
-		b.Clear()
-		for e, err := range changes.within(off, off+vhd.BlockSize) {
-			if err != nil {
-				return err
-			}
-			b.Mark(e.Off-off, e.Len)
-		}
-		if behind := max(v.d.base.Size()-off, 0); behind < vhd.BlockSize {
-			b.Mark(behind, vhd.BlockSize-behind)
-		}
-	}
-	return v.d.read(b.Data(), off)
 }

@@ -28,7 +28,7 @@ func encode(t *testing.T, plan func(context.Context, *download) (image, error), 
 	}
 	var out bytes.Buffer
 	var last int64
-	err = img.send(t.Context(), &out, func(done int64) {
+	err = img.send(t.Context(), whole(&out), func(done int64) {
 		if done < last || done > img.length() {
 			t.Errorf("progress went from %d to %d of %d", last, done, img.length())
 		}
@@ -87,12 +87,12 @@ func TestRawImageOfHoles(t *testing.T) {
 		t.Fatal(err)
 	}
 	var n int64
-	err = img.send(t.Context(), writerFunc(func(p []byte) (int, error) {
+	err = img.send(t.Context(), whole(writerFunc(func(p []byte) (int, error) {
 		if n += int64(len(p)); n > 1<<30 {
 			return 0, errTest
 		}
 		return len(p), nil
-	}), func(int64) {})
+	})), func(int64) {})
 	if !errors.Is(err, errTest) || len(v.reads) != 0 {
 		t.Errorf("error %v, %d reads; want %v and none", err, len(v.reads), errTest)
 	}
@@ -305,7 +305,7 @@ func TestDownloadStorageFails(t *testing.T) {
 			t.Fatal(err)
 		}
 		var out bytes.Buffer
-		if err := img.send(t.Context(), &out, func(int64) {}); !errors.Is(err, errTest) {
+		if err := img.send(t.Context(), whole(&out), func(int64) {}); !errors.Is(err, errTest) {
 			t.Errorf("%s: error is %v, want %v", name, err, errTest)
 		}
 		if out.Len() < 6*mib || int64(out.Len()) >= img.length() {

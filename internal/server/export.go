@@ -2,11 +2,14 @@ package server
 
 import (
 	"context"
+	"encoding/base64"
+	"errors"
 	"fmt"
 	"io"
 	"iter"
 	"net/http"
 	"strconv"
+	"strings"
 
 	"coppice/internal/api"
 	"coppice/internal/storage"
@@ -15,7 +18,9 @@ import (
 
 // exportRawVDI sends the contents of a VDI as they are at one instant, in the
 // format asked for; with a base only what differs from that. Everything that
-// can be wrong is found before the first byte, and the length is exact.
+// can be wrong is found before the first byte. Uncompressed images have an
+// exact length, and any part of them can be had: the same bytes every time, as
+// their entity tag says. A HEAD asks for the head alone.
 func (s *Server) exportRawVDI(w http.ResponseWriter, r *request) {
 	session, release, err := s.session(r)
 	if err != nil {
@@ -25,6 +30,9 @@ func (s *Server) exportRawVDI(w http.ResponseWriter, r *request) {
 	defer release()
 	req := transferRequest(r, "get_export_raw_vdi", session)
 	req.Base, _ = r.param("base")
+	if r.Method == http.MethodHead {
+		req.Task = "" // which waits for the transfer itself
+	}
 	// Not the request's context: a client may close its sending side and wait.
 	ctx := s.cutting
 	x, err := s.api.Export(ctx, r.origin, req)
@@ -34,48 +42,160 @@ func (s *Server) exportRawVDI(w http.ResponseWriter, r *request) {
 	}
 	ctx, done := either(x.Context(), ctx)
 	defer done()
-	f, img, err := planExport(ctx, req.Format, x)
+	out, err := planExport(ctx, r, req.Format, x)
 	if err != nil {
+		if e, ok := errors.AsType[*rangeError](err); ok {
+			w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", e.length))
+			err = &statusError{http.StatusRequestedRangeNotSatisfiable, xapi.NewError(xapi.ErrInvalidValue, "Range", e.spec)}
+		}
 		s.refuse(w, r, x, err)
 		return
 	}
 	s.run(ctx, w, r, x, func(ctx context.Context, conn *stream) error {
-		total := img.length()
-		err := begin(w, conn, head(string(x.Task), f.contentType,
-			fmt.Sprintf(`content-disposition: attachment; filename="%s.%s"`, x.VDI.UUID, f.name),
-			"Content-Length: "+strconv.FormatInt(total, 10)))
-		if err != nil {
+		if err := begin(w, conn, out.part.status, out.head(string(x.Task), x.VDI.UUID)); err != nil {
 			return &clientError{err}
 		}
-		m := meter{report: x.Progress}
-		return img.send(ctx, toClient{conn}, func(done int64) { m.set(done, total) })
+		if r.Method == http.MethodHead || out.part.status == http.StatusNotModified {
+			return nil
+		}
+		return out.send(ctx, conn, x)
 	})
 }
 
-// planExport finds the format and plans the image of an opened VDI.
-func planExport(ctx context.Context, name string, x *api.Export) (format, image, error) {
+// outgoing is a planned reply to an export.
+type outgoing struct {
+	format
+	image
+	*download
+	part
+	encoding string // of the body: "", zstd or gzip
+	tag      string
+	chunked  bool
+}
+
+// planExport finds the format, plans the image of an opened VDI and decides
+// what is sent of it.
+func planExport(ctx context.Context, r *request, name string, x *api.Export) (*outgoing, error) {
 	f, err := findFormat(name)
 	if err != nil {
-		return format{}, nil, err
+		return nil, err
 	}
 	if f.encode == nil {
-		return format{}, nil, notBuilt("export", f)
+		return nil, notBuilt("export", f)
 	}
 	d := &download{ref: string(x.Ref), vdi: x.VDI, volume: x.Volume, baseVDI: x.BaseVDI, base: x.Base}
 	d.extents = func(ctx context.Context) iter.Seq2[storage.Extent, error] {
 		return x.Volume.Extents(ctx, 0, x.Volume.Size())
 	}
 	if d.base != nil {
+		if f.fullOnly {
+			return nil, &statusError{http.StatusNotImplemented, xapi.NewError(xapi.ErrNotImplemented, "export with a base in format "+f.name)}
+		}
 		differ, ok := x.Repo.(storage.Differ)
 		if !ok {
-			return format{}, nil, xapi.NewError(xapi.ErrSROperationNotSupported, string(x.VDI.SR))
+			return nil, xapi.NewError(xapi.ErrSROperationNotSupported, string(x.VDI.SR))
 		}
 		d.extents = func(ctx context.Context) iter.Seq2[storage.Extent, error] {
 			return differ.Diff(ctx, x.Base, x.Volume, 0)
 		}
 	}
 	img, err := f.encode(ctx, d)
-	return f, img, err
+	if err != nil {
+		return nil, err
+	}
+	out := &outgoing{format: f, image: img, download: d, tag: img.etag()}
+	length := img.length()
+	if f.name == "raw" {
+		if out.encoding = acceptedEncoding(r.Request); out.encoding != "" {
+			length = -1
+			out.tag = strings.TrimSuffix(out.tag, `"`) + "-" + out.encoding + `"`
+		}
+	}
+	out.chunked = length < 0 && r.ProtoAtLeast(1, 1)
+	out.part, err = choosePart(r.Header, out.tag, length)
+	return out, err
+}
+
+// head is the head of the reply.
+func (o *outgoing) head(task, uuid string) []byte {
+	more := []string{
+		fmt.Sprintf(`content-disposition: attachment; filename="%s.%s"`, uuid, o.format.name),
+		"ETag: " + o.tag,
+		"Coppice-Basis: exact",
+		"Coppice-Virtual-Size: " + strconv.FormatInt(o.volume.Size(), 10),
+	}
+	if o.base != nil {
+		more = append(more, "Coppice-Changed-Bytes: "+strconv.FormatInt(o.bytes, 10))
+	}
+	switch {
+	case o.status == http.StatusNotModified:
+	case o.to < 0:
+		more = append(more, "Accept-Ranges: none")
+		if o.encoding != "" {
+			more = append(more, "Content-Encoding: "+o.encoding, "Vary: Accept-Encoding")
+		}
+		if o.chunked {
+			more = append(more, "Transfer-Encoding: chunked", "Trailer: Content-Digest")
+		}
+	default:
+		more = append(more, "Accept-Ranges: bytes", "Content-Length: "+strconv.FormatInt(o.to-o.from, 10))
+		if o.status == http.StatusPartialContent {
+			more = append(more, fmt.Sprintf("Content-Range: bytes %d-%d/%d", o.from, o.to-1, o.length()))
+		}
+	}
+	return head(o.status, task, o.contentType, more...)
+}
+
+// send sends the body, and notes its SHA-256 in the task.
+func (o *outgoing) send(ctx context.Context, conn *stream, x *api.Export) error {
+	body, finish, err := o.body(toClient{conn})
+	if err != nil {
+		return err
+	}
+	w := whole(body)
+	total := o.length()
+	if o.to >= 0 {
+		w.from, w.to = o.from, o.to
+		total = o.to
+	} else if total < 0 {
+		total = o.volume.Size()
+	}
+	m := meter{report: x.Progress}
+	err = o.image.send(ctx, w, func(done int64) { m.set(done-w.from, total-w.from) })
+	sum, end := finish(err == nil)
+	if err == nil {
+		err = end
+	}
+	if err == nil {
+		x.Describe(sha256Key, sumText(sum))
+	}
+	return err
+}
+
+// body puts what a body needs between the image and the client: from the
+// inside its encoding, the hash and the framing. finish ends them, in order if
+// all of the image was written, and returns the hash of the encoded body.
+func (o *outgoing) body(conn io.Writer) (io.Writer, func(bool) ([]byte, error), error) {
+	framed := conn
+	var frames *chunkedBody
+	if o.chunked {
+		frames = newChunkedBody(conn)
+		framed = frames
+	}
+	hash := newHashed(framed)
+	enc, err := encoder(o.encoding, hash)
+	if err != nil {
+		hash.sum()
+		return nil, nil, err
+	}
+	return enc, func(complete bool) ([]byte, error) {
+		err := enc.Close() // of one that failed it only ends its goroutines
+		sum := hash.sum()
+		if err == nil && complete && frames != nil {
+			err = frames.end("Content-Digest: sha-256=:" + base64.StdEncoding.EncodeToString(sum) + ":")
+		}
+		return sum, err
+	}, nil
 }
 
 // clientError is the failure of a connection while something is sent.

@@ -33,9 +33,13 @@ func TestExportForms(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			task := d.task()
 			got := d.send(t, "tcp", fmt.Sprintf(request, task))
+			got, tag := cutHeader(got, "ETag")
+			if len(tag) != 34 {
+				t.Errorf("entity tag %s", tag)
+			}
 			want := "HTTP/1.1 200 OK\r\nConnection: close\r\nCache-Control: no-cache, no-store\r\ntask-id: " + task +
 				"\r\ncontent-type: application/octet-stream\r\ncontent-disposition: attachment; filename=\"" + uuid + ".raw\"" +
-				"\r\nContent-Length: 6291456\r\n\r\n"
+				"\r\nCoppice-Basis: exact\r\nCoppice-Virtual-Size: 6291456\r\nAccept-Ranges: bytes\r\nContent-Length: 6291456\r\n\r\n"
 			head, body, _ := strings.Cut(got, "\r\n\r\n")
 			if head+"\r\n\r\n" != want {
 				t.Fatalf("got:\n%s\nwant:\n%s", head, want)
@@ -68,6 +72,13 @@ func TestExportForms(t *testing.T) {
 			t.Errorf("task %s says %q", task, o)
 		}
 	})
+}
+
+// cutHeader takes the line of a header out of a reply.
+func cutHeader(reply, name string) (rest, value string) {
+	before, after, _ := strings.Cut(reply, "\r\n"+name+": ")
+	value, after, _ = strings.Cut(after, "\r\n")
+	return before + "\r\n" + after, value
 }
 
 // The walk-through of the document: full, delta, restore of both.
@@ -171,13 +182,19 @@ func TestQemuReadsExports(t *testing.T) {
 	contents := random(9*mib, 1, [2]int64{0, 3 * mib}, [2]int64{8 * mib, mib})
 	ref, _ := d.filled(contents)
 	dir := t.TempDir()
-	raw, image := filepath.Join(dir, "disk.raw"), filepath.Join(dir, "disk.vhd")
-	for file, format := range map[string]string{raw: "raw", image: "vhd"} {
+	raw, image, clusters := filepath.Join(dir, "disk.raw"), filepath.Join(dir, "disk.vhd"), filepath.Join(dir, "disk.qcow2")
+	for file, format := range map[string]string{raw: "raw", image: "vhd", clusters: "qcow2"} {
 		if err := os.WriteFile(file, d.download(ref, format, ""), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
 	if out, err := exec.Command(qemu, "compare", "-f", "raw", "-F", "vpc", raw, image).CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+	if out, err := exec.Command(qemu, "compare", "-f", "raw", "-F", "qcow2", raw, clusters).CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+	if out, err := exec.Command(qemu, "check", "-f", "qcow2", clusters).CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}
 	again := filepath.Join(dir, "again.vhd")

@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"fmt"
-	"io"
 	"net/http"
 	"strings"
 
@@ -16,6 +15,8 @@ type format struct {
 	name        string // of the parameter, and the extension of a file
 	contentType string // of a download
 
+	fullOnly bool // has no deltas
+
 	// encode plans the image of a disk. Every limit of the format is checked
 	// here, before anything is sent.
 	encode func(ctx context.Context, d *download) (image, error)
@@ -24,11 +25,16 @@ type format struct {
 
 // image is a planned image of a disk.
 type image interface {
-	// length is the exact length in bytes.
+	// length is the exact length in bytes; below zero when it is known only
+	// once the image has been sent.
 	length() int64
 
-	// send writes the image to w and reports how many bytes of it are done.
-	send(ctx context.Context, w io.Writer, done func(int64)) error
+	// etag is the entity tag: equal ones stand for equal bytes.
+	etag() string
+
+	// send writes the image, or what the window wants of it, and reports how
+	// far in it w is.
+	send(ctx context.Context, w *window, done func(int64)) error
 }
 
 // formats are all the formats there are.
@@ -37,7 +43,7 @@ func formats() []format {
 		{name: "raw", contentType: "application/octet-stream", encode: planRaw, decode: readRaw},
 		{name: "vhd", contentType: "application/vhd", encode: planVHD, decode: readVHD},
 		{name: "tar", contentType: "application/x-tar"},
-		{name: "qcow2", contentType: "application/x-qemu-disk"},
+		{name: "qcow2", contentType: "application/x-qemu-disk", encode: planQcow2, decode: readQcow2},
 	}
 }
 

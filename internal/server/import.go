@@ -124,7 +124,7 @@ func accept(w http.ResponseWriter, r *request, conn *stream, task string) error 
 			return err
 		}
 	}
-	return begin(w, conn, head(task, "application/octet-stream"))
+	return begin(w, conn, http.StatusOK, head(http.StatusOK, task, "application/octet-stream"))
 }
 
 // takeIn writes the body of r to the disk of an import.
@@ -135,6 +135,7 @@ func takeIn(ctx context.Context, r *request, conn *stream, m *api.Import, decode
 		overlay:   storage.NewOverlay(m.Volume),
 		done:      progress.set,
 		interrupt: conn.interrupt,
+		scratch:   m.Scratch,
 	}
 	return decode(ctx, newBody(r, conn), length, u)
 }

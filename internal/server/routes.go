@@ -29,13 +29,14 @@ func routes() []route {
 		{http.MethodPost, "/json", (*Server).jsonRPC},
 		{http.MethodPost, "/cli", (*Server).cli},
 		{http.MethodGet, "/export_raw_vdi", (*Server).exportRawVDI},
+		{http.MethodHead, "/export_raw_vdi", (*Server).exportRawVDI},
 		{http.MethodPut, "/import_raw_vdi", (*Server).importRawVDI},
 		{http.MethodOptions, "/", (*Server).preflight},
 		{http.MethodGet, "/", (*Server).welcome},
 	}
 }
 
-// methods are the methods that exist at all.
+// methods are the methods that exist everywhere. HEAD does where it has a route.
 var methods = []string{
 	http.MethodGet, http.MethodPut, http.MethodPost, http.MethodConnect, http.MethodOptions,
 }

@@ -38,9 +38,9 @@ func transferRequest(r *request, action, session string) api.TransferRequest {
 // head is the reply that begins a transfer. The version is 1.1 whatever the
 // client speaks: that is what all of them have always got. task is "" when
 // there is none yet.
-func head(task, contentType string, more ...string) []byte {
+func head(status int, task, contentType string, more ...string) []byte {
 	lines := []string{
-		"HTTP/1.1 200 OK",
+		fmt.Sprintf("HTTP/1.1 %d %s", status, http.StatusText(status)),
 		"Connection: close",
 		"Cache-Control: no-cache, no-store",
 	}
@@ -132,9 +132,9 @@ func apiError(err error) error {
 }
 
 // begin sends the head of a reply, which goes into the access log.
-func begin(w http.ResponseWriter, conn *stream, head []byte) error {
+func begin(w http.ResponseWriter, conn *stream, status int, head []byte) error {
 	if rep, ok := w.(*reply); ok {
-		rep.status = http.StatusOK
+		rep.status = status
 	}
 	_, err := conn.Write(head)
 	return err

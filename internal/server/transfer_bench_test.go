@@ -47,7 +47,7 @@ func BenchmarkDownload(b *testing.B) {
 				for b.Loop() {
 					img, err := plan(b.Context(), downloadOf(nil, v, nil))
 					if err == nil {
-						err = img.send(b.Context(), here, func(int64) {})
+						err = img.send(b.Context(), whole(here), func(int64) {})
 					}
 					if err != nil {
 						b.Fatal(err)
@@ -87,7 +87,7 @@ func BenchmarkUpload(b *testing.B) {
 						}
 					}
 					here, there := loopback(b)
-					go func() { _ = img.send(b.Context(), there, func(int64) {}) }()
+					go func() { _ = img.send(b.Context(), whole(there), func(int64) {}) }()
 					b.StartTimer()
 					u := &upload{size: benchSize, overlay: storage.NewOverlay(target), done: func(int64, int64) {}, interrupt: func() {}}
 					if err := dec(b.Context(), io.LimitReader(here, img.length()), img.length(), u); err != nil {

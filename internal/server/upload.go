@@ -9,6 +9,7 @@ import (
 
 	"coppice/internal/storage"
 	"coppice/internal/vhd"
+	"coppice/internal/xapi"
 )
 
 const (
@@ -26,6 +27,10 @@ type upload struct {
 
 	// interrupt makes reading from the body fail at once.
 	interrupt func()
+
+	// scratch makes a volume of a size for parts of the body that have to
+	// wait, which goes with the upload.
+	scratch func(size int64) (storage.Volume, error)
 }
 
 // bodyError is a fault of what the client sends: not an image, not for this
@@ -35,12 +40,29 @@ type bodyError struct{ err error }
 func (e *bodyError) Error() string { return e.err.Error() }
 func (e *bodyError) Unwrap() error { return e.err }
 
+// bodyError makes an error of a decoder one of the body, unless it is one of
+// the storage that the decoder used as scratch space.
+func (u *upload) bodyError(err error) error {
+	for _, ours := range []error{
+		storage.ErrNoSpace, storage.ErrCorrupt, storage.ErrClosed, storage.ErrReadOnly, storage.ErrRepoReadOnly, storage.ErrNotFound, storage.ErrInvalid,
+	} {
+		if errors.Is(err, ours) {
+			return err
+		}
+	}
+	if _, ok := errors.AsType[*xapi.Error](err); ok {
+		return err
+	}
+	return &bodyError{err}
+}
+
 func badBody(format string, args ...any) error { return &bodyError{fmt.Errorf(format, args...)} }
 
 // piece is a range of a disk on its way from the client to the volume.
 type piece struct {
 	off         int64
 	data        []byte
+	zero        int64 // bytes that become zero, instead of data
 	done, total int64 // progress when it is stored
 }
 
@@ -58,13 +80,19 @@ func (u *upload) receive(ctx context.Context, read func(next func() (*piece, err
 		return read(func() (*piece, error) {
 			p, err := next()
 			if err == nil {
-				p.data = p.data[:uploadChunk]
+				p.data, p.zero = p.data[:uploadChunk], 0
 			}
 			return p, err
 		}, send)
 	}
 	return relay(ctx, buffers, produce, func(p *piece) error {
-		if err := u.overlay.WriteAt(ctx, p.data, p.off); err != nil {
+		var err error
+		if p.zero > 0 {
+			err = u.overlay.Zero(ctx, p.off, p.zero)
+		} else {
+			err = u.overlay.WriteAt(ctx, p.data, p.off)
+		}
+		if err != nil {
 			return err
 		}
 		u.done(p.done, p.total)

@@ -1,0 +1,64 @@
+package server
+
+import (
+	"context"
+	"io"
+
+	"coppice/internal/qcow2"
+	"coppice/internal/storage"
+)
+
+// readQcow2 writes the clusters that a qcow2 image holds and leaves all others
+// as they are, whether or not the image names a backing file. Data that comes
+// before its table lands in a scratch volume of the SR first.
+func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) error {
+	scratch := func() (qcow2.Spool, error) {
+		size := length
+		if size < 0 {
+			size = storage.MaxSize
+		}
+		return u.scratch(size)
+	}
+	r, err := qcow2.NewReader(body, qcow2.ReaderOptions{Length: length, Spool: scratch})
+	if err != nil {
+		return &bodyError{err}
+	}
+	if r.Size() > u.size {
+		return badBody("the image is of a disk of %d bytes, this one has %d", r.Size(), u.size)
+	}
+	total := length
+	if length < 0 {
+		total = r.Size()
+	}
+	return u.receive(ctx, func(next func() (*piece, error), send func(*piece)) error {
+		for {
+			run, err := r.Next()
+			if err == io.EOF {
+				return nil
+			}
+			if err != nil {
+				return u.bodyError(err)
+			}
+			for run.Len > 0 {
+				p, err := next()
+				if err != nil {
+					return err
+				}
+				p.off = run.Off
+				n := min(uploadChunk, run.Len)
+				if run.Zero {
+					n = run.Len
+					p.zero = n
+				} else {
+					p.data = p.data[:n]
+					if _, err := io.ReadFull(r, p.data); err != nil {
+						return u.bodyError(err)
+					}
+				}
+				run.Off, run.Len = run.Off+n, run.Len-n
+				p.done, p.total = min(r.Consumed(), total), total
+				send(p)
+			}
+		}
+	})
+}

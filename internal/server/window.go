@@ -1,0 +1,183 @@
+package server
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"hash"
+	"io"
+	"math"
+	"net/http"
+	"net/textproto"
+	"strconv"
+	"strings"
+)
+
+// window passes the part of a stream on that somebody wants, the bytes from
+// from to to, and drops the rest.
+type window struct {
+	w        io.Writer
+	pos      int64 // of the next byte written
+	from, to int64
+}
+
+// whole passes everything on.
+func whole(w io.Writer) *window { return &window{w: w, to: math.MaxInt64} }
+
+func (w *window) Write(p []byte) (int, error) {
+	start := w.pos
+	w.pos += int64(len(p))
+	lo, hi := max(w.from, start), min(w.to, w.pos)
+	if lo < hi {
+		if n, err := w.w.Write(p[lo-start : hi-start]); err != nil {
+			return int(lo-start) + n, err
+		}
+	}
+	return len(p), nil
+}
+
+// skip stands for n bytes written that are not needed.
+func (w *window) skip(n int64) { w.pos += n }
+
+// needs tells whether any of n bytes at pos are to be passed on.
+func (w *window) needs(pos, n int64) bool { return pos < w.to && pos+n > w.from }
+
+// hashed computes the SHA-256 of what goes through it, beside sending it.
+type hashed struct {
+	w    io.Writer
+	h    hash.Hash
+	work chan []byte
+	done chan struct{}
+}
+
+// hashBeside is from how many bytes on a goroutine of its own does the work.
+const hashBeside = 32 << 10
+
+// newHashed returns a hashed writer; sum must be called once in the end.
+func newHashed(w io.Writer) *hashed {
+	d := &hashed{w: w, h: sha256.New(), work: make(chan []byte), done: make(chan struct{})}
+	go func() {
+		defer close(d.done)
+		for p := range d.work {
+			d.h.Write(p)
+			d.done <- struct{}{}
+		}
+	}()
+	return d
+}
+
+func (d *hashed) Write(p []byte) (int, error) {
+	if len(p) < hashBeside {
+		d.h.Write(p)
+		return d.w.Write(p)
+	}
+	d.work <- p
+	n, err := d.w.Write(p)
+	<-d.done
+	return n, err
+}
+
+func (d *hashed) sum() []byte {
+	close(d.work)
+	<-d.done
+	return d.h.Sum(nil)
+}
+
+// sha256Key is the key in the other_config of a task under which the SHA-256
+// of the body that was sent appears.
+const sha256Key = "coppice:sha256"
+
+func sumText(sum []byte) string { return hex.EncodeToString(sum) }
+
+// part is what of a representation is sent, and under which status.
+type part struct {
+	status   int
+	from, to int64 // bytes
+}
+
+// choosePart applies the conditions and the range of a request to a
+// representation with an entity tag and a length in bytes, as RFC 9110 says. A
+// length below zero is not known: then the whole is sent. Several ranges are
+// answered with the whole, which a server may do.
+func choosePart(h http.Header, tag string, length int64) (part, error) {
+	all := part{http.StatusOK, 0, length}
+	if m := h.Get("If-Match"); m != "" && !tagMatches(m, tag, false) {
+		return part{}, &statusError{http.StatusPreconditionFailed, fmt.Errorf("the entity tag is %s", tag)}
+	}
+	if m := h.Get("If-None-Match"); m != "" && tagMatches(m, tag, true) {
+		return part{http.StatusNotModified, 0, 0}, nil
+	}
+	spec := h.Get("Range")
+	if spec == "" || length < 0 {
+		return all, nil
+	}
+	if only := h.Get("If-Range"); only != "" && only != tag {
+		return all, nil
+	}
+	from, to, ok := parseRange(spec, length)
+	switch {
+	case !ok:
+		return all, nil
+	case from >= length || from >= to:
+		return part{}, &rangeError{spec, length}
+	}
+	return part{http.StatusPartialContent, from, to}, nil
+}
+
+// parseRange returns the only range of a Range header as [from, to); from is
+// length when there is nothing of it. ok is false for anything else than one
+// range in bytes.
+func parseRange(spec string, length int64) (from, to int64, ok bool) {
+	spec, ok = strings.CutPrefix(spec, "bytes=")
+	first, last, dash := strings.Cut(textproto.TrimString(spec), "-")
+	if !ok || !dash {
+		return 0, 0, false
+	}
+	if first == "" { // the last n bytes
+		n, err := strconv.ParseUint(last, 10, 63)
+		if err != nil {
+			return 0, 0, false
+		}
+		if n == 0 {
+			return length, length, true
+		}
+		return max(0, length-int64(n)), length, true
+	}
+	begin, err := strconv.ParseUint(first, 10, 63)
+	if err != nil {
+		return 0, 0, false
+	}
+	if last == "" {
+		return int64(begin), length, true
+	}
+	end, err := strconv.ParseUint(last, 10, 63)
+	if err != nil || end < begin {
+		return 0, 0, false
+	}
+	return int64(begin), min(int64(end), length-1) + 1, true
+}
+
+// tagMatches tells whether a list of entity tags names tag. A weak comparison
+// ignores that a tag in the list is weak.
+func tagMatches(list, tag string, weak bool) bool {
+	for item := range strings.SplitSeq(list, ",") {
+		item = textproto.TrimString(item)
+		if weak {
+			item = strings.TrimPrefix(item, "W/")
+		}
+		if item == "*" || item == tag {
+			return true
+		}
+	}
+	return false
+}
+
+// rangeError is a range that does not begin within what there is.
+type rangeError struct {
+	spec   string
+	length int64
+}
+
+func (e *rangeError) Error() string {
+	return fmt.Sprintf("range %q is not within %d bytes", e.spec, e.length)
+}
