@@ -46,6 +46,7 @@ import (
 
 	"coppice/internal/db"
 	"coppice/internal/storage"
+	"coppice/internal/users"
 	"coppice/internal/xapi"
 )
 
@@ -60,6 +61,8 @@ type Config struct {
 	// SavePassword stores a new verifier for user; session.change_password
 	// succeeds only after it returned nil. Nil refuses changes.
 	SavePassword func(user, verifier string) error
+	// Users is the file of the users beside root; nil when there can be none.
+	Users *users.File
 
 	Log         *slog.Logger     // nil discards
 	Version     string           // product version, for host.software_version
@@ -85,6 +88,8 @@ type API struct {
 	password *passwords
 	types    struct{ text, stringSet, taskRef *xapi.Type }
 
+	roles    roleTable
+	accounts accountTable
 	sessions sessionTable
 	running  taskTable
 	claims   claimTable
@@ -113,6 +118,10 @@ func New(ctx context.Context, cfg Config) (*API, error) {
 	if err := a.bootstrap(ctx); err != nil {
 		a.stop(err)
 		return nil, fmt.Errorf("api: creating the first objects: %w", err)
+	}
+	if err := a.ReloadUsers(ctx); err != nil {
+		a.stop(err)
+		return nil, fmt.Errorf("api: reading the users: %w", err)
 	}
 	if err := a.openStorage(ctx); err != nil {
 		a.stop(err)
@@ -152,6 +161,7 @@ func prepare(ctx context.Context, cfg Config) (*API, error) {
 	if a.password, err = newPasswords(rootUser, cfg.RootPassword); err != nil {
 		return nil, err
 	}
+	a.roles = newRoleTable(a.model)
 	a.sessions.init()
 	a.running.init()
 	a.ctx, a.stop = context.WithCancelCause(context.WithoutCancel(ctx))

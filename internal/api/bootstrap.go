@@ -45,7 +45,7 @@ func (a *API) bootstrap(ctx context.Context) error {
 			if err := a.ensureTemplates(tx); err != nil {
 				return err
 			}
-			return a.refreshSMs(tx)
+			return cmpErr(a.refreshRoles(tx), a.refreshSMs(tx))
 		})
 	}
 	create := func(tx *db.Tx) error {
@@ -55,7 +55,7 @@ func (a *API) bootstrap(ctx context.Context) error {
 		if err := a.ensureTemplates(tx); err != nil {
 			return err
 		}
-		return a.refreshSMs(tx)
+		return cmpErr(a.refreshRoles(tx), a.refreshSMs(tx))
 	}
 	drv, ok := a.cfg.Storage[defaultSRType]
 	if !ok {

@@ -8,11 +8,14 @@ import (
 	"crypto/subtle"
 	"encoding/base64"
 	"fmt"
+	"log/slog"
 	"strings"
 	"sync"
 	"time"
 
 	"golang.org/x/crypto/argon2"
+
+	"coppice/internal/users"
 )
 
 // Cost of a password verifier. One takes some tens of milliseconds and 64 MiB;
@@ -69,6 +72,14 @@ func (v *verifier) String() string {
 	b64 := base64.RawStdEncoding
 	return fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$%s$%s", argon2.Version,
 		v.memory, v.time, v.threads, b64.EncodeToString(v.salt), b64.EncodeToString(v.key))
+}
+
+// equal reports whether two verifiers, of which any may be nil, are the same.
+func (v *verifier) equal(other *verifier) bool {
+	if v == nil || other == nil {
+		return v == other
+	}
+	return v.String() == other.String()
 }
 
 // parseVerifier parses what HashPassword and other implementations write. It
@@ -188,6 +199,43 @@ func (p *passwords) verify(ctx context.Context, name, password string) (bool, er
 	case <-ctx.Done():
 		return false, context.Cause(ctx)
 	}
+}
+
+// follow makes the users beside root those of list, and returns those that had another password here. A verifier
+// that cannot be read matches nothing, and is reported.
+func (p *passwords) follow(log *slog.Logger, list []users.User) (reset []string) {
+	parsed := map[string]*verifier{}
+	for _, u := range list {
+		parsed[u.Name] = nil
+		if u.Verifier == "" {
+			continue
+		}
+		v, err := parseVerifier(u.Verifier)
+		if err != nil {
+			log.Error("a user cannot log in", "user", u.Name, "err", err)
+			continue
+		}
+		parsed[u.Name] = v
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for name := range p.users {
+		if _, ok := parsed[name]; !ok && name != rootUser {
+			delete(p.users, name)
+		}
+	}
+	for name, v := range parsed {
+		u := p.users[name]
+		if u == nil {
+			u = &user{}
+			p.users[name] = u
+		}
+		if !v.equal(u.verifier) {
+			u.verifier, u.known, u.failures = v, nil, 0
+			reset = append(reset, name)
+		}
+	}
+	return reset
 }
 
 // set gives the user a new password, after save has stored its verifier.

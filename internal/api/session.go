@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"coppice/internal/db"
+	"coppice/internal/users"
 	"coppice/internal/xapi"
 )
 
@@ -21,7 +22,10 @@ func sessionMethods() map[string]any {
 		"session.slave_local_login_with_password": (*API).sessionSlaveLocalLogin,
 		"session.local_logout":                    (*API).sessionLocalLogout,
 		"session.change_password":                 (*API).sessionChangePassword,
+		"session.slave_login":                     (*API).sessionSlaveLogin,
+		"session.slave_local_login":               (*API).sessionSlaveLocalLoginSecret,
 		"session.get_all_subject_identifiers":     (*API).sessionGetAllSubjectIdentifiers,
+		"session.logout_subject_identifier":       (*API).sessionLogoutSubjectIdentifier,
 	}
 }
 
@@ -43,10 +47,11 @@ const (
 type session struct {
 	ref        xapi.Ref[xapi.Session]
 	user       string
-	role       string // the user's role
-	superuser  bool   // local root: passes every role check
-	pool       bool   // of another member of the pool
-	local      bool   // an emergency session, which has no record
+	role       string   // the user's role
+	superuser  bool     // local root: passes every role check
+	account    *account // of a user beside root, nil for root
+	pool       bool     // of another member of the pool
+	local      bool     // an emergency session, which has no record
 	originator string
 	created    time.Time
 
@@ -121,6 +126,7 @@ func (a *API) Login(ctx context.Context, o Origin, user, password string) (xapi.
 // authenticate checks the credentials and makes the session that they give
 // right to. It is not open yet.
 func (a *API) authenticate(ctx context.Context, o Origin, user, password string) (*session, error) {
+	a.followUsers(ctx)
 	if !o.Trusted {
 		ok, err := a.password.verify(ctx, user, password)
 		if err != nil {
@@ -128,17 +134,29 @@ func (a *API) authenticate(ctx context.Context, o Origin, user, password string)
 		}
 		if !ok {
 			a.log.Warn("login refused", "user", user, "peer", o.Peer, "agent", o.UserAgent)
-			return nil, xapi.NewError(xapi.ErrSessionAuthenticationFailed, user, "Authentication failure")
+			return nil, errAuthentication(user)
 		}
 	}
 	s := &session{
 		ref: xapi.NewRef[xapi.Session](), user: user, role: a.model.Roles[0], superuser: true,
 		originator: o.Originator, created: a.now(),
 	}
+	if acc := a.accounts.get(user); acc != nil {
+		if acc.role == "" {
+			return nil, xapi.NewError(xapi.ErrSessionAuthorizationFailed, user, "The user has no role")
+		}
+		s.account, s.role, s.superuser = acc, acc.role, false
+	} else if !o.Trusted && user != rootUser {
+		return nil, errAuthentication(user) // removed while the password was checked
+	}
 	s.ctx, s.end = context.WithCancelCause(a.ctx)
 	s.active.Store(s.created.UnixNano())
 	s.published.Store(s.created.UnixNano())
 	return s, nil
+}
+
+func errAuthentication(user string) *xapi.Error {
+	return xapi.NewError(xapi.ErrSessionAuthenticationFailed, user, "Authentication failure")
 }
 
 // openSession makes the session valid, gives it a record unless it is an emergency
@@ -153,6 +171,10 @@ func (a *API) openSession(s *session) error {
 			r.Originator = s.originator
 			r.Pool = s.pool
 			r.ThisHost = thisHost(tx)
+			if acc := s.account; acc != nil {
+				r.Subject, r.AuthUserSID = acc.ref, acc.Name
+				r.RBACPermissions = a.roles.permissions[s.role]
+			}
 			return db.InsertAs(tx, s.ref, r)
 		})
 		if err != nil {
@@ -163,6 +185,9 @@ func (a *API) openSession(s *session) error {
 	a.sessions.byRef[s.ref] = s
 	crowded := len(a.sessions.byRef) > sessionTrimThreshold
 	a.sessions.mu.Unlock()
+	if s.account != nil && a.accounts.get(s.user) != s.account { // changed since it was checked
+		return cmpErr(a.Logout(s.ref), errAuthentication(s.user))
+	}
 	if crowded {
 		a.trimSessions(a.now())
 	}
@@ -225,6 +250,7 @@ func (a *API) collect() {
 			return
 		case <-tick.C:
 			now := a.now()
+			a.followUsers(a.ctx)
 			a.trimSessions(now)
 			a.collectTasks(now)
 		}
@@ -264,32 +290,81 @@ func (a *API) sessionLocalLogout(ctx context.Context, c *Call) error {
 	return a.Logout(c.Session.ref)
 }
 
-// sessionChangePassword changes the password of the session's own user. Other
-// sessions of the user stay.
+// sessionSlaveLogin is how another member of the pool would log in, with a
+// secret that only members have. The pool has one member and no secret.
+func (a *API) sessionSlaveLogin(ctx context.Context, c *Call, host xapi.Ref[xapi.Host], secret string) (xapi.Ref[xapi.Session], error) {
+	return xapi.NullRef, a.refuseMember(ctx, c, secret)
+}
+
+func (a *API) sessionSlaveLocalLoginSecret(ctx context.Context, c *Call, secret string) (xapi.Ref[xapi.Session], error) {
+	return xapi.NullRef, a.refuseMember(ctx, c, secret)
+}
+
+// refuseMember refuses a pool secret, as late as a wrong password.
+func (a *API) refuseMember(ctx context.Context, c *Call, secret string) error {
+	ctx, done := c.attended(ctx)
+	defer done()
+	if _, err := a.password.verify(ctx, "", secret); err != nil {
+		return err
+	}
+	a.log.Warn("login of a pool member refused", "peer", c.Origin.Peer)
+	return errAuthentication("")
+}
+
+// sessionChangePassword changes the password of the session's own user, which
+// is root unless it is one of the users beside. Other sessions of the user
+// stay.
 func (a *API) sessionChangePassword(ctx context.Context, c *Call, old, password string) error {
-	if a.cfg.SavePassword == nil {
+	name, save := rootUser, a.cfg.SavePassword
+	if c.Session.account != nil {
+		name = c.Session.user
+		save = func(name, verifier string) error {
+			return a.cfg.Users.Change(name, func(u *users.User) error {
+				u.Verifier = verifier
+				return nil
+			})
+		}
+	}
+	if save == nil {
 		return xapi.NewError(xapi.ErrChangePasswordRejected, "Passwords of this server are set when it starts")
 	}
 	if !c.Origin.Trusted {
-		ok, err := a.password.verify(ctx, c.Session.user, old)
+		ok, err := a.password.verify(ctx, name, old)
 		if err != nil {
 			return err
 		}
 		if !ok {
-			return xapi.NewError(xapi.ErrSessionAuthenticationFailed, c.Session.user, "Authentication failure")
+			return errAuthentication(name)
 		}
 	}
 	if password == "" { // would let everybody in, and a start takes none either
 		return xapi.NewError(xapi.ErrChangePasswordRejected, "The new password is empty")
 	}
-	return a.password.set(c.Session.user, password, a.cfg.SavePassword)
+	return a.password.set(name, password, save)
 }
 
-// sessionGetAllSubjectIdentifiers names the externally authenticated users
-// that are logged in. There is no external authentication: only accounts of
-// the server itself, which have no subject.
+// sessionGetAllSubjectIdentifiers names the users beside root that are logged
+// in.
 func (a *API) sessionGetAllSubjectIdentifiers(ctx context.Context, c *Call) ([]string, error) {
-	return []string{}, nil
+	names := []string{}
+	a.sessions.mu.RLock()
+	for _, s := range a.sessions.byRef {
+		if s.account != nil {
+			names = append(names, s.account.Name)
+		}
+	}
+	a.sessions.mu.RUnlock()
+	slices.Sort(names)
+	return slices.Compact(names), nil
+}
+
+// sessionLogoutSubjectIdentifier ends the sessions of a user, except the one
+// that asks for it.
+func (a *API) sessionLogoutSubjectIdentifier(ctx context.Context, c *Call, identifier string) error {
+	a.endSessions(func(s *session) bool {
+		return s.account != nil && s.account.Name == identifier && s.ref != c.Session.ref
+	})
+	return nil
 }
 
 // thisHost returns the one host.

@@ -244,7 +244,11 @@ func TestEveryMessageWithEveryRole(t *testing.T) {
 				wire := append([]any{string(session)}, samplesOf(msg, dangling)...)
 				_, err := r.Invoke(context.Background(), Origin{}, name, wire)
 				refused := code(err) == "RBAC_PERMISSION_DENIED"
-				if want := !permitted(role, msg.Role, msg.ExtraRoles); refused != want {
+				want := !permitted(role, msg.Role, msg.ExtraRoles)
+				if name == "session.change_password" {
+					want = false // here users beside root have passwords, too
+				}
+				if refused != want {
 					t.Errorf("%s as %s: %q; want refused: %v", name, role, description(err), want)
 				}
 				if !refused {
