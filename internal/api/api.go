@@ -115,9 +115,13 @@ func New(ctx context.Context, cfg Config) (*API, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := a.recognize(ctx); err != nil {
+		a.stop(err)
+		return nil, errors.Join(fmt.Errorf("api: looking at the storage: %w", err), a.closeStorage())
+	}
 	if err := a.bootstrap(ctx); err != nil {
 		a.stop(err)
-		return nil, fmt.Errorf("api: creating the first objects: %w", err)
+		return nil, errors.Join(fmt.Errorf("api: creating the first objects: %w", err), a.closeStorage())
 	}
 	if err := a.ReloadUsers(ctx); err != nil {
 		a.stop(err)

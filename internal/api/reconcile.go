@@ -24,7 +24,9 @@ const unavailableKey = "coppice:unavailable"
 //
 //   - A volume without a record is the rest of a creation that was never
 //     acknowledged, or of a deletion that was; it is reclaimed and reported.
-//     Only what VDI.forget left is kept.
+//     Only what VDI.forget left is kept. When the store has been used by a
+//     later state of the database than this, or by another one, the volume
+//     is a disk of that and is recovered instead; see storeMark.
 //   - A record without a volume cannot come from a crash. It is kept, marked
 //     missing, and reported: its SR may have been tampered with.
 //   - Sizes are read again.
@@ -98,11 +100,14 @@ func (a *API) reopen(ctx context.Context, ref xapi.Ref[xapi.PBD]) error {
 	if err != nil {
 		return err
 	}
-	r, err := drv.Open(ctx, pbd.DeviceConfig, false)
-	if err != nil {
-		return fmt.Errorf("open the storage of SR %s: %w", sr.UUID, err)
+	repo := a.repos.takeEarly(pbd.SR)
+	if repo == nil {
+		r, err := drv.Open(ctx, pbd.DeviceConfig, false)
+		if err != nil {
+			return fmt.Errorf("open the storage of SR %s: %w", sr.UUID, err)
+		}
+		repo = newRepository(pbd.SR, r)
 	}
-	repo := newRepository(pbd.SR, r)
 	a.repos.put(repo)
 	if err := a.reconcile(ctx, repo); err != nil {
 		a.repos.take(pbd.SR)
@@ -118,12 +123,24 @@ func (a *API) reconcile(ctx context.Context, repo *repository) error {
 		return err
 	}
 	defer inv.end()
-	if err := a.settleReverts(ctx, inv); err != nil {
+	var why string
+	err = a.db.View(func(tx *db.Tx) error {
+		why = recovery(tx, repo.sr)
+		return nil
+	})
+	if err == nil && why == "" {
+		err = a.settleReverts(ctx, inv)
+	}
+	if err != nil {
 		return err
 	}
 	var unowned []storage.Info
 	err = a.db.Update(ctx, func(tx *db.Tx) (err error) {
 		unowned, err = a.compareWith(tx, inv, markMissing)
+		if err != nil || why == "" {
+			return err
+		}
+		err, unowned = a.recoverVolumes(tx, repo, unowned, why), nil
 		return err
 	})
 	if err != nil {
@@ -135,7 +152,7 @@ func (a *API) reconcile(ctx context.Context, repo *repository) error {
 	}
 	a.finishDataDestroys(ctx, inv)
 	a.refreshAttrs(ctx, inv)
-	return nil
+	return a.markStore(ctx, repo)
 }
 
 // finishDataDestroys destroys the data of disks that have none by their
@@ -165,8 +182,11 @@ func (a *API) finishDataDestroys(ctx context.Context, inv *inventory) {
 	}
 }
 
-// closeStorage closes every repository.
-func (a *API) closeStorage() error { return a.repos.closeAll() }
+// closeStorage marks and closes every repository.
+func (a *API) closeStorage() error {
+	a.markStores(context.Background())
+	return a.repos.closeAll()
+}
 
 // The sizes of SRs are compared with what their storage says soon after an
 // operation, once for all that come together, and now and then, because space
@@ -193,6 +213,7 @@ func (a *API) watchUsage() {
 		if err := a.refreshUsage(a.ctx); err != nil && a.ctx.Err() == nil {
 			a.log.Warn("sizes of SRs are out of date", "err", err)
 		}
+		a.markStores(a.ctx)
 	}
 }
 

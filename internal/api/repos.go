@@ -24,7 +24,8 @@ type repository struct {
 	storage.Repo
 	sr xapi.Ref[xapi.SR]
 
-	attrs sync.Mutex // held while an attribute blob is made and written
+	attrs  sync.Mutex // held while an attribute blob is made and written
+	marked storeMark  // what the store says of the database; guarded by attrs
 
 	mu struct { // guards everything in it
 		sync.Mutex
@@ -135,8 +136,9 @@ func (r *repository) isDoomed(id storage.ID) bool {
 // repoTable holds the repositories of attached SRs, and which disks the
 // server itself has open. The zero value is empty.
 type repoTable struct {
-	mu   sync.RWMutex // guards open
+	mu   sync.RWMutex // guards open and kept
 	open map[xapi.Ref[xapi.SR]]*repository
+	kept map[xapi.Ref[xapi.SR]]*repository // opened by recognize, for openStorage
 	uses diskUses
 	wake chan struct{} // has room for one; a send makes watchUsage look
 }
@@ -168,6 +170,25 @@ func (t *repoTable) put(r *repository) {
 	t.open[r.sr] = r
 }
 
+// early keeps a repository that is not reconciled yet.
+func (t *repoTable) early(r *repository) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.kept == nil {
+		t.kept = map[xapi.Ref[xapi.SR]]*repository{}
+	}
+	t.kept[r.sr] = r
+}
+
+// takeEarly returns what early has kept, nil when there is none.
+func (t *repoTable) takeEarly(sr xapi.Ref[xapi.SR]) *repository {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r := t.kept[sr]
+	delete(t.kept, sr)
+	return r
+}
+
 // take removes the repository of an SR from the table and returns it, nil
 // when there is none.
 func (t *repoTable) take(sr xapi.Ref[xapi.SR]) *repository {
@@ -188,13 +209,15 @@ func (t *repoTable) all() []*repository {
 // closeAll closes every repository.
 func (t *repoTable) closeAll() error {
 	t.mu.Lock()
-	open := t.open
-	t.open = nil
+	open, kept := t.open, t.kept
+	t.open, t.kept = nil, nil
 	t.mu.Unlock()
 	var errs []error
-	for sr, r := range open {
-		if err := r.Close(); err != nil {
-			errs = append(errs, fmt.Errorf("close the storage of SR %s: %w", sr, err))
+	for _, table := range []map[xapi.Ref[xapi.SR]]*repository{open, kept} {
+		for sr, r := range table {
+			if err := r.Close(); err != nil {
+				errs = append(errs, fmt.Errorf("close the storage of SR %s: %w", sr, err))
+			}
 		}
 	}
 	return errors.Join(errs...)

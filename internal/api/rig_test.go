@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"iter"
 	"log/slog"
 	"maps"
@@ -48,6 +49,14 @@ func newRigOn(t *testing.T, d storage.Driver) *rig {
 // start opens the database and makes the API.
 func (r *rig) start(t *testing.T) {
 	t.Helper()
+	if err := r.tryStart(t); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// tryStart is start that may fail, and leaves nothing open then.
+func (r *rig) tryStart(t *testing.T) error {
+	t.Helper()
 	d, err := db.Open(t.Context(), xapi.Datamodel(), r.store)
 	if err != nil {
 		t.Fatal(err)
@@ -64,7 +73,7 @@ func (r *rig) start(t *testing.T) {
 	}
 	a, err := New(context.Background(), cfg)
 	if err != nil {
-		t.Fatalf("start: %v\n%s", err, log.String())
+		return errors.Join(fmt.Errorf("start: %w\n%s", err, log.String()), d.Close())
 	}
 	r.core = &core{API: a, t: t, records: &log.Buffer}
 	if r.root, err = a.Login(t.Context(), trusted, "root", "any"); err != nil {
@@ -78,6 +87,7 @@ func (r *rig) start(t *testing.T) {
 			r.dom0 = h.ControlDomain
 		}
 	})
+	return nil
 }
 
 func (r *rig) stop(t *testing.T) {
@@ -309,6 +319,12 @@ func (f *faults) hasFired() bool {
 	return f.fired
 }
 
+func (f *faults) isDown() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.down
+}
+
 // next says whether the call that is about to be made fails, and how.
 func (f *faults) next(commit bool) (fail bool, kind faultKind) {
 	f.mu.Lock()
@@ -453,6 +469,19 @@ func (r *faultRepo) ChangedSince(ctx context.Context, from storage.ID, to storag
 		}
 		r.Repo.(storage.ChangeTracker).ChangedSince(ctx, from, to.(*faultVolume).Volume, off)(yield)
 	}
+}
+
+// The attributes of the repo are set at any time, so they do not count, but
+// do fail when everything does.
+func (r *faultRepo) RepoAttrs(ctx context.Context) ([]byte, error) {
+	return r.Repo.(storage.Labeled).RepoAttrs(ctx)
+}
+
+func (r *faultRepo) SetRepoAttrs(ctx context.Context, attrs []byte) error {
+	if r.faults.isDown() {
+		return errInjected
+	}
+	return r.Repo.(storage.Labeled).SetRepoAttrs(ctx, attrs)
 }
 
 // faultVolume is a volume that can fail.

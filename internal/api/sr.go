@@ -143,8 +143,12 @@ func (a *API) attach(ctx context.Context, ref xapi.Ref[xapi.SR], drv storage.Dri
 		return err
 	}
 	defer inv.end()
-	if err := a.settleReverts(ctx, inv); err != nil {
+	if own, err := a.ownStore(ctx, repo); err != nil {
 		return err
+	} else if own {
+		if err := a.settleReverts(ctx, inv); err != nil {
+			return err
+		}
 	}
 	a.repos.put(repo)
 	undo.push(func(context.Context) { a.repos.take(ref) })
@@ -156,7 +160,12 @@ func (a *API) attach(ctx context.Context, ref xapi.Ref[xapi.SR], drv storage.Dri
 		if err != nil {
 			return err
 		}
-		if err := a.introduceVolumes(tx, repo, unowned); err != nil {
+		if why := recovery(tx, ref); why != "" {
+			err = a.recoverVolumes(tx, repo, unowned, why)
+		} else {
+			err = a.introduceVolumes(tx, repo, unowned)
+		}
+		if err != nil {
 			return err
 		}
 		return a.refreshDisksOf(tx, ref)
@@ -166,6 +175,9 @@ func (a *API) attach(ctx context.Context, ref xapi.Ref[xapi.SR], drv storage.Dri
 	}
 	undo.disarm()
 	a.refreshAttrs(ctx, inv)
+	if err := a.markStore(ctx, repo); err != nil {
+		a.log.Warn("a store does not know whose it is", "err", err)
+	}
 	return nil
 }
 
@@ -402,6 +414,10 @@ func (a *API) srProbe(ctx context.Context, c *Call, host xapi.Ref[xapi.Host], co
 		r, err := drv.Open(ctx, config, false)
 		if err != nil {
 			return "", fmt.Errorf("probe: %w", err)
+		}
+		// A mark that cannot be read leaves what the volumes say.
+		if m, err := markOf(ctx, r); err == nil && m.SR != "" {
+			found[m.SR] = true
 		}
 		for info, e := range r.List(ctx) {
 			if err = e; err != nil {

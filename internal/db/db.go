@@ -120,15 +120,40 @@ func (d *DB) View(fn func(*Tx) error) error {
 // Cancelling ctx ends the wait for other updates; once fn has returned the commit is carried through. fn must
 // not wait for another update, because there can be none until it returns.
 func (d *DB) Update(ctx context.Context, fn func(*Tx) error) error {
-	c, err := d.apply(ctx, fn)
+	c, err := d.apply(ctx, 0, fn)
 	if err != nil {
 		return err
 	}
 	return <-c.done
 }
 
-// apply runs fn and queues its result.
-func (d *DB) apply(ctx context.Context, fn func(*Tx) error) (*commit, error) {
+// Stored returns the revision that the store has. It grows with every durable commit, and over restarts: of two
+// copies of a database the one that has the greater one has seen more.
+func (d *DB) Stored() uint64 {
+	d.commits.mu.Lock()
+	defer d.commits.mu.Unlock()
+	return d.commits.mu.ceiling
+}
+
+// Advance makes all revisions from now on, and Stored, greater than a given one. It is for a copy of a database
+// that others have continued: everything counts as created anew, as after a restart, so that tokens from
+// there select everything. It does nothing when revisions are greater already.
+func (d *DB) Advance(ctx context.Context, beyond uint64) error {
+	if d.Stored() > beyond {
+		return nil
+	}
+	c, err := d.apply(ctx, beyond, func(tx *Tx) error {
+		tx.restamp()
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return <-c.done
+}
+
+// apply runs fn at a revision greater than beyond, and queues its result.
+func (d *DB) apply(ctx context.Context, beyond uint64, fn func(*Tx) error) (*commit, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
@@ -151,7 +176,7 @@ func (d *DB) apply(ctx context.Context, fn func(*Tx) error) (*commit, error) {
 		d.head = d.visible.Load()
 	}
 	tx := &Tx{
-		classes: d.classes, tables: slices.Clone(d.head.tables), revision: d.head.revision + 1,
+		classes: d.classes, tables: slices.Clone(d.head.tables), revision: max(d.head.revision, beyond) + 1,
 		writable: true, owned: make([]bool, len(d.head.tables)),
 	}
 	err = fn(tx)

@@ -509,3 +509,82 @@ func TestReadersAndWriters(t *testing.T) {
 		}
 	})
 }
+
+// A copy of a database that the original has outrun is told from it, and
+// advances beyond it: then tokens of the original select everything.
+func TestAdvance(t *testing.T) {
+	store := db.NewMemStore()
+	d := open(t, store)
+	add := func(d *db.DB, label string) {
+		update(t, d, func(tx *db.Tx) error {
+			_, err := db.Insert(tx, &xapi.VDI{NameLabel: label})
+			return err
+		})
+	}
+	add(d, "old")
+	before := d.Stored()
+	revision, rows, err := store.Load(t.Context())
+	if err != nil || revision != before {
+		t.Fatalf("the store has revision %d, %v, want %d", revision, err, before)
+	}
+	batch := db.Batch{Revision: revision}
+	for row, err := range rows {
+		if err != nil {
+			t.Fatal(err)
+		}
+		batch.Rows = append(batch.Rows, row)
+	}
+	old := db.NewMemStore()
+	if err := old.Commit(t.Context(), batch); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		add(d, "new")
+	}
+	newer, token := d.Stored(), d.Revision()
+	if newer <= before {
+		t.Fatalf("three commits brought the stored revision from %d to %d", before, newer)
+	}
+
+	dup := open(t, old)
+	if got := dup.Stored(); got != before {
+		t.Errorf("the copy has revision %d, want %d", got, before)
+	}
+	for range 2 { // the second time there is nothing to do
+		if err := dup.Advance(t.Context(), newer); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := dup.Stored(); got <= newer {
+		t.Errorf("advanced to %d, the original is at %d", got, newer)
+	}
+	vdi := xapi.ClassOf[xapi.VDI]()
+	view(t, dup, func(tx *db.Tx) {
+		if tx.Revision() <= newer {
+			t.Errorf("revision %d after advancing beyond %d", tx.Revision(), newer)
+		}
+		if len(db.ByName[xapi.VDI](tx, "old")) != 1 || tx.Count(vdi) != 1 {
+			t.Error("the object is lost")
+		}
+		changes, complete := tx.Changes(vdi, token)
+		n := 0
+		for c := range changes {
+			n++
+			if c.Created <= token || c.Deleted {
+				t.Errorf("change %+v after %d", c, token)
+			}
+		}
+		if n != 1 || complete {
+			t.Errorf("%d changes after the token, complete: %v", n, complete)
+		}
+	})
+	add(dup, "later")
+	stored := dup.Stored()
+	if err := dup.Close(); err != nil {
+		t.Fatal(err)
+	}
+	again := open(t, old)
+	if got := again.Stored(); got != stored || got <= newer {
+		t.Errorf("opened again at %d, was at %d", got, stored)
+	}
+}

@@ -216,6 +216,22 @@ func (tx *Tx) replace(t *table, old *object, rec any) {
 	tx.changed = true
 }
 
+// restamp makes every object one that the transaction has created, and forgets all deletions.
+func (tx *Tx) restamp() {
+	for i, old := range tx.tables {
+		t := newTable(old.class, tx.revision)
+		t.codec, t.ghosts = old.codec, *old.ghosts.Copy()
+		old.objects.Scan(func(_ string, o *object) bool {
+			anew := *o
+			anew.created, anew.modified = tx.revision, tx.revision
+			t.put(&anew)
+			return true
+		})
+		tx.tables[i], tx.owned[i] = t, true
+	}
+	tx.changed = true
+}
+
 // mark remembers that the row of an object must be written, if its class has rows.
 func (tx *Tx) mark(c *xapi.Class, ref string) {
 	if !c.Persist {
