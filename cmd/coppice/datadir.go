@@ -17,9 +17,11 @@ import (
 type dataDir string
 
 func (d dataDir) database() string     { return filepath.Join(string(d), "coppice.db") }
+func (d dataDir) users() string        { return filepath.Join(string(d), "users.json") }
 func (d dataDir) tls() string          { return filepath.Join(string(d), "tls") }
 func (d dataDir) defaultStore() string { return filepath.Join(string(d), "store") }
 func (d dataDir) socket() string       { return filepath.Join(string(d), "coppice.sock") }
+func (d dataDir) nbdSocket() string    { return filepath.Join(string(d), "nbd.sock") }
 
 // passwordFile is the name of the file with root's password verifier.
 const passwordFile = "root.password"

@@ -132,17 +132,23 @@ func (a addresses) listen(ctx context.Context, config *tls.Config, socket string
 // mustBeLoopback refuses to send passwords in the clear over a network by
 // accident.
 func mustBeLoopback(address string) error {
-	host, _, err := net.SplitHostPort(address)
-	if err != nil {
+	if _, _, err := net.SplitHostPort(address); err != nil {
 		return fmt.Errorf("--http: %w", err)
 	}
-	if ip := net.ParseIP(host); host == "localhost" || (ip != nil && ip.IsLoopback()) {
+	if isLoopback(address) {
 		return nil
 	}
 	return &hinted{
 		fmt.Errorf("--http %s: plain HTTP is for loopback addresses only, it shows passwords to the network", address),
 		"Use --https " + address + ", or --listen http://" + address + " if the network may see them.",
 	}
+}
+
+// isLoopback reports whether only this machine can reach an address.
+func isLoopback(address string) bool {
+	host, _, err := net.SplitHostPort(address)
+	ip := net.ParseIP(host)
+	return err == nil && (host == "localhost" || ip != nil && ip.IsLoopback())
 }
 
 func listenTCP(ctx context.Context, flagName, address string) (net.Listener, error) {

@@ -21,6 +21,7 @@ import (
 	"coppice/internal/db/bolt"
 	"coppice/internal/server"
 	"coppice/internal/storage/all"
+	"coppice/internal/users"
 	"coppice/internal/vfs"
 	"coppice/internal/xapi"
 )
@@ -40,6 +41,7 @@ const (
 type serveOptions struct {
 	data         string
 	addresses    addresses
+	nbd          nbdAddresses
 	passwordFile string
 	hostAddress  string
 	tlsCert      string
@@ -59,6 +61,8 @@ func (o *serveOptions) flags() *flag.FlagSet {
 		o.addresses.more = append(o.addresses.more, s)
 		return nil
 	})
+	fs.StringVar(&o.nbd.tls, "nbd", "", "`address` for NBD, always with TLS, or off (default "+defaultNBD+", unless the port is in use)")
+	fs.StringVar(&o.nbd.plain, "nbd-plain", off, "loopback `address` for NBD without TLS, or off")
 	fs.StringVar(&o.passwordFile, "admin-password-file", "", "`file` with the password to give to root (default: one is made up at the first start and printed once)")
 	fs.StringVar(&o.hostAddress, "host-address", "", "`address` that clients are told for this host (default: that of the first listener)")
 	fs.StringVar(&o.tlsCert, "tls-cert", "", "`file` with the certificate chain in PEM form (default: a self-signed one is made)")
@@ -135,6 +139,7 @@ type instance struct {
 	password  rootPassword
 	cert      *server.Certificate
 	endpoints endpoints
+	nbd       nbdEndpoints
 	server    *server.Server
 	closers   []func() error // in the order of opening
 
@@ -181,6 +186,10 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 		return nil, err
 	}
 	opened(i.endpoints.close)
+	if i.nbd, err = o.nbd.listen(ctx, data.nbdSocket()); err != nil {
+		return nil, err
+	}
+	opened(i.nbd.close)
 
 	store, err := bolt.Open(data.database())
 	if err != nil {
@@ -197,10 +206,12 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 		Storage:      all.Registry(),
 		RootPassword: i.password.verifier,
 		SavePassword: savePassword(dir),
+		Users:        users.At(data.users()),
 		Log:          log,
 		Version:      build.version,
 		DataDir:      string(data),
 		HostAddress:  func() string { return o.address(i.endpoints) },
+		NBD:          i.nbd.describe(o.address(i.endpoints), i.cert),
 
 		RevertByClone: o.revert == revertClone,
 	})
@@ -211,6 +222,9 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 	if err := i.password.keep(dir); err != nil {
 		return nil, data.explain(err)
 	}
+	disks := server.NewNBD(a, log, o.grace)
+	i.nbd.serve(disks, i.cert)
+	opened(disks.Close)
 	i.server = server.New(server.Config{API: a, Log: log, Version: build.version, Grace: o.grace})
 	return i, nil
 }
@@ -264,6 +278,9 @@ func (i *instance) announce(w io.Writer) {
 	fmt.Fprintf(w, "Coppice %s, data in %s\n", readBuild().version, i.data)
 	for _, ep := range i.endpoints {
 		fmt.Fprintf(w, "  %s\n", ep.url())
+	}
+	for _, u := range i.nbd.urls() {
+		fmt.Fprintf(w, "  %s\n", u)
 	}
 	switch {
 	case i.password.created != "":

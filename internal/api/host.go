@@ -67,6 +67,8 @@ func (a *API) hostCallPlugin(ctx context.Context, c *Call, ref xapi.Ref[xapi.Hos
 	switch fn {
 	case "vmss-preview":
 		return a.pluginPreview(args)
+	case "nbd":
+		return a.pluginNBD(c, args)
 	}
 	return "", xapi.NewError(xapi.ErrXenAPIPluginFailure, "unknown function", fn, "")
 }

@@ -28,7 +28,6 @@ func vdiMethods() map[string]any {
 		"VDI.forget":               (*API).vdiForget,
 		"VDI.introduce":            (*API).vdiIntroduce,
 		"VDI.generate_config":      (*API).vdiGenerateConfig,
-		"VDI.get_nbd_info":         (*API).vdiGetNBDInfo,
 		"VDI.enable_cbt":           (*API).vdiEnableCBT,
 		"VDI.disable_cbt":          (*API).vdiDisableCBT,
 		"VDI.data_destroy":         (*API).vdiDataDestroy,
@@ -474,22 +473,6 @@ func (a *API) vdiGenerateConfig(ctx context.Context, c *Call, host xapi.Ref[xapi
 		return nil
 	})
 	return config, err
-}
-
-// vdiGetNBDInfo answers that a disk cannot be had over NBD: no network has
-// the purpose nbd. Clients then transfer it over HTTP.
-func (a *API) vdiGetNBDInfo(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI]) ([]*xapi.VDINBDServerInfo, error) {
-	err := a.db.View(func(tx *db.Tx) error {
-		v, err := db.Get(tx, ref)
-		if err != nil {
-			return err
-		}
-		if v.Type == xapi.VDITypeCBTMetadata {
-			return xapi.NewError(xapi.ErrVDIIncompatibleType, string(ref), string(v.Type))
-		}
-		return nil
-	})
-	return []*xapi.VDINBDServerInfo{}, err
 }
 
 func (a *API) vdiSetNameLabel(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], value string) error {
