@@ -217,6 +217,27 @@ func (e *SpaceError) Error() string {
 func (e *SpaceError) Is(target error) bool { return target == ErrNoSpace }
 func (e *SpaceError) Unwrap() error        { return e.Cause }
 
+// UnsupportedError says what a store has that this version does not know. It
+// matches [ErrUnsupported].
+type UnsupportedError struct {
+	Version      uint32 // of the format
+	Incompatible uint32 // feature bits without which the store cannot be read
+	ReadOnly     uint32 // feature bits without which it must not be written
+}
+
+func (e *UnsupportedError) Error() string {
+	switch s := ErrUnsupported.Error(); {
+	case e.Version != formatVersion:
+		return fmt.Sprintf("%s: version %d, this is for version %d", s, e.Version, formatVersion)
+	case e.Incompatible != 0:
+		return fmt.Sprintf("%s: it has features %#x", s, e.Incompatible)
+	default:
+		return fmt.Sprintf("%s for writing: it has features %#x", s, e.ReadOnly)
+	}
+}
+
+func (e *UnsupportedError) Is(target error) bool { return target == ErrUnsupported }
+
 // CorruptError says which bytes cannot be had. It matches [ErrCorrupt].
 type CorruptError struct {
 	Volume ID     // zero when the damage is in the store's own metadata

@@ -30,12 +30,18 @@ func Check(ctx context.Context, dir vfs.FS) iter.Seq2[Problem, error] {
 			return
 		}
 		defer func() { _ = im.close() }() // nothing was written
+		if err := im.super.writable(); err != nil { // there may be references that are not known here
+			yield(Problem{}, err)
+			return
+		}
 		c := newChecker(ctx, im, yield)
 		if err := c.run(); err != nil && !errors.Is(err, errStopped) {
 			yield(Problem{}, err)
 		}
 	}
 }
+
+const whatTable = "volume table"
 
 // errStopped ends a check whose consumer has gone.
 var errStopped = errors.New("stopped")
@@ -45,21 +51,23 @@ type checker struct {
 	*image
 	ctx   context.Context
 	yield func(Problem, error) bool
-	mend  bool // write what is damaged anew from its copy
+	mend  bool   // write what is damaged anew from its copy
+	lossy string // what is done about pages that cannot be read; empty for nothing
 
 	refs  [][]uint32        // references found, by region and unit
 	below map[uint64]uint64 // data units below each page that has been seen
-	blind map[uint64]bool   // pages that cannot be read, or with such a one below
+	torn  map[uint64]bool   // pages that cannot be read, or with such a one below
+	blind map[uint64]bool   // pages with something lost below, or torn
 	vol   ID                // being walked
 	what  string            // is walked; "" for the contents of a volume
-	count int               // problems reported
+	hurt  int               // units and pages that cannot be read
 }
 
 func newChecker(ctx context.Context, im *image, yield func(Problem, error) bool) *checker {
 	im.pageReader = im.newReader(32 << 20)
 	return &checker{
 		image: im, ctx: ctx, yield: yield,
-		refs: make([][]uint32, im.super.regions), below: map[uint64]uint64{}, blind: map[uint64]bool{},
+		refs: make([][]uint32, im.super.regions), below: map[uint64]uint64{}, torn: map[uint64]bool{}, blind: map[uint64]bool{},
 	}
 }
 
@@ -70,7 +78,6 @@ func (c *checker) report(p Problem) error {
 	if c.what != "" {
 		p.Detail, p.Off, p.Len = c.what+": "+p.Detail, 0, 0
 	}
-	c.count++
 	if !c.yield(p, nil) {
 		return errStopped
 	}
@@ -124,7 +131,7 @@ func (c *checker) checkSlots() error {
 
 // checkTable walks the volume table.
 func (c *checker) checkTable() error {
-	c.vol, c.what = ID{}, "volume table"
+	c.vol, c.what = ID{}, whatTable
 	if err := checkRoot(c.super.table, c.geo); err != nil {
 		return c.report(Problem{Addr: c.super.table.addr, Detail: err.Error()})
 	}
@@ -216,7 +223,7 @@ func (c *checker) walk(e entry, lo, n, birth uint64) (uint64, error) {
 	case kindHole:
 		return 0, nil
 	case kindLost:
-		return 0, c.damage(errLost(), lo, n)
+		return 0, c.damage(errLost(), lo, n, "")
 	}
 	first, err := c.ref(e)
 	if err != nil {
@@ -240,7 +247,11 @@ func (c *checker) walk(e entry, lo, n, birth uint64) (uint64, error) {
 	}
 	if e.kind == kindData {
 		if err != nil {
-			return 1, c.damage(err, lo, n)
+			done := ""
+			if c.what == whatTable { // contents can be lived without, records cannot
+				done = c.lossy
+			}
+			return 1, c.damage(err, lo, n, done)
 		}
 		return 1, nil
 	}
@@ -248,8 +259,8 @@ func (c *checker) walk(e entry, lo, n, birth uint64) (uint64, error) {
 		err = c.checkEntries(b, e)
 	}
 	if err != nil {
-		c.blind[e.addr] = true
-		return 0, c.damage(err, lo, n)
+		c.torn[e.addr], c.blind[e.addr] = true, true
+		return 0, c.damage(err, lo, n, c.lossy)
 	}
 	total, each := uint64(0), n/uint64(c.geo.Fanout)
 	for i := range c.geo.Fanout {
@@ -260,6 +271,9 @@ func (c *checker) walk(e entry, lo, n, birth uint64) (uint64, error) {
 		}
 		if c.isBlind(child) {
 			c.blind[e.addr] = true
+		}
+		if c.isTorn(child) {
+			c.torn[e.addr] = true
 		}
 		total += n
 	}
@@ -272,25 +286,26 @@ func (c *checker) isBlind(e entry) bool {
 	return e.kind == kindLost || e.kind == kindPage && c.blind[e.addr]
 }
 
+func (c *checker) isTorn(e entry) bool { return e.kind == kindPage && c.torn[e.addr] }
+
 // damage reports n units from lo that cannot be read.
-func (c *checker) damage(err error, lo, n uint64) error {
+func (c *checker) damage(err error, lo, n uint64, done string) error {
 	ce, ok := errors.AsType[*CorruptError](err)
 	if !ok {
 		return err
 	}
+	c.hurt++
 	u := int64(c.geo.UnitSize)
-	return c.report(Problem{Off: int64(lo) * u, Len: int64(n) * u, Addr: ce.Addr, Detail: ce.Detail})
+	return c.report(Problem{Off: int64(lo) * u, Len: int64(n) * u, Addr: ce.Addr, Detail: ce.Detail, Done: done})
 }
 
 // checkQueue walks what waits to be reaped. The queue is nil when it cannot
 // be read.
 func (c *checker) checkQueue() (*reapQueue, error) {
 	c.vol, c.what = ID{}, ""
-	c.fellBack = func(ce *CorruptError) {} // looked at below
 	q, err := loadQueue(c.pageReader, c.super.queue, c.super.queueLen)
-	c.fellBack = nil
 	if ce, ok := errors.AsType[*CorruptError](err); ok {
-		return nil, c.report(Problem{Addr: ce.Addr, Detail: err.Error()})
+		return nil, c.report(Problem{Addr: ce.Addr, Detail: err.Error(), Done: c.lossy})
 	} else if err != nil {
 		return nil, err
 	}

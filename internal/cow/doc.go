@@ -6,8 +6,8 @@
 //
 // A store is a directory of a few files behind [vfs.FS]. One process has it
 // open: [Create] and [Open] return a [Store], [Store.OpenDisk] a [Disk] to
-// read and write. [Check], [Dump] and [Destroy] work on a store that nobody
-// has open.
+// read and write. [Check], [Repair], [Dump] and [Destroy] work on a store
+// that nobody has open.
 //
 // # Model
 //
@@ -57,16 +57,21 @@
 // After a crash a store has everything that was acknowledged as durable; of
 // what was not, each unit is old or new. A write that does not fit fails with
 // a *[SpaceError] before it is acknowledged; reads, flushes, deletes and
-// reverts work on a full store. A unit that fails its checksum twice is a
-// *[CorruptError]; [Store.Scrub] looks for such units ahead of time and
-// [Store.Damage] lists what is known. Any failed write or sync of metadata
+// reverts work on a full store. A unit that fails its checksum twice, and whose
+// copy does if it has one, is a *[CorruptError]; [Store.Scrub] looks for such
+// units ahead of time and writes anew what has a copy, [Store.Damage] lists what
+// is known, and [Repair] puts right what can be while nobody has the store open.
+// A damaged map page fails the writes below it; one that a checkpoint meets,
+// damaged since, takes the range that it maps with it and not the store. Any failed write or sync of metadata
 // makes the store read-only until it is opened again ([ErrFailed]), because
 // after a failed sync nobody knows what the device has.
 //
 // # Format, version 1
 //
 // Integers are little endian; checksums are CRC32C. Sizes below are those of
-// [DefaultGeometry].
+// [DefaultGeometry]; a store has those of its superblock. The format is frozen:
+// every later version opens a store of version 1. What is zero here is written
+// as zero and not looked at.
 //
 //	super        superblock, 4 slots of 4 KiB
 //	regions-0    region table of even generations
@@ -90,13 +95,23 @@
 // Entry, 16 bytes, the only kind of reference:
 //
 //	0         5         10       14   15   16
-//	┌─────────┬─────────┬────────┬────┬─────┐
-//	│ address │  birth  │ CRC of │kind│level│   kind 0 hole, 1 data, 2 page
-//	│         │ (epoch) │the unit│    │     │   level of a page, 1 for a leaf
-//	└─────────┴─────────┴────────┴────┴─────┘
+//	┌─────────┬─────────┬────────┬────┬─────┐   kind 0 hole
+//	│ address │  birth  │ CRC of │kind│level│        1 data
+//	│         │ (epoch) │the unit│    │     │        2 page
+//	└─────────┴─────────┴────────┴────┴─────┘        3 lost
 //
-// A map page is 256 entries: data or holes in a leaf, pages of the level below
-// or holes elsewhere. Entry i of a page of level l maps 256^(l-1) units. The
+// The level is that of a page, 1 for a leaf, 0 otherwise; its bit 7 says that
+// there is a copy of the unit, at the same place of the next region. A hole
+// reads as zero. What is lost cannot be read: it stands where a page was that
+// was damaged. Both have neither address nor CRC. Any other kind, or bit, is
+// damage: 4 is reserved for compressed and 5 for encrypted contents.
+//
+// Pages of level 2 and above, all of the volume table and the blocks of the
+// reap queue have copies where there is ample room. A unit and its copy have
+// the same references, counted for both.
+//
+// A map page is 256 entries: data in a leaf, pages of the level below
+// elsewhere, holes and what is lost in both. Entry i of a page of level l maps 256^(l-1) units. The
 // level of a root is the height of its tree; units beyond a tree are holes of
 // birth 0, and a tree grows by a new root whose entry 0 is the old one. It never
 // shrinks, so that holes keep their births: the root of a volume that has been
@@ -105,21 +120,24 @@
 // Superblock, 512 bytes at the start of a slot. Generation g is in slots
 // g mod 2 and g mod 2 + 2; the newest that is valid counts:
 //
-//	 0  8 "COPPICE\n"               84  8 next volume number
-//	 8  4 version, 1                92 20 log position (reserved, zero)
-//	12  4 compatible features      112 16 entry: root of the volume table
-//	16  4 incompatible features    128 16 entry: top block of the reap queue
-//	20  4 unit size                144  8 entries in the reap queue
-//	24  4 entries per page         152  8 regions
-//	28  4 counters per page        160  4 CRC over the CRCs of the pages
-//	32  4 regions per file                of the region table
-//	36 16 store UUID               164  8 bytes of the log
-//	52 16 log key                  172    zero
-//	                               508  4 CRC of bytes 0 to 507
-//	68  8 generation
-//	76  8 epoch
+//	 0  8 "COPPICE\n"               88  8 next volume number
+//	 8  4 version, 1                96  8 log position: byte,
+//	12  4 compatible features      104  8   number of the frame,
+//	16  4 read-only features       112  4   payload CRC of the one before
+//	20  4 incompatible features    116  4 CRC over the CRCs of the pages
+//	24  4 unit size                         of the region table
+//	28  4 entries per page         120 16 entry: root of the volume table
+//	32  4 counters per page        136 16 entry: top block of the reap queue
+//	36  4 regions per file         152  8 entries in the reap queue
+//	40 16 store UUID               160  8 regions
+//	56 16 log key                  168  8 bytes of the log
+//	72  8 generation               176    zero
+//	80  8 epoch                    508  4 CRC of bytes 0 to 507
 //
-// A store with an unknown incompatible feature bit is refused.
+// Bytes 0 to 23 and the CRC are the same in every version. A store of another
+// version, or with an unknown incompatible feature, is refused; one with an
+// unknown read-only feature is read and not written; unknown compatible
+// features are kept. Version 1 has none of all three.
 //
 // Region table: 64 bytes per region in pages of 4 KiB. Generation g rewrites,
 // in its file, the pages that changed in g or g-1:
@@ -127,7 +145,7 @@
 //	 0 32 CRC of the valid copy of each of the 8 counter pages
 //	32  1 bit k: the valid copy of page k is copy 1
 //	33  1 bit k: all counters of page k are zero and the page is not read
-//	34  1 zero (reserved: kind of the contents)
+//	34  1 zero
 //	35  1 bit 0: the host has no space behind the units from 16 on
 //	36  4 units whose counter is zero, counter pages not counted
 //	40    zero
@@ -180,7 +198,4 @@
 //	'R' epoch 8, source 8: revert      'L' epoch 8, size 8: resize
 //	'D' delete                         'A' attributes
 //	'X' give up the contents of a snapshot
-//
-// Room for later: entry kinds for compressed and encrypted units, the level
-// byte's upper bits for a second copy of a page, feature bits.
 package cow

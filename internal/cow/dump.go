@@ -62,7 +62,7 @@ func (e entry) String() string {
 
 func (d *dumper) store() error {
 	s := d.super
-	fmt.Fprintf(d.w, "superblock\n  version %d, features %#x %#x\n", formatVersion, s.compat, s.incompat)
+	fmt.Fprintf(d.w, "superblock\n  version %d, features %#x, read-only %#x, incompatible %#x\n", formatVersion, s.compat, s.readOnly, s.incompat)
 	fmt.Fprintf(d.w, "  store %v\n", ID(s.uuid))
 	fmt.Fprintf(d.w, "  unit %d bytes, %d entries per page, region %d units, %d regions per file\n",
 		s.geo.UnitSize, s.geo.Fanout, s.geo.regionUnits(), s.geo.RegionsPerFile)

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 )
@@ -227,8 +228,8 @@ func (s *Store) mergeCut(w *treeWriter, c *cut) (map[*layer]tree, map[*blob]entr
 			}
 		}
 	}
-	for addr, n := range net {
-		for ; n < 0; n++ {
+	for _, addr := range slices.Sorted(maps.Keys(net)) { // so that equal stores are written equally
+		for n := net[addr]; n < 0; n++ {
 			w.queue.push(roots[addr])
 		}
 	}
@@ -290,37 +291,48 @@ func (w *treeWriter) writeBlob(data []byte) (entry, error) {
 
 // mergeTable brings the volume table up to the cut and returns its root.
 func (s *Store) mergeTable(w *treeWriter, c *cut) (entry, error) {
-	l := newLayer(0)
-	l.epoch = c.epoch
-	per := uint64(s.geo.recordsPerUnit())
-	leafs := map[uint64]struct{}{}
+	nums := make([]uint64, 0, len(c.vols))
 	for _, cv := range c.vols {
 		if cv.removed {
 			delete(s.durable, cv.v.num)
 		} else {
 			s.durable[cv.v.num] = &cv.rec
 		}
-		leafs[cv.v.num/per] = struct{}{}
+		nums = append(nums, cv.v.num)
+	}
+	w.epoch = c.epoch
+	return w.mergeRecords(s.super.table, nums, s.durable)
+}
+
+// mergeRecords writes the records of the given numbers, as recs has them, into
+// a volume table and returns its new root.
+func (w *treeWriter) mergeRecords(root entry, nums []uint64, recs map[uint64]*record) (entry, error) {
+	l := newLayer(0)
+	l.epoch = w.epoch
+	per := uint64(w.geo.recordsPerUnit())
+	leafs := map[uint64]struct{}{}
+	for _, n := range nums {
+		leafs[n/per] = struct{}{}
 	}
 	for u := range leafs {
-		b := make([]byte, s.geo.UnitSize)
+		b := make([]byte, w.geo.UnitSize)
 		used := false
 		for i := range per {
-			if r := s.durable[u*per+i]; r != nil {
+			if r := recs[u*per+i]; r != nil {
 				r.put(b[i*recordSize:])
 				used = true
 			}
 		}
-		sl := slot{idx: uint16(u % uint64(s.geo.Fanout)), state: slotZero}
+		sl := slot{idx: uint16(u % uint64(w.geo.Fanout)), state: slotZero}
 		if used {
 			sl.state, sl.buf = slotBuf, b
 			sl.crc = checksum(b)
 		}
-		l.putRun(u/uint64(s.geo.Fanout), []slot{sl})
+		l.putRun(u/uint64(w.geo.Fanout), []slot{sl})
 	}
-	s.space.promiseOwn(l.load.promised)
+	w.space.promiseOwn(l.load.promised)
 	w.table = true
-	t, err := w.mergeLayer(tree{root: s.super.table}, l)
+	t, err := w.mergeLayer(tree{root: root}, l)
 	w.table = false
 	return t.root, err
 }

@@ -24,7 +24,7 @@ type treeWriter struct {
 	mapped  int64  // what the merge changes the number of mapped units by
 	inexact bool   // mapped leaves out a subtree
 	losses  []*CorruptError
-	budget  int    // pages that may still be read to keep mapped exact
+	budget  int // pages that may still be read to keep mapped exact
 	scratch [][]entry
 }
 

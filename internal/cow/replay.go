@@ -23,7 +23,7 @@ func checkLogSize(n int64, g Geometry) error {
 }
 
 // replay brings the state in memory from the superblock to the end of the
-// log. It writes nothing. It reports whether the log has been used since the
+// log. Nothing that a generation or the log has is written. It reports whether the log has been used since the
 // superblock was written, so that a checkpoint must come before anything else.
 func (s *Store) replay() (used bool, err error) {
 	var recs []logRecord
@@ -46,7 +46,7 @@ func (s *Store) replay() (used bool, err error) {
 		s.log.head.seq++ // the number of the frame that was being written is not used again
 	}
 	for _, r := range recs { // before anything can be allocated
-		if r.kind == recMap {
+		if r.kind == recMap && s.failure() == nil {
 			if err := s.space.adopt(r.addr, r.count); err != nil {
 				return used, fmt.Errorf("log: %w", err)
 			}
@@ -65,6 +65,9 @@ func (s *Store) replay() (used bool, err error) {
 		if err != nil {
 			return used, &CorruptError{Detail: fmt.Sprintf("log: record %q of volume %d", r.kind, r.num), Cause: err}
 		}
+	}
+	if s.failure() != nil {
+		return used, nil
 	}
 	return used, s.space.cover()
 }

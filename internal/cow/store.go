@@ -187,7 +187,9 @@ func withLock(dir vfs.FS, f func(io.Closer) (*Store, error)) (*Store, error) {
 }
 
 // Open opens the store in a directory and recovers it. It fails with
-// [ErrNoStore], [vfs.ErrLocked], [ErrUnsupported] or a *CorruptError.
+// [ErrNoStore], [vfs.ErrLocked], an *[UnsupportedError] or a *CorruptError. A
+// store that this version can read but must not write is open read-only, and
+// [Store.Failed] says so.
 func Open(ctx context.Context, dir vfs.FS, o Options) (*Store, error) {
 	return withLock(dir, func(lock io.Closer) (*Store, error) {
 		s, err := open(ctx, dir, o, lock)
@@ -239,6 +241,9 @@ func open(ctx context.Context, dir vfs.FS, o Options, lock io.Closer) (_ *Store,
 			return nil, err
 		}
 	}
+	if err := im.super.writable(); err != nil {
+		s.fail(err)
+	}
 	if s.force, err = s.replay(); err != nil {
 		return nil, err
 	}
@@ -246,7 +251,7 @@ func open(ctx context.Context, dir vfs.FS, o Options, lock io.Closer) (_ *Store,
 	replayed, work := s.force, len(s.changed) > 0 || len(s.queue.ents) > 0
 	s.wg.Go(s.writeTrees)
 	s.wg.Go(s.releaseUnits)
-	if replayed { // nothing may be written to the log before
+	if replayed && s.failure() == nil { // nothing may be written to the log before
 		if err := s.sync(ctx); err != nil {
 			close(s.stop)
 			s.wg.Wait()

@@ -19,14 +19,17 @@ const (
 
 	formatVersion = 1
 
-	// Feature bits. A store with an incompatible bit that is not known here
-	// is refused; compatible bits are ignored and kept.
+	// Feature bits that this version knows. Unknown ones: an incompatible bit
+	// keeps a store from being opened at all, a read-only one from being
+	// written; a compatible bit is ignored and kept.
 	knownIncompat = 0
+	knownReadOnly = 0
 )
 
 // super is the superblock: everything that one write switches over.
 type super struct {
-	compat, incompat uint32
+	compat, readOnly uint32 // features
+	incompat         uint32
 	geo              Geometry
 	uuid, logKey     [16]byte
 	gen              uint64 // generation, one per checkpoint
@@ -47,27 +50,36 @@ func (s *super) encode() []byte {
 	copy(b, superMagic)
 	le.PutUint32(b[8:], formatVersion)
 	le.PutUint32(b[12:], s.compat)
-	le.PutUint32(b[16:], s.incompat)
-	le.PutUint32(b[20:], uint32(s.geo.UnitSize))
-	le.PutUint32(b[24:], uint32(s.geo.Fanout))
-	le.PutUint32(b[28:], uint32(s.geo.PageCounters))
-	le.PutUint32(b[32:], uint32(s.geo.RegionsPerFile))
-	copy(b[36:], s.uuid[:])
-	copy(b[52:], s.logKey[:])
-	le.PutUint64(b[68:], s.gen)
-	le.PutUint64(b[76:], s.epoch)
-	le.PutUint64(b[84:], s.nextID)
-	le.PutUint64(b[92:], s.log.off)
-	le.PutUint64(b[100:], s.log.seq)
-	le.PutUint32(b[108:], s.log.prev)
-	s.table.put(b[112:])
-	s.queue.put(b[128:])
-	le.PutUint64(b[144:], s.queueLen)
-	le.PutUint64(b[152:], s.regions)
-	le.PutUint32(b[160:], s.tableCRC)
-	le.PutUint64(b[164:], s.logSize)
+	le.PutUint32(b[16:], s.readOnly)
+	le.PutUint32(b[20:], s.incompat)
+	le.PutUint32(b[24:], uint32(s.geo.UnitSize))
+	le.PutUint32(b[28:], uint32(s.geo.Fanout))
+	le.PutUint32(b[32:], uint32(s.geo.PageCounters))
+	le.PutUint32(b[36:], uint32(s.geo.RegionsPerFile))
+	copy(b[40:], s.uuid[:])
+	copy(b[56:], s.logKey[:])
+	le.PutUint64(b[72:], s.gen)
+	le.PutUint64(b[80:], s.epoch)
+	le.PutUint64(b[88:], s.nextID)
+	le.PutUint64(b[96:], s.log.off)
+	le.PutUint64(b[104:], s.log.seq)
+	le.PutUint32(b[112:], s.log.prev)
+	le.PutUint32(b[116:], s.tableCRC)
+	s.table.put(b[120:])
+	s.queue.put(b[136:])
+	le.PutUint64(b[152:], s.queueLen)
+	le.PutUint64(b[160:], s.regions)
+	le.PutUint64(b[168:], s.logSize)
 	le.PutUint32(b[superSize-4:], checksum(b[:superSize-4]))
 	return b
+}
+
+// writable reports why a store must not be written by this version.
+func (s *super) writable() error {
+	if f := s.readOnly &^ knownReadOnly; f != 0 {
+		return &UnsupportedError{Version: formatVersion, ReadOnly: f}
+	}
+	return nil
 }
 
 // errNoSlot marks a slot that holds no superblock, torn ones included.
@@ -85,32 +97,33 @@ func decodeSuper(b []byte) (*super, error) {
 		return nil, errNoSlot
 	}
 	if v := le.Uint32(b[8:]); v != formatVersion {
-		return nil, fmt.Errorf("%w: version %d", ErrUnsupported, v)
+		return nil, &UnsupportedError{Version: v}
 	}
 	s := &super{
 		compat:   le.Uint32(b[12:]),
-		incompat: le.Uint32(b[16:]),
+		readOnly: le.Uint32(b[16:]),
+		incompat: le.Uint32(b[20:]),
 		geo: Geometry{
-			UnitSize:       int(le.Uint32(b[20:])),
-			Fanout:         int(le.Uint32(b[24:])),
-			PageCounters:   int(le.Uint32(b[28:])),
-			RegionsPerFile: int(le.Uint32(b[32:])),
+			UnitSize:       int(le.Uint32(b[24:])),
+			Fanout:         int(le.Uint32(b[28:])),
+			PageCounters:   int(le.Uint32(b[32:])),
+			RegionsPerFile: int(le.Uint32(b[36:])),
 		},
-		uuid:     [16]byte(b[36:52]),
-		logKey:   [16]byte(b[52:68]),
-		gen:      le.Uint64(b[68:]),
-		epoch:    le.Uint64(b[76:]),
-		nextID:   le.Uint64(b[84:]),
-		log:      logPos{off: le.Uint64(b[92:]), seq: le.Uint64(b[100:]), prev: le.Uint32(b[108:])},
-		logSize:  le.Uint64(b[164:]),
-		table:    getEntry(b[112:]),
-		queue:    getEntry(b[128:]),
-		queueLen: le.Uint64(b[144:]),
-		regions:  le.Uint64(b[152:]),
-		tableCRC: le.Uint32(b[160:]),
+		uuid:     [16]byte(b[40:56]),
+		logKey:   [16]byte(b[56:72]),
+		gen:      le.Uint64(b[72:]),
+		epoch:    le.Uint64(b[80:]),
+		nextID:   le.Uint64(b[88:]),
+		log:      logPos{off: le.Uint64(b[96:]), seq: le.Uint64(b[104:]), prev: le.Uint32(b[112:])},
+		tableCRC: le.Uint32(b[116:]),
+		table:    getEntry(b[120:]),
+		queue:    getEntry(b[136:]),
+		queueLen: le.Uint64(b[152:]),
+		regions:  le.Uint64(b[160:]),
+		logSize:  le.Uint64(b[168:]),
 	}
 	if f := s.incompat &^ knownIncompat; f != 0 {
-		return nil, fmt.Errorf("%w: feature bits %#x", ErrUnsupported, f)
+		return nil, &UnsupportedError{Version: formatVersion, Incompatible: f, ReadOnly: s.readOnly &^ knownReadOnly}
 	}
 	if err := s.geo.validate(); err != nil {
 		return nil, &CorruptError{Detail: "superblock: " + err.Error()}

@@ -42,6 +42,9 @@ func liveUnits(m *vfs.Mem) (n int64, err error) {
 			return nil
 		}
 		n--
+		if e.twice {
+			n--
+		}
 		if e.kind == kindData {
 			return nil
 		}

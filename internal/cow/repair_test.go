@@ -1,0 +1,379 @@
+package cow
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"coppice/internal/vfs"
+)
+
+// repaired runs a repair and returns what it found.
+func repaired(m vfs.FS, o RepairOptions) (list []Problem, err error) {
+	for p, err := range Repair(context.Background(), m, o) {
+		if err != nil {
+			return list, err
+		}
+		list = append(list, p)
+	}
+	return list, nil
+}
+
+func checked(m vfs.FS) (list []Problem, err error) {
+	for p, err := range Check(context.Background(), m) {
+		if err != nil {
+			return list, err
+		}
+		list = append(list, p)
+	}
+	return list, nil
+}
+
+// onlyContents reports whether problems are no more than contents of volumes
+// that cannot be read.
+func onlyContents(list []Problem) error {
+	for _, p := range list {
+		if p.Volume == (ID{}) || p.Done != "" || p.Detail != "checksum mismatch" && p.Detail != errLost().Detail &&
+			p.Detail != "attributes: checksum mismatch" {
+			return fmt.Errorf("%v", p)
+		}
+	}
+	return nil
+}
+
+// usable opens a repaired store: what can be read of its volumes is as it was.
+func usable(m *vfs.Mem, want map[ID][]byte) error {
+	s, err := Open(context.Background(), m.Kill(), tinyOptions())
+	if err != nil {
+		return fmt.Errorf("open: %w", err)
+	}
+	if err := s.Close(); err != nil {
+		return fmt.Errorf("close: %w", err)
+	}
+	return useDamaged(m, want)
+}
+
+// repairFlip flips bits of one byte, and repairs: first as far as it goes
+// without a loss, then for good.
+func (r *rotten) repairFlip(name string, off int64, bits byte) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v", p)
+		}
+		if err != nil {
+			err = fmt.Errorf("%s, byte %d, bits %#x: %w", name, off, bits, err)
+		}
+	}()
+	m := r.mem.Kill()
+	if err := flip(m, name, off, bits); err != nil {
+		return err
+	}
+	want := r.data
+	if name == logName && off >= r.lastFrame[0] && off < r.lastFrame[1] {
+		want = r.before
+	}
+	before, err := checked(m.Kill())
+	if err == nil && len(before) == 0 { // it hit nothing, or the last frame of the log
+		return nil
+	}
+	first, err := repaired(m, RepairOptions{})
+	if err != nil && !errors.Is(err, ErrCorrupt) {
+		return err
+	}
+	after, err := checked(m.Kill())
+	if err == nil && len(after) > len(before) {
+		return fmt.Errorf("the repair left %v of %v", after, before)
+	}
+	undone := false
+	for _, p := range first {
+		undone = undone || p.Done == ""
+	}
+	if !undone && (err != nil || len(after) > 0) {
+		return fmt.Errorf("the repair did %v, and yet: %v, %v", first, after, err)
+	}
+	second, err := repaired(m, RepairOptions{AcceptLoss: true})
+	if err != nil {
+		return err
+	}
+	after, err = checked(m.Kill())
+	if err == nil {
+		err = onlyContents(after)
+	}
+	if err != nil {
+		return fmt.Errorf("after the repair %v: %w", second, err)
+	}
+	// What is behind a damage of the log is gone, and so are the volumes of a
+	// part of the table of which there was no room for a copy.
+	gone := name == logName
+	for _, p := range second {
+		gone = gone || strings.HasPrefix(p.Detail, "volume table: checksum mismatch") && p.Done == "given up"
+	}
+	if gone {
+		s, err := Open(context.Background(), m, tinyOptions())
+		if err != nil {
+			return err
+		}
+		return s.Close()
+	}
+	return usable(m, want)
+}
+
+// TestRepairEveryByte damages one byte of a store at a time and repairs it.
+func TestRepairEveryByte(t *testing.T) {
+	t.Parallel()
+	r := makeRotten(t)
+	names, err := r.mem.List()
+	if err != nil {
+		t.Fatal(err)
+	}
+	seed := uint64(time.Now().UnixNano())
+	rng := rand.New(rand.NewPCG(seed, 6))
+	n := 1200
+	if invariants {
+		n = 200
+	}
+	for range n {
+		name := names[rng.IntN(len(names))]
+		f, err := r.mem.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		size, err := f.Size()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := f.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if size == 0 {
+			continue
+		}
+		if err := r.repairFlip(name, rng.Int64N(size), byte(1+rng.IntN(255))); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestRepairOfASoundStore writes nothing.
+func TestRepairOfASoundStore(t *testing.T) {
+	r := makeRotten(t)
+	c := &calls{}
+	list, err := repaired(vfs.NewInject(r.mem, nil, c.hook), RepairOptions{AcceptLoss: true})
+	if err != nil || len(list) > 0 {
+		t.Fatalf("%v, %v", list, err)
+	}
+	for _, call := range c.take() {
+		if call[:5] == "write" {
+			t.Errorf("a sound store: %s", call)
+		}
+	}
+}
+
+// wreck damages all kinds of things at once, in a store with a snapshot and a
+// clone that share a leaf: the leaf, the region table, counters, one of two
+// copies, and a slot of the superblock.
+func wreck(t *testing.T) (m *vfs.Mem, want map[ID][]byte, lostChunk int64) {
+	t.Helper()
+	ctx := context.Background()
+	m = vfs.NewMem(0)
+	s, err := Create(ctx, m, tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	size := 64 * tiny.UnitSize
+	if _, err := s.Create(ctx, ID{1}, int64(size), []byte("one")); err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.OpenDisk(ctx, ID{1}, Live)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := noise(size)
+	write := func(p []byte, off int) {
+		t.Helper()
+		copy(data[off:], p)
+		if _, err := d.WriteAt(p, int64(off)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(data, 0)
+	if _, err := s.Snapshot(ctx, []Pair{{Src: ID{1}, New: ID{2}}}); err != nil {
+		t.Fatal(err)
+	}
+	snap := bytes.Clone(data)
+	if _, err := s.Clone(ctx, Pair{Src: ID{2}, New: ID{3}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.sync(ctx); err != nil {
+		t.Fatal(err)
+	}
+	chunk := tiny.Fanout * tiny.UnitSize
+	write(noise(chunk), 5*chunk)
+	if err := s.sync(ctx); err != nil {
+		t.Fatal(err)
+	}
+	write(noise(100), 0) // stays in the log
+	if err := d.Flush(ctx); err != nil {
+		t.Fatal(err)
+	}
+	want = map[ID][]byte{{1}: data, {2}: snap, {3}: snap}
+	const lostAt = 9
+	leaf, err := s.leaf(s.byID[ID{2}].view.Load().base.root, lostAt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := s.byID[ID{2}].view.Load().base.root
+	if !root.twice {
+		t.Fatal("the root has no copy")
+	}
+	gen := s.super.gen
+	m2 := m.Kill()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	perFile := uint64(tiny.RegionsPerFile * tiny.regionUnits())
+	for _, addr := range []uint64{leaf.addr, root.addr} {
+		if err := flip(m2, spaceName(int(addr/perFile)), int64(addr%perFile)*int64(tiny.UnitSize)+3, 0x40); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := flip(m2, regionsName(gen), 5, 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := flip(m2, superName, int64(gen%2)*slotSize+100, 1); err != nil {
+		t.Fatal(err)
+	}
+	return m2, want, int64(lostAt * chunk)
+}
+
+// TestRepair follows a repair of much damage: without leave to lose anything it
+// restores copies only; with it the lost range is lost in each volume that had
+// it, and nothing else is, and a write heals it.
+func TestRepair(t *testing.T) {
+	ctx := context.Background()
+	m, want, lostChunk := wreck(t)
+	if s, err := Open(ctx, m.Kill(), tinyOptions()); !errors.Is(err, ErrCorrupt) {
+		t.Fatalf("open: %v, %v", s, err)
+	}
+	find := func(list []Problem, detail, done string) (n int) {
+		for _, p := range list {
+			if p.Detail == detail && p.Done == done {
+				n++
+			}
+		}
+		return n
+	}
+	list, err := repaired(m, RepairOptions{})
+	if err != nil || find(list, "superblock: slot 0 is damaged", "restored")+find(list, "superblock: slot 1 is damaged", "restored") != 1 ||
+		find(list, "checksum mismatch, its copy is whole", "restored") != 1 || find(list, "region table: checksum mismatch", "") != 0 {
+		t.Fatalf("first repair: %v, %v", list, err)
+	}
+	if s, err := Open(ctx, m.Kill(), tinyOptions()); !errors.Is(err, ErrCorrupt) {
+		t.Fatalf("open after a repair that could not go on: %v, %v", s, err)
+	}
+	if list, err = repaired(m, RepairOptions{AcceptLoss: true}); err != nil || find(list, "checksum mismatch", "given up") != 1 {
+		t.Fatalf("second repair: %v, %v", list, err)
+	}
+	if list, err = repaired(m, RepairOptions{AcceptLoss: true}); err != nil {
+		t.Fatal(err)
+	}
+	chunk := int64(tiny.Fanout * tiny.UnitSize)
+	seen := map[ID]int64{}
+	for _, p := range list {
+		if p.Detail != errLost().Detail || p.Off < lostChunk || p.Off+p.Len > lostChunk+chunk {
+			t.Errorf("third repair: %v", p)
+		}
+		seen[p.Volume] += p.Len
+	}
+	s, err := Open(ctx, m, tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for id, data := range want {
+		d, err := s.OpenDisk(ctx, id, Live)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, len(data))
+		n, err := d.ReadAt(got, 0)
+		ce, ok := errors.AsType[*CorruptError](err)
+		if !ok || ce.Volume != id || ce.Off != lostChunk || int64(n) != lostChunk || !bytes.Equal(got[:n], data[:n]) {
+			t.Errorf("volume %v: %d bytes, %v", id, n, err)
+		}
+		rest := lostChunk + chunk
+		if n, err := d.ReadAt(got[rest:], rest); err != nil || !bytes.Equal(got[rest:], data[rest:]) {
+			t.Errorf("volume %v behind the lost range: %d bytes, %v", id, n, err)
+		}
+		if id == (ID{2}) {
+			continue
+		}
+		if _, err := d.WriteAt([]byte("part"), lostChunk); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("a part of a lost unit is written: %v", err)
+		}
+		if _, err := d.WriteAt(data[lostChunk:rest], lostChunk); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := d.ReadAt(got, 0); err != nil || !bytes.Equal(got, data) {
+			t.Errorf("volume %v is not healed: %v", id, err)
+		}
+	}
+	if err := s.sync(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for p, err := range s.Check(ctx) {
+		if err != nil || p.Volume != (ID{2}) || p.Off < lostChunk || p.Off+p.Len > lostChunk+chunk {
+			t.Errorf("online: %v, %v", p, err)
+		}
+	}
+	if err := s.Delete(ctx, ID{2}); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(drain(s), s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if err := checkClean(m); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestRepairAfterCrash takes the power away, or kills, at every write of a
+// repair: the next repair ends where an undisturbed one does.
+func TestRepairAfterCrash(t *testing.T) {
+	t.Parallel()
+	m, want, _ := wreck(t)
+	rng := rand.New(rand.NewPCG(3, 3))
+	var mu sync.Mutex
+	var crashed []*vfs.Mem
+	inj := vfs.NewInject(m, nil, func(vfs.Call) error {
+		mu.Lock()
+		defer mu.Unlock()
+		crashed = append(crashed, m.Kill(), m.Crash(func(int) int { return 0 }), m.Crash(rng.IntN), m.Crash(rng.IntN))
+		return nil
+	})
+	if _, err := repaired(inj, RepairOptions{AcceptLoss: true}); err != nil {
+		t.Fatal(err)
+	}
+	crashed = append(crashed, m.Kill(), m.Crash(func(int) int { return 0 }))
+	for i, c := range crashed {
+		if _, err := repaired(c, RepairOptions{AcceptLoss: true}); err != nil {
+			t.Fatalf("crash %d of %d: %v", i, len(crashed), err)
+		}
+		list, err := checked(c.Kill())
+		if err == nil {
+			err = onlyContents(list)
+		}
+		if err == nil {
+			err = usable(c, want)
+		}
+		if err != nil {
+			t.Fatalf("crash %d of %d: %v", i, len(crashed), err)
+		}
+	}
+	t.Logf("%d crashes", len(crashed))
+}
