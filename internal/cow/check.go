@@ -29,7 +29,7 @@ func Check(ctx context.Context, dir vfs.FS) iter.Seq2[Problem, error] {
 			yield(Problem{}, err)
 			return
 		}
-		defer func() { _ = im.close() }() // nothing was written
+		defer func() { _ = im.close() }()           // nothing was written
 		if err := im.super.writable(); err != nil { // there may be references that are not known here
 			yield(Problem{}, err)
 			return

@@ -296,7 +296,8 @@ func (s *Store) mergeTable(w *treeWriter, c *cut) (entry, error) {
 		if cv.removed {
 			delete(s.durable, cv.v.num)
 		} else {
-			s.durable[cv.v.num] = &cv.rec
+			rec := cv.rec // alone: the cut holds the layers
+			s.durable[cv.v.num] = &rec
 		}
 		nums = append(nums, cv.v.num)
 	}
