@@ -38,6 +38,7 @@ func commands() []command {
 		{"check", "[STORE…]", "verify the stores of a stopped server, exactly", check},
 		{"dump", "[STORE]", "show what is inside a store of a stopped server", dump},
 		{"doctor", "", "look for trouble around the server, with ways out", doctor},
+		{"user", "list | add NAME | passwd NAME | role NAME | remove NAME", "look after the users beside root, also while the server runs", user},
 		{"version", "", "tell what this binary is", version},
 	}
 }

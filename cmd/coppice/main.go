@@ -5,6 +5,7 @@
 //	coppice check     verify the stores of a stopped server, exactly
 //	coppice dump      show what is inside a store
 //	coppice doctor    look for trouble around the server, with ways out
+//	coppice user      look after the users beside root
 //	coppice version   tell what this binary is
 //
 // # Data directory
@@ -18,6 +19,7 @@
 //	sr/             one directory for each other repository that was given no place of its own
 //	tls/            cert.pem and key.pem, made at the first start unless --tls-cert names others
 //	root.password   argon2id verifier of root's password, mode 0600
+//	users.json      the users beside root with their verifiers, mode 0600
 //	coppice.sock    Unix socket; processes of the same user need no password there
 //
 // # Exit codes
@@ -30,6 +32,7 @@ package main
 import (
 	"context"
 	"os"
+	_ "time/tzdata" // schedules name zones; a host may have no database of them
 )
 
 func main() {
