@@ -24,48 +24,53 @@ import (
 const superblock = "super"
 
 // check reads every page and counts every reference of stores that nobody
-// has open, and prints every problem it finds.
+// has open, and prints every problem it finds; with --repair it puts right
+// what can be.
 func check(ctx context.Context, e env, args []string) error {
 	ctx, unhook := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer unhook()
 	flags := flag.NewFlagSet("check", flag.ContinueOnError)
 	dataFlag := flags.String("data", "", dataUsage)
+	repair := flags.Bool("repair", false, "put right what can be without losing anything")
+	lossy := flags.Bool("accept-loss", false, "with --repair: also give up what cannot be read, so that the rest can be used")
 	if err := parse(e, flags, args, -1); err != nil {
 		return err
 	}
-	if flags.NArg() > 0 {
-		return checkStores(ctx, e, flags.Args())
+	if *lossy && !*repair {
+		return errors.New("--accept-loss goes with --repair")
 	}
-	data, err := e.dataDir(*dataFlag)
-	if err != nil {
-		return err
-	}
-	return data.check(ctx, e)
+	return e.eachStore(ctx, *dataFlag, flags.Args(), func(ctx context.Context, path string) (int, error) {
+		if *repair {
+			return repairStore(ctx, e, path, cow.RepairOptions{AcceptLoss: *lossy})
+		}
+		return checkStore(ctx, e, path)
+	})
 }
 
-// check checks every store of the data directory, whose lock it holds
-// meanwhile.
-func (d dataDir) check(ctx context.Context, e env) (err error) {
-	dir, lock, err := d.open(false)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, lock.Close(), dir.Close()) }()
-	stores, err := d.stores(ctx)
-	if err != nil {
-		return err
-	}
+// eachStore calls do for the stores that are named, one after the other, or
+// for every store of a data directory, whose lock it holds meanwhile. do
+// returns how many problems are left.
+func (e env) eachStore(ctx context.Context, dataFlag string, stores []string, do func(context.Context, string) (int, error)) (failed error) {
 	if len(stores) == 0 {
-		fmt.Fprintln(e.stdout, "there is no store yet")
+		data, err := e.dataDir(dataFlag)
+		if err != nil {
+			return err
+		}
+		dir, lock, err := data.open(false)
+		if err != nil {
+			return err
+		}
+		defer func() { failed = errors.Join(failed, lock.Close(), dir.Close()) }()
+		if stores, err = data.stores(ctx); err != nil {
+			return err
+		}
+		if len(stores) == 0 {
+			fmt.Fprintln(e.stdout, "there is no store yet")
+		}
 	}
-	return checkStores(ctx, e, stores)
-}
-
-// checkStores checks one store after the other.
-func checkStores(ctx context.Context, e env, stores []string) error {
 	total := 0
 	for _, store := range stores {
-		n, err := checkStore(ctx, e, store)
+		n, err := do(ctx, store)
 		if err != nil {
 			return explainStore(store, err)
 		}
@@ -96,6 +101,29 @@ func checkStore(ctx context.Context, e env, path string) (problems int, err erro
 		fmt.Fprintf(e.stdout, "%s: no problems\n", path)
 	}
 	return problems, nil
+}
+
+// repairStore repairs the store in one directory and returns the number of
+// problems about which nothing has been done.
+func repairStore(ctx context.Context, e env, path string, o cow.RepairOptions) (left int, err error) {
+	dir, err := vfs.OpenDir(path)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	found := 0
+	for p, err := range cow.Repair(ctx, dir, o) {
+		if err != nil {
+			return left, err
+		}
+		found++
+		if p.Done == "" {
+			left++
+		}
+		fmt.Fprintf(e.stdout, "%s: %s\n", path, p)
+	}
+	fmt.Fprintf(e.stdout, "%s: %d problems, %d put right or given up\n", path, found, found-left)
+	return left, nil
 }
 
 // stores lists the directories of all stores: those below the data directory

@@ -35,7 +35,8 @@ type command struct {
 func commands() []command {
 	return []command{
 		{"serve", "", "run the server", serve},
-		{"check", "[STORE…]", "verify the stores of a stopped server, exactly", check},
+		{"check", "[STORE…]", "verify the stores of a stopped server, exactly, and repair them", check},
+		{"scrub", "[STORE…]", "read all of the stores of a stopped server and restore what has copies", scrub},
 		{"dump", "[STORE]", "show what is inside a store of a stopped server", dump},
 		{"doctor", "", "look for trouble around the server, with ways out", doctor},
 		{"user", "list | add NAME | passwd NAME | role NAME | remove NAME", "look after the users beside root, also while the server runs", user},

@@ -2,7 +2,8 @@
 // data.
 //
 //	coppice serve     run the server
-//	coppice check     verify the stores of a stopped server, exactly
+//	coppice check     verify the stores of a stopped server, exactly, and repair them
+//	coppice scrub     read all of the stores of a stopped server
 //	coppice dump      show what is inside a store
 //	coppice doctor    look for trouble around the server, with ways out
 //	coppice user      look after the users beside root
