@@ -74,15 +74,27 @@ func decoded(name string, body io.Reader) (io.Reader, func(), error) {
 		if err != nil {
 			return nil, nil, &bodyError{err}
 		}
-		return d, d.Close, nil
+		return unbroken{d}, d.Close, nil
 	case "gzip", "x-gzip":
 		d, err := gzip.NewReader(body)
 		if err != nil {
 			return nil, nil, &bodyError{err}
 		}
-		return d, func() { _ = d.Close() }, nil // which only says what Read said
+		return unbroken{d}, func() { _ = d.Close() }, nil // which only says what Read said
 	}
 	return nil, nil, unknownEncoding(name)
+}
+
+// unbroken tells the end of compressed data in its middle from that of a body
+// which is merely shorter than what it is read for.
+type unbroken struct{ io.Reader }
+
+func (u unbroken) Read(p []byte) (int, error) {
+	n, err := u.Reader.Read(p)
+	if err != nil && err != io.EOF {
+		err = fmt.Errorf("compressed body: %w", err)
+	}
+	return n, err
 }
 
 // unknownEncoding refuses a content coding.

@@ -31,6 +31,7 @@ func routes() []route {
 		{http.MethodGet, "/export_raw_vdi", (*Server).exportRawVDI},
 		{http.MethodHead, "/export_raw_vdi", (*Server).exportRawVDI},
 		{http.MethodPut, "/import_raw_vdi", (*Server).importRawVDI},
+		{http.MethodHead, "/import_raw_vdi", (*Server).importState},
 		{http.MethodOptions, "/", (*Server).preflight},
 		{http.MethodGet, "/", (*Server).welcome},
 	}

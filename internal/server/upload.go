@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -10,6 +11,8 @@ import (
 	"coppice/internal/storage"
 	"coppice/internal/vhd"
 	"coppice/internal/xapi"
+
+	"github.com/google/uuid"
 )
 
 const (
@@ -22,7 +25,10 @@ const (
 // upload is a disk to be written.
 type upload struct {
 	size    int64 // of the disk in bytes
+	offset  int64 // where the contents of a raw body begin
 	overlay *storage.Overlay
+	stored  int64                   // end of what was written last
+	parent  string                  // what a delta must be to, the UUID of a snapshot; "" for anything
 	done    func(done, total int64) // told after each write
 
 	// interrupt makes reading from the body fail at once.
@@ -31,6 +37,10 @@ type upload struct {
 	// scratch makes a volume of a size for parts of the body that have to
 	// wait, which goes with the upload.
 	scratch func(size int64) (storage.Volume, error)
+
+	// atomic makes everything that is written from now on, which must be
+	// everything, appear at once in the end or not at all.
+	atomic func() error
 }
 
 // bodyError is a fault of what the client sends: not an image, not for this
@@ -95,20 +105,21 @@ func (u *upload) receive(ctx context.Context, read func(next func() (*piece, err
 		if err != nil {
 			return err
 		}
+		u.stored = p.off + max(p.zero, int64(len(p.data)))
 		u.done(p.done, p.total)
 		return nil
 	})
 }
 
-// readRaw writes the body from the start of the disk on. What lies behind the
+// readRaw writes the body from the start of the disk, or an offset, on. What lies behind the
 // end of a shorter body stays as it is; a longer one is a fault.
 func readRaw(ctx context.Context, body io.Reader, length int64, u *upload) error {
-	total := length
+	total := u.offset + length
 	if length < 0 {
 		total = u.size
 	}
 	return u.receive(ctx, func(next func() (*piece, error), send func(*piece)) error {
-		for off := int64(0); off < u.size; {
+		for off := u.offset; off < u.size; {
 			p, err := next()
 			if err != nil {
 				return err
@@ -145,9 +156,23 @@ func readVHD(ctx context.Context, body io.Reader, length int64, u *upload) error
 	if err != nil {
 		return &bodyError{err}
 	}
+	start := bufio.NewReaderSize(body, 4096)
+	if b, _ := start.Peek(8); len(b) == 8 && vhd.IsFixed(b) { // an error comes again
+		return readFixedVHD(ctx, start, length, u)
+	}
+	body = start
 	r, err := vhd.NewReader(body, vhd.ReaderOptions{Length: length})
 	if err != nil {
 		return &bodyError{err}
+	}
+	if u.parent != "" {
+		want, err := uuid.Parse(u.parent)
+		if err != nil {
+			return err
+		}
+		if got := r.Header().ParentUUID(); r.Footer().Type() != vhd.TypeDifferencing || got != vhd.WellFormed(want) {
+			return badBody("the image is a delta to %s, not to %s", uuid.UUID(got), u.parent)
+		}
 	}
 	if r.LastBlock() >= u.size {
 		return badBody("the image has data at byte %d, the disk ends at %d", r.LastBlock(), u.size)
@@ -179,6 +204,25 @@ func readVHD(ctx context.Context, body io.Reader, length int64, u *upload) error
 			}
 		}
 	})
+}
+
+// readFixedVHD writes the contents of a fixed VHD. Only its footer, at the end,
+// tells that it is one, so everything is written at once or not at all.
+func readFixedVHD(ctx context.Context, body io.Reader, length int64, u *upload) error {
+	r, err := vhd.NewFixedReader(body, vhd.ReaderOptions{Length: length})
+	if err != nil {
+		return &bodyError{err}
+	}
+	if r.Size() > u.size {
+		return badBody("the image is of a disk of %d bytes, this one has %d", r.Size(), u.size)
+	}
+	if u.parent != "" {
+		return badBody("the image is no delta to %s", u.parent)
+	}
+	if err := u.atomic(); err != nil {
+		return err
+	}
+	return readRaw(ctx, r, r.Size(), u)
 }
 
 // skipLineEnd drops one CRLF in front of a VHD: a request that ends in an

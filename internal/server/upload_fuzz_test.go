@@ -21,7 +21,7 @@ func FuzzUpload(f *testing.F) {
 	v := testDisk(f, repo, 1, make([]byte, size))
 	f.Fuzz(func(t *testing.T, b []byte, length int64) {
 		for name, dec := range map[string]decoder{"raw": readRaw, "chunked": readChunked, "vhd": readVHD} {
-			u := &upload{size: size, overlay: storage.NewOverlay(v), done: func(int64, int64) {}, interrupt: func() {}}
+			u := &upload{size: size, overlay: storage.NewOverlay(v), done: func(int64, int64) {}, interrupt: func() {}, atomic: func() error { return nil }}
 			err := dec(t.Context(), bytes.NewReader(b), max(length, -1), u)
 			if _, ok := errors.AsType[*bodyError](err); err != nil && !ok {
 				t.Errorf("%s: error is %v", name, err)

@@ -23,6 +23,9 @@ func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) err
 	if err != nil {
 		return &bodyError{err}
 	}
+	if u.parent != "" && !r.Delta() {
+		return badBody("the image is no delta to %s", u.parent)
+	}
 	if r.Size() > u.size {
 		return badBody("the image is of a disk of %d bytes, this one has %d", r.Size(), u.size)
 	}

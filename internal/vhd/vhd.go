@@ -58,9 +58,11 @@
 //		… read run.Len bytes from r …
 //	}
 //
-// Names of parents are never followed and need not exist. A fixed image is
-// refused, because it is raw data with a footer at its end, and nothing that
-// was read before that footer could be trusted to be meant for a disk.
+// Names of parents are never followed and need not exist.
+//
+// A fixed image is raw data with a footer at its end. Nothing that was read
+// before that footer can be trusted to be meant for a disk, so it has a reader
+// of its own, [FixedReader].
 package vhd
 
 import (
