@@ -247,6 +247,7 @@ var engineSections = []section{
 	engineSection("engine/memory", 64*mib, (*engineBench).openDisks),
 	{name: "engine/open", run: benchOpen},
 	long(engineSection("long/depth", 64*mib, (*engineBench).deepVolumeOps)),
+	{name: "long/units", long: true, run: benchUnits},
 	long(engineSection("long/ageing", gib, (*engineBench).ageing)),
 }
 
