@@ -26,6 +26,9 @@ func (a *API) apiError(err error) *xapi.Error {
 		text := fmt.Sprintf("There is insufficient space [opterr=%d bytes needed, %d free]", e.Needed, e.Free)
 		return backendFailure(44, text).WithCause(err)
 	}
+	if e, ok := errors.AsType[*storage.CorruptError](err); ok && e.Volume != "" {
+		return xapi.NewError(xapi.ErrVDIIOError, fmt.Sprintf("Device I/O errors at byte %d of VDI %s", e.Off, e.Volume)).WithCause(err)
+	}
 	for _, t := range storageErrors {
 		switch {
 		case !errors.Is(err, t.is):

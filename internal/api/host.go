@@ -67,6 +67,12 @@ func (a *API) hostCallPlugin(ctx context.Context, c *Call, ref xapi.Ref[xapi.Hos
 	switch fn {
 	case "vmss-preview":
 		return a.pluginPreview(args)
+	case "sr-scrub":
+		return a.pluginScrub(ctx, c, args)
+	case "sr-space":
+		return a.pluginSpace(ctx, c, args)
+	case "vdi-would-free":
+		return a.pluginWouldFree(ctx, args)
 	case "nbd":
 		return a.pluginNBD(c, args)
 	}

@@ -213,6 +213,11 @@ func (a *API) watchUsage() {
 		if err := a.refreshUsage(a.ctx); err != nil && a.ctx.Err() == nil {
 			a.log.Warn("sizes of SRs are out of date", "err", err)
 		}
+		for _, repo := range a.repos.all() {
+			if err := a.noteDamage(a.ctx, repo, false); err != nil && a.ctx.Err() == nil {
+				a.log.Warn("what is damaged is not recorded", "sr", repo.sr, "err", err)
+			}
+		}
 		a.markStores(a.ctx)
 	}
 }

@@ -29,11 +29,12 @@ type repository struct {
 
 	mu struct { // guards everything in it
 		sync.Mutex
-		held     int                     // long works that need the repo open
-		reserved map[storage.ID]int      // number of operations in flight
-		scans    int                     // scans running now
-		touched  map[storage.ID]struct{} // reserved at some time during a scan
-		doomed   map[storage.ID]struct{} // record is gone, deletion failed: retried by scan
+		held     int                            // long works that need the repo open
+		reserved map[storage.ID]int             // number of operations in flight
+		scans    int                            // scans running now
+		touched  map[storage.ID]struct{}        // reserved at some time during a scan
+		doomed   map[storage.ID]struct{}        // record is gone, deletion failed: retried by scan
+		only     map[string]xapi.Ref[xapi.Task] // what runs once at a time, and its task
 	}
 }
 
@@ -42,6 +43,7 @@ func newRepository(sr xapi.Ref[xapi.SR], r storage.Repo) *repository {
 	rp.mu.reserved = map[storage.ID]int{}
 	rp.mu.touched = map[storage.ID]struct{}{}
 	rp.mu.doomed = map[storage.ID]struct{}{}
+	rp.mu.only = map[string]xapi.Ref[xapi.Task]{}
 	return rp
 }
 
@@ -64,6 +66,22 @@ func (r *repository) isHeld() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.mu.held > 0
+}
+
+// alone lets one work of a name run at a time, until done is called. While
+// another does, other is its task and there is nothing to be done.
+func (r *repository) alone(name string, task xapi.Ref[xapi.Task]) (done func(), other xapi.Ref[xapi.Task]) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if other, ok := r.mu.only[name]; ok {
+		return nil, other
+	}
+	r.mu.only[name] = task
+	return sync.OnceFunc(func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		delete(r.mu.only, name)
+	}), ""
 }
 
 // reserve keeps scans away from a volume until done is called.

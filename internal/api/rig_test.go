@@ -471,6 +471,22 @@ func (r *faultRepo) ChangedSince(ctx context.Context, from storage.ID, to storag
 	}
 }
 
+// What only looks does not count.
+func (r *faultRepo) WouldFree(ctx context.Context, ids ...storage.ID) (storage.Freed, error) {
+	return r.Repo.(storage.SpaceEstimator).WouldFree(ctx, ids...)
+}
+
+func (r *faultRepo) Scrub(ctx context.Context, o storage.ScrubOptions) iter.Seq2[storage.Problem, error] {
+	return r.Repo.(storage.Scrubber).Scrub(ctx, o)
+}
+
+func (r *faultRepo) Damage(ctx context.Context) ([]storage.Problem, error) {
+	if l, ok := r.Repo.(storage.DamageLister); ok {
+		return l.Damage(ctx)
+	}
+	return nil, nil
+}
+
 // The attributes of the repo are set at any time, so they do not count, but
 // do fail when everything does.
 func (r *faultRepo) RepoAttrs(ctx context.Context) ([]byte, error) {

@@ -118,7 +118,7 @@ func (a *API) srUnused(tx *db.Tx, ref xapi.Ref[xapi.SR]) error {
 		return err
 	}
 	if repo, err := a.repos.get(ref); err == nil && repo.isHeld() {
-		return backendFailure(16, "The SR is in use [opterr=a disk is being filled]")
+		return backendFailure(16, "The SR is in use [opterr=a disk is being filled, or the SR is looked through]")
 	}
 	for _, v := range sr.VDIs {
 		vdi, err := db.Get(tx, v)

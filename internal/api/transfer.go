@@ -78,6 +78,10 @@ func (a *API) openExport(c *Call, r TransferRequest) (*Export, error) {
 	}
 	x.Ref, x.VDI, x.Volume, x.Repo = ref, x.src.rec, x.src.Volume, x.src.repo.Repo
 	if base.IsNull() {
+		if err := x.src.verifyKnown(c.Context()); err != nil {
+			x.src.close()
+			return nil, err
+		}
 		return x, nil
 	}
 	if x.base, err = a.openReader(c.Context(), c, base, nil); err != nil {

@@ -167,7 +167,7 @@ func newDiskUUID(sr *xapi.SR, rec *xapi.VDI) string {
 func ownSMConfig(m map[string]string) map[string]string {
 	own := map[string]string{}
 	for k, v := range m {
-		if k != "vhd-parent" {
+		if k != "vhd-parent" && !transient(k) {
 			own[k] = v
 		}
 	}
@@ -403,7 +403,11 @@ func (a *API) vdiUpdate(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI]) er
 		return fmt.Errorf("look at VDI %s: %w", w.id(), err)
 	}
 	a.syncAttrs(ctx, ref)
-	return a.noteInfo(ctx, w, info)
+	if err := a.noteInfo(ctx, w, info); err != nil {
+		return err
+	}
+	a.noteExclusive(ctx, w)
+	return nil
 }
 
 // vdiForget removes the record of a disk and leaves its volume, to which the

@@ -44,6 +44,8 @@ func (a *API) vdiCopy(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], sr x
 			return "", err
 		}
 		defer job.base.close()
+	} else if err := src.verifyKnown(ctx); err != nil {
+		return "", err
 	}
 	if into.IsNull() {
 		return a.copyToNew(ctx, c, job, sr)

@@ -56,6 +56,7 @@ func derivedDisk(src *xapi.VDI) *xapi.VDI {
 	rec.OtherConfig, rec.XenstoreData = maps.Clone(src.OtherConfig), maps.Clone(src.XenstoreData)
 	delete(rec.OtherConfig, holdKey) // it was meant for src
 	rec.Tags = slices.Clone(src.Tags)
+	delete(rec.OtherConfig, recoveredKey)
 	return rec
 }
 

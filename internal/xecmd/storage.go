@@ -10,7 +10,7 @@ import (
 // storageCommands are those about SRs, PBDs and VBDs.
 func storageCommands() []command {
 	uuid := []string{"uuid"}
-	return []command{
+	return append(healthCommands(), []command{
 		{
 			name: "sr-create", required: []string{"name-label", "type"},
 			optional: []string{"name-description", "host-uuid", "device-config:", "shared", "physical-size", "content-type", "sm-config:"},
@@ -59,7 +59,7 @@ func storageCommands() []command {
 			name: "vbd-insert", required: []string{"uuid", "vdi-uuid"},
 			help: "Insert new media into the drive represented by the VBD.", run: vbdInsert,
 		},
-	}
+	}...)
 }
 
 // srHost returns the host that an SR command is about: the one named, or the only one.
