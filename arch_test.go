@@ -19,6 +19,8 @@ var mayImport = map[string][]string{
 	"internal/vfs":      {},
 	"internal/nbd":      {"internal/storage"},
 	"internal/vhd":      {},
+	"internal/qcow2":    {},
+	"internal/vmdk":     {},
 	"internal/rpc":      {},
 	"internal/xapi":     {},
 	"internal/storage":  {},
@@ -40,7 +42,7 @@ var mayImport = map[string][]string{
 	"internal/xecmd": {"internal/api", "internal/xapi", "internal/thincli"},
 	"internal/server": {
 		"internal/api", "internal/xapi", "internal/rpc", "internal/xecmd", "internal/thincli",
-		"internal/storage", "internal/vhd", "internal/nbd", "internal/qcow2", "internal/server/web",
+		"internal/storage", "internal/vhd", "internal/nbd", "internal/qcow2", "internal/vmdk", "internal/server/web",
 	},
 	"internal/server/web": {},
 

@@ -44,6 +44,7 @@ func formats() []format {
 		{name: "vhd", contentType: "application/vhd", encode: planVHD, decode: readVHD},
 		{name: "tar", contentType: "application/x-tar"},
 		{name: "qcow2", contentType: "application/x-qemu-disk", encode: planQcow2, decode: readQcow2},
+		{name: "vmdk", contentType: "application/x-vmdk", fullOnly: true, encode: planVMDK, decode: readVMDK},
 	}
 }
 

@@ -1,0 +1,105 @@
+package server
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"strconv"
+
+	"coppice/internal/vmdk"
+	"coppice/internal/xapi"
+)
+
+// vmdkImage is a streamOptimized VMDK. It is compressed, so that its length
+// shows only in the end.
+type vmdkImage struct {
+	d   *download
+	cid uint32
+	tag string
+}
+
+func planVMDK(ctx context.Context, d *download) (image, error) {
+	size := d.volume.Size()
+	if size > vmdk.MaxSize {
+		return nil, xapi.NewError(xapi.ErrVDITooLarge, d.ref, strconv.FormatInt(vmdk.MaxSize, 10))
+	}
+	self, base, err := d.origin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var grains, next int64
+	err = d.scan(ctx, func(off, n int64) {
+		first, end := max(next, off/vmdk.GrainSize), (off+n+vmdk.GrainSize-1)/vmdk.GrainSize
+		grains += max(0, end-first)
+		next = max(next, end)
+	})
+	if err != nil {
+		return nil, err
+	}
+	if grains*vmdk.GrainSize > vmdk.MaxData { // its room, not the size of the disk
+		return nil, xapi.NewError(xapi.ErrVDITooLarge, d.ref, strconv.FormatInt(vmdk.MaxData, 10))
+	}
+	// The two highest values mean something else.
+	cid := binary.BigEndian.Uint32(self.uuid[:]) &^ (1 << 31)
+	return vmdkImage{d, cid, d.tag("vmdk 1", self, base)}, nil
+}
+
+func (v vmdkImage) length() int64 { return -1 }
+func (v vmdkImage) etag() string  { return v.tag }
+
+func (v vmdkImage) send(ctx context.Context, w *window, done func(int64)) error {
+	type pressed struct {
+		vmdk.Grain
+		raw [vmdk.GrainSize]byte
+		end int64 // on the disk
+	}
+	buffers := make([]*pressed, readAhead)
+	for i := range buffers {
+		buffers[i] = new(pressed)
+	}
+	enc, err := vmdk.NewWriter(w, vmdk.Options{Size: v.d.volume.Size(), CID: v.cid})
+	if err != nil {
+		return err
+	}
+	zero := make([]byte, vmdk.GrainSize)
+	produce := func(ctx context.Context, next func() (*pressed, error), send func(*pressed)) error {
+		b, err := next()
+		if err != nil {
+			return err
+		}
+		var grain int64
+		for e, err := range v.d.data(ctx) {
+			if err != nil {
+				return err
+			}
+			for grain = max(grain, e.Off/vmdk.GrainSize); grain*vmdk.GrainSize < e.End(); grain++ {
+				if err := v.d.read(b.raw[:], grain*vmdk.GrainSize); err != nil {
+					return err
+				}
+				if bytes.Equal(b.raw[:], zero) {
+					continue
+				}
+				if err := b.Compress(grain, b.raw[:]); err != nil {
+					return err
+				}
+				b.end = (grain + 1) * vmdk.GrainSize
+				send(b)
+				if b, err = next(); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	}
+	err = relay(ctx, buffers, produce, func(b *pressed) error {
+		if err := enc.Write(&b.Grain); err != nil {
+			return err
+		}
+		done(b.end)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return enc.Close()
+}

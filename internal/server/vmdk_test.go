@@ -1,0 +1,57 @@
+package server
+
+import (
+	"bytes"
+	"os/exec"
+	"path/filepath"
+	"testing"
+)
+
+// Both directions of VMDK, against the wide-spread tool.
+func TestVMDK(t *testing.T) {
+	qemu, err := exec.LookPath("qemu-img")
+	if err != nil {
+		t.Skip("qemu-img is not installed (Debian package qemu-utils)")
+	}
+	d := newDepot(t)
+	contents := random(72*mib, 1, [2]int64{0, 3 * mib}, [2]int64{5*mib + 4096, 4096}, [2]int64{40 * mib, 70 << 10}, [2]int64{71 * mib, mib})
+	ref, _ := d.filled(contents)
+	task := d.task()
+	resp := d.fetch("GET", d.url("/export_raw_vdi", "vdi", ref, "format", "vmdk", "task_id", task))
+	image := readBody(t, resp)
+	if resp.ContentLength >= 0 || resp.Header.Get("Accept-Ranges") != "none" || resp.Trailer.Get("Content-Digest") == "" {
+		t.Errorf("length %d, header %v, trailer %v", resp.ContentLength, resp.Header, resp.Trailer)
+	}
+	if o := d.settled(task); !succeeded(o) {
+		t.Errorf("task says %q", o)
+	}
+	dir := t.TempDir()
+	raw, ours, theirs := filepath.Join(dir, "raw"), filepath.Join(dir, "ours"), filepath.Join(dir, "theirs")
+	putFile(t, raw, contents)
+	putFile(t, ours, image)
+	for _, args := range [][]string{
+		{"check", "-f", "vmdk", ours},
+		{"compare", "-f", "raw", "-F", "vmdk", raw, ours},
+		{"convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", raw, theirs},
+	} {
+		if out, err := exec.Command(qemu, args...).CombinedOutput(); err != nil {
+			t.Fatalf("qemu-img %q: %v\n%s", args, err, out)
+		}
+	}
+	for _, b := range [][]byte{image, getFile(t, theirs)} {
+		other, _ := d.disk(72 * mib)
+		if o := d.offer(other, b, nil, "format", "vmdk"); !succeeded(o) {
+			t.Errorf("import: %q", o)
+		}
+		if !bytes.Equal(d.download(other, "raw", ""), contents) {
+			t.Error("import: not the contents")
+		}
+		if o := d.cutShortAt(other, b, len(b)-700, "format", "vmdk"); o[0] != "failure" {
+			t.Errorf("import, cut: %q", o)
+		}
+	}
+	small, _ := d.disk(2 * mib)
+	if o := d.offer(small, image, nil, "format", "vmdk"); o[0] != "failure" || o[1] != "VDI_IO_ERROR" {
+		t.Errorf("onto a small disk: %q", o)
+	}
+}
