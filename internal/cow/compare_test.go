@@ -3,7 +3,10 @@ package cow
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"maps"
+	"slices"
 
 	"coppice/internal/vfs"
 )
@@ -63,6 +66,7 @@ func (w *world) abandon() {
 	}
 	w.arm.Store(0)
 	w.crashed.Store(nil)
+	w.vague = true
 	w.disks = map[ID]*Disk{}
 	w.pins = nil
 }
@@ -89,6 +93,9 @@ func (w *world) compare() error {
 		return err
 	}
 	for _, m := range w.vols {
+		if m.bare {
+			continue
+		}
 		d, err := w.disk(m)
 		if err != nil {
 			return err
@@ -152,7 +159,7 @@ func (w *world) list() error {
 		if m == nil {
 			return fmt.Errorf("volume %v should not be there", i.ID)
 		}
-		if i.Size != int64(len(m.data)) || i.ReadOnly != m.ro || i.Parent != m.parent || i.AttrsLen != len(m.attrs) {
+		if i.Size != int64(len(m.data)) || i.ReadOnly != m.ro || i.NoData != m.bare || i.Parent != m.parent || i.AttrsLen != len(m.attrs) {
 			return fmt.Errorf("info %+v, want size %d, read-only %v, parent %v, %d bytes of attributes", i, len(m.data), m.ro, m.parent, len(m.attrs))
 		}
 		attrs, err := w.s.Attrs(context.Background(), i.ID)
@@ -319,4 +326,108 @@ func (w *world) emptied(used int64) error {
 		return fmt.Errorf("after everything is deleted %d entries and %d bytes are accounted for", n, b)
 	}
 	return nil
+}
+
+// since compares what has changed since a volume, whose data may be gone, with
+// what has.
+func (w *world) since(a, b *mvol, off int64) error {
+	if a == nil || b == nil {
+		return nil
+	}
+	db, err := w.disk(b)
+	if err != nil {
+		return err
+	}
+	related := false
+	for id := b.id; id != (ID{}) && !related; id = w.vols[id].parent {
+		related = id == a.id
+	}
+	off %= int64(len(b.data) + 1)
+	at := off
+	equal := func(to int64) error {
+		for ; at < to; at++ {
+			old := byte(0)
+			if at < int64(len(a.data)) {
+				old = a.data[at]
+			}
+			if b.data[at] != old {
+				return fmt.Errorf("changes of %v since %v miss byte %d", b.id, a.id, at)
+			}
+		}
+		return nil
+	}
+	for e, err := range w.s.ChangedSince(context.Background(), a.id, db, off) {
+		if errors.Is(err, ErrNoLineage) && a.bare && !related {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if e.Off < at || e.Len <= 0 || e.End() > int64(len(b.data)) {
+			return fmt.Errorf("changes of %v since %v from %d: extent %+v", b.id, a.id, off, e)
+		}
+		if err := equal(e.Off); err != nil {
+			return err
+		}
+		if e.Hole && len(bytes.Trim(b.data[e.Off:e.End()], "\x00")) > 0 {
+			return fmt.Errorf("changes of %v since %v call %+v a hole", b.id, a.id, e)
+		}
+		at = e.End()
+	}
+	return equal(int64(len(b.data)))
+}
+
+// written compares what has been written since the parent: all units that have
+// been touched and are not zero, and at least those that differ.
+func (w *world) written(m *mvol) error {
+	if m == nil {
+		return nil
+	}
+	got, err := w.s.Written(context.Background(), m.id)
+	if err != nil {
+		return err
+	}
+	u := tiny.UnitSize
+	least, most := 0, 0
+	for i := range len(m.data) / u {
+		b := m.data[i*u : (i+1)*u]
+		if isZero(b) {
+			continue
+		}
+		if m.since[i] {
+			most++
+		}
+		var old []byte
+		if p := w.vols[m.parent]; p != nil && (i+1)*u <= len(p.data) {
+			old = p.data[i*u : (i+1)*u]
+		}
+		if !bytes.Equal(b, old) && (len(old) > 0 || !isZero(b)) {
+			least++
+		}
+	}
+	if n := int(got) / u; n < least || n > most || n != most && !w.vague {
+		return fmt.Errorf("%d units have been written to %v since %v, want %d to %d", n, m.id, m.parent, least, most)
+	}
+	return nil
+}
+
+// wouldFreeAll compares what all volumes together would free with all that is
+// in use.
+func (w *world) wouldFreeAll() error {
+	if len(w.pins) > 0 || w.arm.Load() > 0 || w.crashed.Load() != nil {
+		return nil
+	}
+	if err := drain(w.s); err != nil {
+		return err
+	}
+	ids := slices.Collect(maps.Keys(w.vols))
+	f, err := w.s.WouldFree(context.Background(), ids...)
+	if err != nil {
+		return err
+	}
+	live, err := liveUnits(w.mem.Kill())
+	if err == nil && f.Bytes != live*int64(tiny.UnitSize) {
+		err = fmt.Errorf("all volumes would free %d bytes, %d units are in use", f.Bytes, live)
+	}
+	return err
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync/atomic"
@@ -62,6 +63,10 @@ var opKinds = []struct {
 	{"list", 2},
 	{"same", 3},
 	{"sync", 2},
+	{"destroy", 2},
+	{"since", 5},
+	{"written", 4},
+	{"wouldfree", 1},
 }
 
 func randomOps(rng *rand.Rand, n int) []op {
@@ -89,7 +94,10 @@ type mvol struct {
 	data   []byte
 	old    map[int][][]byte // by unit
 	ro     bool
+	bare   bool // the store has given up the data; the model has not
 	parent ID
+	// Units that have been written or zeroed since the parent was made.
+	since map[int]bool
 	attrs  []byte
 	// A crash may also bring back the size and contents from before the
 	// operation that was running.
@@ -104,6 +112,7 @@ func (m *mvol) clone() *mvol {
 	for u, vs := range m.old {
 		c.old[u] = slices.Clone(vs)
 	}
+	c.since = maps.Clone(m.since)
 	return &c
 }
 
@@ -112,6 +121,7 @@ func (m *mvol) touch(off, n int) {
 	u := tiny.UnitSize
 	for i := off / u; i*u < off+n; i++ {
 		m.old[i] = append(m.old[i], bytes.Clone(m.data[i*u:(i+1)*u]))
+		m.since[i] = true
 	}
 }
 
@@ -134,6 +144,7 @@ type world struct {
 	crashed atomic.Pointer[vfs.Mem]
 
 	maybe map[ID]*mvol // volumes before an operation that failed
+	vague bool         // a crash may have taken back writes that the model counts
 }
 
 type pinned struct {
@@ -201,6 +212,7 @@ func (w *world) pick(n uint32, ok func(*mvol) bool) *mvol {
 }
 
 func anyVolume(*mvol) bool   { return true }
+func hasData(m *mvol) bool   { return !m.bare }
 func writable(m *mvol) bool  { return !m.ro }
 func writableN(m *mvol) bool { return !m.ro && len(m.data) > 0 }
 
@@ -240,7 +252,7 @@ func (w *world) step(o op) error {
 		if len(w.vols) >= 12 {
 			return nil
 		}
-		m := &mvol{id: w.newID(), data: make([]byte, int(o.a%70)*tiny.UnitSize), old: map[int][][]byte{}}
+		m := &mvol{id: w.newID(), data: make([]byte, int(o.a%70)*tiny.UnitSize), old: map[int][][]byte{}, since: map[int]bool{}}
 		if o.b%3 == 0 {
 			m.attrs = content(o.seed, int(o.c)%(3*tiny.UnitSize))
 		}
@@ -269,6 +281,10 @@ func (w *world) step(o op) error {
 		}
 		m.touch(off, n)
 		prev := bytes.Clone(m.data[off : off+n])
+		for i := 0; i < n; i += tiny.UnitSize {
+			k := min(n, i+tiny.UnitSize)
+			w.vague = w.vague || bytes.Equal(p[i:k], prev[i:k]) // and may have been left alone
+		}
 		copy(m.data[off:], p)
 		if _, err = d.WriteAt(p, int64(off)); full(err) {
 			return w.resync(m, off, prev)
@@ -322,7 +338,7 @@ func (w *world) step(o op) error {
 		var pairs []Pair
 		var news []*mvol
 		for i := range n {
-			src := w.pick(o.a+uint32(i), anyVolume)
+			src := w.pick(o.a+uint32(i), hasData)
 			if src == nil || len(w.vols)+i >= 12 {
 				return nil
 			}
@@ -337,6 +353,7 @@ func (w *world) step(o op) error {
 			switch {
 			case src.ro:
 				m.parent = src.id
+				m.since = map[int]bool{}
 			default:
 				m.parent = src.parent
 			}
@@ -354,15 +371,16 @@ func (w *world) step(o op) error {
 				src := w.vols[pairs[i].Src]
 				if !src.ro {
 					m.parent = src.parent // an earlier pair of the group may have the same source
+					m.since = maps.Clone(src.since)
 					if m.ro {
-						src.parent = m.id
+						src.parent, src.since = m.id, map[int]bool{}
 					}
 				}
 				w.vols[m.id] = m
 			}
 		})
 	case "revert":
-		m, to := w.pick(o.a, writable), w.pick(o.b, anyVolume)
+		m, to := w.pick(o.a, writable), w.pick(o.b, hasData)
 		if m == nil || m == to {
 			return nil
 		}
@@ -370,9 +388,9 @@ func (w *world) step(o op) error {
 			m.before = m.clone()
 			m.data = bytes.Clone(to.data)
 			m.settle()
-			m.parent = to.id
+			m.parent, m.since = to.id, map[int]bool{}
 			if !to.ro {
-				m.parent = to.parent
+				m.parent, m.since = to.parent, maps.Clone(to.since)
 			}
 		})
 	case "resize":
@@ -402,6 +420,7 @@ func (w *world) step(o op) error {
 			for _, c := range w.vols {
 				if c.parent == m.id {
 					c.parent = m.parent
+					maps.Copy(c.since, m.since)
 				}
 			}
 		})
@@ -416,7 +435,7 @@ func (w *world) step(o op) error {
 			m.attrs = attrs
 		})
 	case "read":
-		m := w.pick(o.a, func(m *mvol) bool { return len(m.data) > 0 })
+		m := w.pick(o.a, func(m *mvol) bool { return len(m.data) > 0 && !m.bare })
 		if m == nil {
 			return nil
 		}
@@ -431,9 +450,21 @@ func (w *world) step(o op) error {
 		}
 		return sameBytes(p, m.data[off:off+len(p)], fmt.Sprintf("read of %d at %d of %v", len(p), off, m.id))
 	case "diff":
-		return w.diff(w.pick(o.a, anyVolume), w.pick(o.b, anyVolume), int64(o.c))
+		return w.diff(w.pick(o.a, hasData), w.pick(o.b, hasData), int64(o.c))
+	case "destroy":
+		m := w.pick(o.a, func(m *mvol) bool { return m.ro })
+		if m == nil {
+			return nil
+		}
+		return w.volumeOp(func() error { return w.s.DestroyData(ctx, m.id) }, func() { m.bare = true })
+	case "since":
+		return w.since(w.pick(o.a, anyVolume), w.pick(o.b, hasData), int64(o.c))
+	case "written":
+		return w.written(w.pick(o.a, hasData))
+	case "wouldfree":
+		return w.wouldFreeAll()
 	case "pin":
-		m := w.pick(o.a, anyVolume)
+		m := w.pick(o.a, hasData)
 		if m == nil || len(w.pins) > 4 {
 			return nil
 		}
