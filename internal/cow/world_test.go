@@ -98,7 +98,7 @@ type mvol struct {
 	parent ID
 	// Units that have been written or zeroed since the parent was made.
 	since map[int]bool
-	attrs  []byte
+	attrs []byte
 	// A crash may also bring back the size and contents from before the
 	// operation that was running.
 	before *mvol
