@@ -64,11 +64,18 @@ type Config struct {
 	// Users is the file of the users beside root; nil when there can be none.
 	Users *users.File
 
+	// OnCall is told what became of each call, right after it and by the
+	// goroutine that it ran in. Nil: nobody is.
+	OnCall func(CallReport)
+
 	Log         *slog.Logger     // nil discards
 	Version     string           // product version, for host.software_version
 	DataDir     string           // default SRs live under it
 	HostAddress func() string    // address clients reach the server at; nil means 127.0.0.1
 	Now         func() time.Time // nil means time.Now
+
+	// NBD tells where the server listens for NBD; nil means nowhere.
+	NBD func() NBDEndpoints
 
 	// RevertByClone makes VM.revert replace disks by clones, whatever the
 	// pool's other_config says.
@@ -94,6 +101,7 @@ type API struct {
 	running  taskTable
 	claims   claimTable
 	repos    repoTable
+	nbd      nbdTable
 
 	scheduler *scheduler
 
@@ -126,6 +134,10 @@ func New(ctx context.Context, cfg Config) (*API, error) {
 	if err := a.ReloadUsers(ctx); err != nil {
 		a.stop(err)
 		return nil, fmt.Errorf("api: reading the users: %w", err)
+	}
+	if err := a.detachAll(ctx); err != nil {
+		a.stop(err)
+		return nil, fmt.Errorf("api: detaching disks: %w", err)
 	}
 	if err := a.openStorage(ctx); err != nil {
 		a.stop(err)
@@ -187,6 +199,7 @@ func (a *API) shutdown() error {
 	a.stop(errStopping)
 	a.running.close()
 	a.background.Wait()
+	a.closeNBD()
 	return a.closeStorage()
 }
 

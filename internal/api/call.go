@@ -1,6 +1,7 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"sync"
@@ -19,6 +20,9 @@ type Origin struct {
 	Trusted    bool
 	UserAgent  string
 	Originator string // what the client calls itself; goes into its sessions
+	// Undo has VM.revert take a snapshot first, as the key coppice:undo in
+	// other_config of the session or the pool does for all clients.
+	Undo bool
 }
 
 // Call is one invocation of a message, or one HTTP transfer, while it runs. It
@@ -27,6 +31,12 @@ type Call struct {
 	Origin  Origin
 	Session *session // nil for the messages that need none, as login
 	Method  string   // "VDI.snapshot", or the HTTP action of a transfer
+
+	message *xapi.Method // nil for a transfer
+	args    []any
+	detail  string // what a transfer is about
+	async   bool
+	opened  *session // by a login
 
 	api    *API
 	begun  time.Time
@@ -154,6 +164,26 @@ func (c *Call) end(res Result, err error) (told *xapi.Error) {
 		})
 	}
 	c.logEnd(told)
+	a.report(c.reported(), cmp.Or(c.Session, c.opened), reasonOf(told))
+	return told
+}
+
+// reported is what a report says of the call itself.
+func (c *Call) reported() CallReport {
+	r := CallReport{
+		Name: c.Method, Message: c.message, Args: c.args, Detail: c.detail, Async: c.async, Origin: c.Origin, Begun: c.begun,
+	}
+	if c.recorded {
+		r.Task = string(c.task)
+	}
+	return r
+}
+
+// reasonOf is told as an error that is nil when told is.
+func reasonOf(told *xapi.Error) error {
+	if told == nil {
+		return nil
+	}
 	return told
 }
 
@@ -179,10 +209,7 @@ func (c *Call) logEnd(told *xapi.Error) {
 
 // finish ends a call that is not run by Invoke; see end.
 func (c *Call) finish(res Result, err error) error {
-	if told := c.end(res, err); told != nil {
-		return told
-	}
-	return nil
+	return reasonOf(c.end(res, err))
 }
 
 // Result is what a message returned: a typed value that knows how to write

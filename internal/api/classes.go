@@ -15,7 +15,7 @@ func classMethods() map[string]any {
 	for _, table := range []map[string]any{
 		poolMethods(), hostMethods(), srMethods(), pbdMethods(), vdiMethods(), vmMethods(), vmFieldMethods(), vmPowerMethods(),
 		vbdMethods(), vifMethods(), networkMethods(), messageMethods(), vmssMethods(),
-		subjectMethods(), roleMethods(),
+		nbdMethods(), subjectMethods(), roleMethods(),
 	} {
 		maps.Copy(all, table)
 	}

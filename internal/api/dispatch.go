@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"runtime/debug"
 	"strings"
+	"time"
 
 	"coppice/internal/xapi"
 )
@@ -58,21 +59,26 @@ func (a *API) invoke(ctx context.Context, o Origin, name string, params []any) (
 	if async {
 		return a.invokeAsync(ctx, o, s, m, args)
 	}
+	// Before it is admitted a call is nothing that could be waited for or
+	// cancelled, and a mechanical one never is: no task.
+	brief := &Call{Origin: o, Session: s, Method: m.name, message: m.msg, args: args, api: a, begun: time.Now(), client: ctx, ctx: a.ctx}
 	if err := a.admit(s, m, args); err != nil {
+		a.report(brief.reported(), s, err)
 		return Result{}, err
 	}
 	if m.how == Mechanical {
-		// Nothing that could be waited for or cancelled: no task.
-		res, err := a.execute(a.ctx, &Call{Origin: o, Session: s, Method: m.name, api: a, client: ctx, ctx: a.ctx}, m, args)
+		res, err := a.execute(a.ctx, brief, m, args)
 		if err != nil {
-			return Result{}, a.outcome(a.ctx, ctx, m.name, err)
+			err = a.outcome(a.ctx, ctx, m.name, err)
 		}
-		return res, nil
+		a.report(brief.reported(), s, err)
+		return res, err
 	}
 	c, err := a.begin(ctx, o, s, m.name)
 	if err != nil {
 		return Result{}, err
 	}
+	c.message, c.args = m.msg, args
 	res, err := a.execute(c.ctx, c, m, args)
 	if told := c.end(res, err); told != nil {
 		return Result{}, told
@@ -120,6 +126,7 @@ func (a *API) invokeAsync(ctx context.Context, o Origin, s *session, m *method, 
 	if err != nil {
 		return Result{}, err
 	}
+	c.message, c.args, c.async = m.msg, args, true
 	if err := a.recordTask(c, "Async."+m.name, "", xapi.NullRef); err != nil {
 		return Result{}, c.end(Result{}, err)
 	}

@@ -112,15 +112,25 @@ func (a *API) touchSession(s *session, now time.Time) {
 // Login authenticates a user of the server and opens a session. A refusal is
 // SESSION_AUTHENTICATION_FAILED [user, message] and comes after a pause that
 // grows with repeated failures. Any password is right for a trusted origin.
-func (a *API) Login(ctx context.Context, o Origin, user, password string) (xapi.Ref[xapi.Session], error) {
+func (a *API) Login(ctx context.Context, o Origin, user, password string) (ref xapi.Ref[xapi.Session], err error) {
+	m := a.methods["session.login_with_password"]
+	r := CallReport{Name: m.name, Message: m.msg, Args: []any{user}, Origin: o, Begun: time.Now()}
+	s, err := a.login(ctx, o, user, password)
+	if err != nil {
+		told := a.apiError(err)
+		a.report(r, nil, told)
+		return xapi.NullRef, told
+	}
+	a.report(r, s, nil)
+	return s.ref, nil
+}
+
+func (a *API) login(ctx context.Context, o Origin, user, password string) (*session, error) {
 	s, err := a.authenticate(ctx, o, user, password)
 	if err != nil {
-		return xapi.NullRef, a.apiError(err)
+		return nil, err
 	}
-	if err := a.openSession(s); err != nil {
-		return xapi.NullRef, a.apiError(err)
-	}
-	return s.ref, nil
+	return s, a.openSession(s)
 }
 
 // authenticate checks the credentials and makes the session that they give
@@ -262,7 +272,12 @@ func (a *API) sessionLoginWithPassword(ctx context.Context, c *Call, user, passw
 	o.Originator = cmp.Or(originator, o.Originator)
 	ctx, done := c.attended(ctx)
 	defer done()
-	return a.Login(ctx, o, user, password)
+	s, err := a.login(ctx, o, user, password)
+	if err != nil {
+		return xapi.NullRef, err
+	}
+	c.opened = s
+	return s.ref, nil
 }
 
 // sessionSlaveLocalLogin opens an emergency session: it is valid for every

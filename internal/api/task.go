@@ -202,6 +202,7 @@ type transferStart struct {
 	SubtaskOf string // the parent of the task that is made when Task is ""
 	Action    string // name of the HTTP action in the datamodel: its role is checked
 	Label     string // of the task that is made
+	About     string // which objects, for those who ask who did what
 }
 
 // beginTransfer makes the Call of an HTTP transfer. With a task of the client
@@ -223,12 +224,14 @@ func (a *API) beginTransfer(ctx context.Context, o Origin, t transferStart) (*Ca
 		if !task.IsNull() {
 			a.failTask(task, a.apiError(err))
 		}
+		a.report(CallReport{Name: t.Action, Detail: t.About, Origin: o, Task: t.Task, Begun: time.Now()}, s, err)
 		return nil, err
 	}
 	c, err := a.begin(ctx, o, s, t.Action)
 	if err != nil {
 		return nil, err
 	}
+	c.detail = t.About
 	if task.IsNull() {
 		err = a.recordTask(c, t.Label, "", xapi.Ref[xapi.Task](t.SubtaskOf))
 	} else {

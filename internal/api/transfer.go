@@ -49,7 +49,7 @@ type Export struct {
 // exactly once.
 func (a *API) Export(ctx context.Context, o Origin, r TransferRequest) (*Export, error) {
 	c, err := a.beginTransfer(ctx, o, transferStart{
-		Session: r.Session, Task: r.Task, SubtaskOf: r.SubtaskOf, Action: r.Action, Label: "Export raw VDI",
+		Session: r.Session, Task: r.Task, SubtaskOf: r.SubtaskOf, Action: r.Action, Label: "Export raw VDI", About: r.about(),
 	})
 	if err != nil {
 		return nil, err
@@ -151,7 +151,7 @@ const importedLabel = "Imported VDI"
 // attached read-write.
 func (a *API) Import(ctx context.Context, o Origin, r TransferRequest) (*Import, error) {
 	c, err := a.beginTransfer(ctx, o, transferStart{
-		Session: r.Session, Task: r.Task, SubtaskOf: r.SubtaskOf, Action: r.Action, Label: "Import raw VDI",
+		Session: r.Session, Task: r.Task, SubtaskOf: r.SubtaskOf, Action: r.Action, Label: "Import raw VDI", About: r.about(),
 	})
 	if err != nil {
 		return nil, err

@@ -15,6 +15,8 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -28,24 +30,102 @@ const (
 // self-signed certificate pin or ignore it, so an early end helps nobody.
 const certLife = 10 * 365 * 24 * time.Hour
 
+// certLook is how often a handshake looks whether the files of a certificate
+// have changed.
+const certLook = 5 * time.Second
+
 // Certificate is the TLS certificate of the server. It may still be in the
-// making while listeners are open already: a handshake waits for it.
+// making while listeners are open already: a handshake waits for it. One that
+// comes from files is loaded again when they change, so that whoever renews it
+// need not tell; connections that are open keep the old one.
 type Certificate struct {
-	ready chan struct{} // closed when cert and err are set
-	cert  tls.Certificate
+	ready chan struct{} // closed when loaded is set, or err
 	err   error
+
+	loaded atomic.Pointer[tls.Certificate]
+	files  certFiles
+	log    func(err error) // hears of files that cannot be loaded again
+}
+
+// certFiles are the files that a certificate comes from, and when they were
+// what they are.
+type certFiles struct {
+	cert, key string // paths; "" for a certificate that is in the making
+
+	mu     sync.Mutex
+	looked time.Time
+	stamps [2]time.Time // of the files as they were last looked at
 }
 
 // LoadCertificate reads a certificate chain and its key from two PEM files.
 func LoadCertificate(certPath, keyPath string) (*Certificate, error) {
-	cert, err := tls.LoadX509KeyPair(certPath, keyPath)
-	if err != nil {
-		return nil, fmt.Errorf("certificate %s with key %s: %w", certPath, keyPath, err)
+	c := &Certificate{ready: make(chan struct{}), files: certFiles{cert: certPath, key: keyPath}}
+	if err := c.Reload(); err != nil {
+		return nil, err
 	}
-	c := &Certificate{ready: make(chan struct{}), cert: cert}
 	close(c.ready)
 	return c, nil
 }
+
+// Reload loads the files again. On an error the certificate stays what it is.
+func (c *Certificate) Reload() error {
+	c.files.mu.Lock()
+	defer c.files.mu.Unlock()
+	return c.load()
+}
+
+// load does what Reload says; files.mu is held.
+func (c *Certificate) load() error {
+	f := &c.files
+	if f.cert == "" {
+		return nil
+	}
+	f.stamps = [2]time.Time{modified(f.cert), modified(f.key)} // first: a change after this is seen next time
+	cert, err := tls.LoadX509KeyPair(f.cert, f.key)
+	if err != nil {
+		return fmt.Errorf("certificate %s with key %s: %w", f.cert, f.key, err)
+	}
+	c.loaded.Store(&cert)
+	return nil
+}
+
+// modified returns when a file was last changed, the zero time when there is
+// none.
+func modified(path string) time.Time {
+	info, err := os.Stat(path)
+	if err != nil {
+		return time.Time{}
+	}
+	return info.ModTime()
+}
+
+// follow loads the files again if they have changed, and looks for that now
+// and then. Files that cannot be loaded, because only one of them is new yet,
+// are looked at again.
+func (c *Certificate) follow(now time.Time) {
+	f := &c.files
+	if f.cert == "" || !f.mu.TryLock() {
+		return
+	}
+	defer f.mu.Unlock()
+	if now.Sub(f.looked) < certLook {
+		return
+	}
+	f.looked = now
+	if f.stamps == [2]time.Time{modified(f.cert), modified(f.key)} {
+		return
+	}
+	if err := c.load(); err != nil {
+		f.stamps = [2]time.Time{}
+		if c.log != nil {
+			c.log(err)
+		}
+	}
+}
+
+// OnReloadError has fn called when changed files cannot be loaded. It is
+// called before the certificate is used.
+func (c *Certificate) OnReloadError(fn func(error)) { c.log = fn }
 
 // OpenCertificate returns the certificate kept in dir. When there is none it
 // makes a self-signed one for hosts (names or addresses), which goes on in
@@ -70,9 +150,11 @@ func OpenCertificate(dir string, hosts []string) (*Certificate, error) {
 		if err == nil {
 			err = errors.Join(writeFile(keyPath, keyPEM, 0o600), writeFile(certPath, certPEM, 0o644))
 		}
+		var cert tls.Certificate
 		if err == nil {
-			c.cert, err = tls.X509KeyPair(certPEM, keyPEM)
+			cert, err = tls.X509KeyPair(certPEM, keyPEM)
 		}
+		c.loaded.Store(&cert)
 		c.err = err
 	}()
 	return c, nil
@@ -89,7 +171,7 @@ func (c *Certificate) Wait(ctx context.Context) error {
 }
 
 // Leaf returns the parsed certificate, after Wait.
-func (c *Certificate) Leaf() *x509.Certificate { return c.cert.Leaf }
+func (c *Certificate) Leaf() *x509.Certificate { return c.loaded.Load().Leaf }
 
 // TLS returns the configuration of a TLS listener that uses c. TLS 1.2 with
 // an ECDHE-RSA suite on P-384 is what the stock xe client offers, and nothing
@@ -102,7 +184,8 @@ func (c *Certificate) TLS() *tls.Config {
 			if err := c.Wait(hello.Context()); err != nil {
 				return nil, err
 			}
-			return &c.cert, nil
+			c.follow(time.Now())
+			return c.loaded.Load(), nil
 		},
 	}
 }

@@ -135,7 +135,7 @@ func TestCertificateInTheMaking(t *testing.T) {
 	shaken := make(chan error, 1)
 	go func() { shaken <- server.HandshakeContext(t.Context()) }()
 	go func() {
-		c.cert = made.cert
+		c.loaded.Store(made.loaded.Load())
 		close(c.ready)
 	}()
 	if err := tls.Client(client, &tls.Config{InsecureSkipVerify: true}).HandshakeContext(t.Context()); err != nil {

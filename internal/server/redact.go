@@ -10,6 +10,10 @@ import (
 // command line arguments.
 var secret = regexp.MustCompile(`(?i)((?:session_id|pool_secret|password|passwd|new_pwd|old_pwd|authorization)(?:=|%3d|:\s*))[^&;\s"]+`)
 
+// secretKey matches the names of attributes, parameters and keys of maps whose
+// whole value must not be seen.
+var secretKey = regexp.MustCompile(`(?i)^(session|session_id|authorization|cookie|pwd|psecret|private_key)$|passw|secret|_pwd$`)
+
 // hidden replaces what was cut out.
 const hidden = "…"
 
@@ -19,8 +23,7 @@ func Redact(s string) string { return secret.ReplaceAllString(s, "${1}"+hidden) 
 // RedactAttr is a [slog.HandlerOptions] ReplaceAttr: the last line of defence
 // for every log line of the process, whoever wrote it.
 func RedactAttr(_ []string, a slog.Attr) slog.Attr {
-	switch a.Key {
-	case "session_id", "session", "password", "authorization", "cookie":
+	if secretKey.MatchString(a.Key) {
 		return slog.String(a.Key, hidden)
 	}
 	switch a.Value.Kind() {

@@ -32,6 +32,9 @@ func routes() []route {
 		{http.MethodHead, "/export_raw_vdi", (*Server).exportRawVDI},
 		{http.MethodPut, "/import_raw_vdi", (*Server).importRawVDI},
 		{http.MethodHead, "/import_raw_vdi", (*Server).importState},
+		{http.MethodGet, "/metrics", (*Server).serveMetrics},
+		{http.MethodGet, "/healthz", (*Server).healthz},
+		{http.MethodGet, "/readyz", (*Server).readyz},
 		{http.MethodOptions, "/", (*Server).preflight},
 		{http.MethodGet, "/", (*Server).welcome},
 	}

@@ -14,6 +14,8 @@
 //	GET  /export_raw_vdi                disk download     export.go
 //	PUT  /import_raw_vdi                disk upload       import.go
 //	GET  /                              welcome page      welcome.go
+//	GET  /metrics                       Prometheus        metrics.go
+//	GET  /healthz, /readyz              for monitors      health.go
 //	OPTIONS                             CORS              routes.go
 //
 // # Connections that are not quite HTTP
@@ -39,6 +41,7 @@ import (
 	"net"
 	"net/http"
 	"runtime/debug"
+	"strconv"
 	"sync"
 	"time"
 
@@ -74,6 +77,7 @@ type Config struct {
 	Log     *slog.Logger
 	Version string        // shown on the welcome page
 	Grace   time.Duration // 0: DefaultGrace
+	Metrics *Metrics      // nil: the server makes its own
 }
 
 // Server answers HTTP requests. It is an http.Handler; Serve adds listeners,
@@ -83,6 +87,7 @@ type Server struct {
 	log     *slog.Logger
 	version string
 	grace   time.Duration
+	metrics *Metrics
 	router  router
 
 	streams  streams
@@ -105,11 +110,16 @@ func New(cfg Config) *Server {
 		log:     cfg.Log,
 		version: cfg.Version,
 		grace:   cfg.Grace,
+		metrics: cfg.Metrics,
 		router:  newRouter(routes()),
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
+	if s.metrics == nil {
+		s.metrics = NewMetrics(cfg.Version)
+	}
+	s.metrics.registry.MustRegister(figures{s.api})
 	if s.grace == 0 {
 		s.grace = DefaultGrace
 	}
@@ -181,6 +191,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	req := newRequest(r)
 	reply := &reply{ResponseWriter: w, started: time.Now()}
 	reply.Header().Set("Cache-Control", "no-cache, no-store")
+	defer func() { s.metrics.request(req.Method, strconv.Itoa(reply.status), reply.bytes) }()
 	defer s.logAccess(reply, req)
 	defer s.recover(reply, req)
 
