@@ -319,6 +319,9 @@ func (i *instance) writeReady(path string) error {
 	for _, ep := range i.endpoints {
 		fmt.Fprintln(&b, ep.url())
 	}
+	for _, u := range i.nbd.urls() {
+		fmt.Fprintln(&b, u)
+	}
 	tmp := path + ".new"
 	return cmp.Or(os.WriteFile(tmp, []byte(b.String()), 0o644), os.Rename(tmp, path))
 }

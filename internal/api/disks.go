@@ -51,6 +51,7 @@ func (a *API) openReader(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], c
 // come too late name. It waits for operations that it would disturb, but not
 // for another writer.
 func (a *API) openWriter(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], what string) (*openDisk, error) {
+	a.nbdSettle(ctx, nbdWritten(ref, ""))
 	return a.open(ctx, c, ref, writing, func(tx *db.Tx) error { return a.vdiWritable(tx, ref, what) })
 }
 

@@ -7,6 +7,7 @@ import (
 	"iter"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -69,12 +70,63 @@ type nbdTable struct {
 	mu       sync.Mutex
 	attached map[nbdKey]*nbdDisk
 	tokens   map[string]nbdToken
+	left     chan struct{} // closed, and made anew, when a use of a disk ends; nil when nobody waits
+}
+
+// nbdPatience is how long is waited for clients that may be about to go: what
+// they do last is to disconnect, without an answer, and whoever is next may
+// come before the server has taken note.
+const nbdPatience = 500 * time.Millisecond
+
+// nbdSettle waits until busy, which is called with the table locked, denies,
+// for as long as clients that have disconnected may still count.
+func (a *API) nbdSettle(ctx context.Context, busy func(*nbdTable) bool) {
+	t := &a.nbd
+	var timeout <-chan time.Time
+	for {
+		t.mu.Lock()
+		if !busy(t) {
+			t.mu.Unlock()
+			return
+		}
+		if t.left == nil {
+			t.left = make(chan struct{})
+		}
+		left := t.left
+		t.mu.Unlock()
+		if timeout == nil {
+			timer := time.NewTimer(nbdPatience)
+			defer timer.Stop()
+			timeout = timer.C
+		}
+		select {
+		case <-left:
+		case <-timeout:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// nbdWritten says that a client other than the named one writes a disk by
+// NBD.
+func nbdWritten(vdi xapi.Ref[xapi.VDI], client string) func(*nbdTable) bool {
+	return func(t *nbdTable) bool {
+		for key, d := range t.attached {
+			if key.vdi == vdi && key.mode == nbdReadWrite && key.client != client && d.vbd == "" {
+				return true
+			}
+		}
+		return false
+	}
 }
 
 // nbdDisk is an attached disk, for one client or more of its connections.
 type nbdDisk struct {
 	key   nbdKey
 	ready chan struct{} // closed when disk and err are set
+	gone  chan struct{} // closed when the disk is not attached any more
 	err   error
 	disk  *openDisk
 	clone *nbdClone          // of a copy-on-write attachment
@@ -117,9 +169,7 @@ func (a *API) nbdAccess(o NBDClient, s string) (x nbdAccess, err error) {
 		if err != nil {
 			return x, err
 		}
-		x.session, x.client = t.session, x.name.id
-		x.name = t.name
-		x.mode = x.name.mode
+		x.client, x.name, x.mode = x.name.id, t.name, t.name.mode
 	case x.name.session != "":
 		if x.session, err = a.session(x.name.session); err != nil {
 			return x, err
@@ -149,11 +199,7 @@ func (a *API) nbdAccess(o NBDClient, s string) (x nbdAccess, err error) {
 	if err != nil || x.session == nil {
 		return x, err
 	}
-	action := "get_export_raw_vdi"
-	if x.mode == nbdReadWrite || x.name.keep != "" {
-		action = "put_import_raw_vdi"
-	}
-	return x, a.authorizeHTTP(x.session, action)
+	return x, a.authorizeHTTP(x.session, nbdName{mode: x.mode, keep: x.name.keep}.action())
 }
 
 // NBDNames yields the export names of all disks, for a trusted client.
@@ -235,15 +281,20 @@ func (a *API) NBDAttach(ctx context.Context, o NBDClient, name string) (*NBDAtta
 func (a *API) nbdShare(ctx context.Context, o Origin, x nbdAccess) (*nbdDisk, error) {
 	key := nbdKey{x.client, x.vdi, x.mode}
 	t := &a.nbd
-	t.mu.Lock()
-	d := t.attached[key]
+	if x.mode == nbdReadWrite && !x.rec.Sharable {
+		a.nbdSettle(ctx, nbdWritten(x.vdi, x.client))
+	}
+	d, err := t.lockFor(ctx, key)
+	if err != nil {
+		return nil, err
+	}
 	if d == nil && x.name.kind == nbdOfVBD { // unplugged meanwhile
 		t.mu.Unlock()
 		return nil, xapi.NewError(xapi.ErrDeviceAlreadyDetached, string(x.vbd))
 	}
 	first := d == nil
 	if first {
-		d = &nbdDisk{key: key, vbd: x.vbd, ready: make(chan struct{})}
+		d = &nbdDisk{key: key, vbd: x.vbd, ready: make(chan struct{}), gone: make(chan struct{})}
 		d.ctx, d.cut = context.WithCancel(a.ctx)
 		if t.attached == nil {
 			t.attached = map[nbdKey]*nbdDisk{}
@@ -262,6 +313,24 @@ func (a *API) nbdShare(ctx context.Context, o Origin, x nbdAccess) (*nbdDisk, er
 		return nil, d.err
 	}
 	return d, nil
+}
+
+// lockFor locks the table and returns the attachment of a key, nil for none.
+// One that is ending is waited for.
+func (t *nbdTable) lockFor(ctx context.Context, key nbdKey) (*nbdDisk, error) {
+	for {
+		t.mu.Lock()
+		d := t.attached[key]
+		if d == nil || d.users > 0 {
+			return d, nil
+		}
+		t.mu.Unlock()
+		select {
+		case <-d.gone:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
 }
 
 // nbdOpen opens the disk behind a new attachment.
@@ -339,10 +408,21 @@ func (a *API) nbdLeave(d *nbdDisk) {
 	t.mu.Lock()
 	d.users--
 	last := d.users == 0
-	if last && t.attached[d.key] == d {
-		delete(t.attached, d.key)
-	}
 	t.mu.Unlock()
+	defer func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if last {
+			close(d.gone)
+			if t.attached[d.key] == d {
+				delete(t.attached, d.key)
+			}
+		}
+		if t.left != nil {
+			close(t.left)
+			t.left = nil
+		}
+	}()
 	if !last {
 		return
 	}

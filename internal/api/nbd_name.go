@@ -84,10 +84,17 @@ func parseNBDName(s string) (n nbdName, err error) {
 	return n, nil
 }
 
+// action is the HTTP action whose role the use of a disk by this name needs.
+func (n nbdName) action() string {
+	if n.mode == nbdReadWrite || n.keep != "" {
+		return "put_import_raw_vdi"
+	}
+	return "get_export_raw_vdi"
+}
+
 // nbdURI is the URI of an export on the Unix socket.
 func nbdURI(socket, export string) string {
-	u := url.URL{Scheme: "nbd+unix", Path: "/" + export, RawQuery: "socket=" + url.QueryEscape(socket)}
-	u.RawQuery = strings.ReplaceAll(u.RawQuery, "%2F", "/")
-	// The client takes everything behind the first slash for the name.
-	return strings.Replace(u.String(), "nbd+unix:/", "nbd+unix:///", 1)
+	name := url.URL{Path: export}
+	path := url.URL{Path: socket}
+	return "nbd+unix:///" + name.EscapedPath() + "?socket=" + path.EscapedPath()
 }

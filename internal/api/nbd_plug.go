@@ -237,6 +237,16 @@ func (a *API) unplug(ctx context.Context, c *Call, ref xapi.Ref[xapi.VBD], op xa
 		return err
 	}
 	defer release()
+	if op == xapi.VBDOperationsUnplug {
+		a.nbdSettle(ctx, func(t *nbdTable) bool {
+			for _, d := range t.attached {
+				if d.vbd == ref {
+					return d.users > 1
+				}
+			}
+			return false
+		})
+	}
 	d, err := a.withdraw(ref, op == xapi.VBDOperationsUnplugForce)
 	if err != nil {
 		return err
@@ -306,11 +316,11 @@ func (a *API) detachAll(ctx context.Context) error {
 	})
 }
 
-// nbdToken is permission to attach one disk for a while, as the session that
-// asked for it may.
+// nbdToken is permission to attach one disk: for a while, to whoever knows it,
+// whatever becomes of the session that asked for it. Connections that were
+// made in time last.
 type nbdToken struct {
 	name    nbdName
-	session *session
 	expires time.Time
 }
 
@@ -325,7 +335,7 @@ func (a *API) nbdToken(id string) (nbdToken, error) {
 	a.nbd.mu.Lock()
 	defer a.nbd.mu.Unlock()
 	t, ok := a.nbd.tokens[id]
-	if !ok || a.now().After(t.expires) || t.session.ctx.Err() != nil {
+	if !ok || a.now().After(t.expires) {
 		return t, xapi.NewError(xapi.ErrSessionInvalid, "token")
 	}
 	return t, nil
@@ -368,6 +378,9 @@ func (a *API) pluginNBD(c *Call, args map[string]string) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	if err := a.authorizeHTTP(c.Session, n.action()); err != nil {
+		return "", err
+	}
 	token := rand.Text()
 	now := a.now()
 	a.nbd.mu.Lock()
@@ -381,7 +394,7 @@ func (a *API) pluginNBD(c *Call, args map[string]string) (string, error) {
 		if a.nbd.tokens == nil {
 			a.nbd.tokens = map[string]nbdToken{}
 		}
-		a.nbd.tokens[token] = nbdToken{n, c.Session, now.Add(life)}
+		a.nbd.tokens[token] = nbdToken{n, now.Add(life)}
 	}
 	a.nbd.mu.Unlock()
 	if full {

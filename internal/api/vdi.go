@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -76,6 +77,9 @@ func (a *API) beginDisk(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], op
 	})
 	if err != nil {
 		return nil, err
+	}
+	if !slices.Contains(vdiOpsWhileAttached, op) {
+		a.nbdSettle(ctx, nbdWritten(ref, ""))
 	}
 	claims := []Claim{claimOn(ref, op)}
 	if srOp != "" {

@@ -80,6 +80,7 @@ func (a *API) vdiRevert(ctx context.Context, c *Call, snapshot xapi.Ref[xapi.VDI
 		return err
 	}
 	ref := snap.SnapshotOf
+	a.nbdSettle(ctx, nbdWritten(ref, ""))
 	release, err := c.Claim(ctx, func(tx *db.Tx) (err error) {
 		if err := a.vdiAllows(tx, snapshot, xapi.VDIOperationsRevertTo); err != nil {
 			return err

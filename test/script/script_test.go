@@ -62,6 +62,12 @@ func TestScripts(t *testing.T) {
 			e.Values[fixtureKey{}] = new(fixture)
 			return nil
 		},
+		Condition: func(cond string) (bool, error) {
+			if cond != "ci" {
+				return false, fmt.Errorf("unknown condition %q", cond)
+			}
+			return os.Getenv("CI") == "true", nil // where a missing tool is a failure
+		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"serve":    cmdServe,
 			"shutdown": cmdShutdown,
@@ -152,6 +158,11 @@ func setEndpoints(ts *testscript.TestScript, ready string) {
 			ts.Setenv("HTTPS", where)
 		case "unix":
 			ts.Setenv("SOCKET", where)
+		case "nbd+unix":
+			_, socket, _ := strings.Cut(where, "socket=")
+			ts.Setenv("NBDSOCKET", socket)
+		case "nbds", "nbd":
+			ts.Setenv(strings.ToUpper(scheme), where)
 		}
 	}
 	host, port, err := net.SplitHostPort(ts.Getenv("HTTP"))
