@@ -73,6 +73,7 @@ func commandTable() *table {
 		add(n.commands())
 	}
 	add(vdiCommands())
+	add(nbdCommands())
 	add(storageCommands())
 	add(vmCommands())
 	add(snapshotCommands())
