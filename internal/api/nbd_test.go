@@ -313,7 +313,10 @@ func TestNBDTokens(t *testing.T) {
 	a.Close()
 	b.Close()
 	for _, args := range []map[string]string{
-		{"vdi": id, "mode": "up"}, {"vdi": id, "seconds": "0"}, {"vdi": id, "seconds": "3601"}, {"vdi": id, "seconds": "x"},
+		{"vdi": id, "mode": "up"},
+		{"vdi": id, "seconds": "0"},
+		{"vdi": id, "seconds": "3601"},
+		{"vdi": id, "seconds": "x"},
 		{"vdi": id, "keep": "x"},
 	} {
 		r.wantFailure("INVALID_VALUE", r.root, "host.call_plugin", r.host, "coppice", "nbd", args)
