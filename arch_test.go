@@ -21,6 +21,7 @@ var mayImport = map[string][]string{
 	"internal/vhd":      {},
 	"internal/qcow2":    {},
 	"internal/vmdk":     {},
+	"internal/xva":      {},
 	"internal/rpc":      {},
 	"internal/xapi":     {},
 	"internal/storage":  {},
@@ -42,7 +43,7 @@ var mayImport = map[string][]string{
 	"internal/xecmd": {"internal/api", "internal/xapi", "internal/thincli"},
 	"internal/server": {
 		"internal/api", "internal/xapi", "internal/rpc", "internal/xecmd", "internal/thincli",
-		"internal/storage", "internal/vhd", "internal/nbd", "internal/qcow2", "internal/vmdk", "internal/server/web",
+		"internal/storage", "internal/vhd", "internal/nbd", "internal/qcow2", "internal/vmdk", "internal/xva", "internal/server/web",
 	},
 	"internal/server/web": {},
 

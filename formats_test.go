@@ -21,6 +21,7 @@ func TestFormatDocuments(t *testing.T) {
 	for file, pkg := range map[string]string{
 		"doc/format/cow.md":   "internal/cow",
 		"doc/format/vmdk.md":  "internal/vmdk",
+		"doc/format/xva.md":   "internal/xva",
 		"doc/format/vhd.md":   "internal/vhd",
 		"doc/format/qcow2.md": "internal/qcow2",
 		"doc/format/xe.md":    "internal/thincli",

@@ -42,7 +42,7 @@ func formats() []format {
 	return []format{
 		{name: "raw", contentType: "application/octet-stream", encode: planRaw, decode: readRaw},
 		{name: "vhd", contentType: "application/vhd", encode: planVHD, decode: readVHD},
-		{name: "tar", contentType: "application/x-tar"},
+		{name: "tar", contentType: "application/x-tar", fullOnly: true, encode: planTar, decode: readTar},
 		{name: "qcow2", contentType: "application/x-qemu-disk", encode: planQcow2, decode: readQcow2},
 		{name: "vmdk", contentType: "application/x-vmdk", fullOnly: true, encode: planVMDK, decode: readVMDK},
 	}

@@ -59,7 +59,7 @@ func TestAtomicImport(t *testing.T) {
 	ref, uuid := d.filled(before)
 	other, _ := d.filled(after)
 	for format, image := range map[string][]byte{
-		"raw": after, "vhd": d.download(other, "vhd", ""), "qcow2": d.download(other, "qcow2", ""),
+		"raw": after, "vhd": d.download(other, "vhd", ""), "qcow2": d.download(other, "qcow2", ""), "tar": d.download(other, "tar", ""),
 	} {
 		for _, n := range []int{0, 1000, len(image) / 2, len(image) - 1} {
 			if o := d.cutShortAt(ref, image, n, "format", format, "coppice-atomic", "1"); o[0] != "failure" {
@@ -221,6 +221,36 @@ func TestImportQcow2(t *testing.T) {
 	}
 	if got := len(d.do("VDI.get_all", d.session).([]any)); got != 9 {
 		t.Errorf("%d disks, want 9: scratch volumes show", got)
+	}
+}
+
+func TestTar(t *testing.T) {
+	d := newDepot(t)
+	contents := random(10*mib, 1, [2]int64{2 * mib, mib + 5000}, [2]int64{8 * mib, 4096})
+	ref, _ := d.filled(contents)
+	archive := d.download(ref, "tar", "")
+	dir := t.TempDir()
+	file := filepath.Join(dir, "disk.tar")
+	putFile(t, file, archive)
+	list, err := exec.Command("tar", "-tf", file).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, list)
+	}
+	var want strings.Builder
+	for _, chunk := range []int{0, 2, 3, 8, 9} {
+		fmt.Fprintf(&want, "vdi/%08d\nvdi/%08[1]d.xxhash\n", chunk)
+	}
+	if string(list) != want.String() {
+		t.Errorf("tar lists\n%swant\n%s", list, want.String())
+	}
+	other, _ := d.disk(10 * mib)
+	d.upload(other, "tar", archive)
+	if !bytes.Equal(d.download(other, "raw", ""), contents) {
+		t.Error("not the contents")
+	}
+	archive[1000]++
+	if o := d.offer(other, archive, nil, "format", "tar"); o[0] != "failure" || o[1] != "VDI_IO_ERROR" {
+		t.Errorf("a flipped bit: %q", o)
 	}
 }
 

@@ -191,7 +191,7 @@ func TestTransferRefusals(t *testing.T) {
 	}{
 		"export, unknown format":    {export + "?vdi=" + ref + "&format=<x>", "404 Not Found", []string{"failure", "INTERNAL_ERROR", "Unknown format <x>"}},
 		"import, unknown format":    {imp + "?vdi=" + ref + "&format=vdi", "404 Not Found", []string{"failure", "INTERNAL_ERROR", "Unknown format vdi"}},
-		"export, tar":               {export + "?vdi=" + ref + "&format=tar", "501 Not Implemented", []string{"failure", "NOT_IMPLEMENTED", "export in format tar"}},
+		"export, delta as tar":      {export + "?vdi=" + ref + "&format=tar&base=" + snapshot, "501 Not Implemented", []string{"failure", "NOT_IMPLEMENTED", "export with a base in format tar"}},
 		"export, delta as vmdk":     {export + "?vdi=" + ref + "&format=vmdk&base=" + snapshot, "501 Not Implemented", []string{"failure", "NOT_IMPLEMENTED", "export with a base in format vmdk"}},
 		"import, chunked vhd":       {imp + "?vdi=" + ref + "&format=vhd&chunked", "404 Not Found", []string{"failure", "INTERNAL_ERROR", "Cannot handle chunked VHD"}},
 		"export, dangling ref":      {export + "?vdi=OpaqueRef:x", "500 Internal Server Error", []string{"failure", "HANDLE_INVALID", "VDI", "OpaqueRef:x"}},

@@ -1,0 +1,100 @@
+package server
+
+import (
+	"context"
+	"strconv"
+
+	"coppice/internal/xapi"
+	"coppice/internal/xva"
+)
+
+// tarPrefix is how the names of the chunks of a single disk begin.
+const tarPrefix = "vdi/"
+
+// tarImage is a disk in numbered chunks with checksums, in a tar archive.
+type tarImage struct {
+	d   *download
+	l   *xva.Layout
+	tag string
+}
+
+func planTar(ctx context.Context, d *download) (image, error) {
+	size := d.volume.Size()
+	if size > xva.MaxSize {
+		return nil, xapi.NewError(xapi.ErrVDITooLarge, d.ref, strconv.FormatInt(xva.MaxSize, 10))
+	}
+	self, base, err := d.origin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	l, err := xva.NewLayout(tarPrefix, size)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.scan(ctx, l.Add); err != nil {
+		return nil, err
+	}
+	return tarImage{d, l, d.tag("tar 1", self, base)}, nil
+}
+
+func (a tarImage) length() int64 { return a.l.Length() + int64(len(xva.Trailer())) }
+func (a tarImage) etag() string  { return a.tag }
+
+func (a tarImage) send(ctx context.Context, w *window, done func(int64)) error {
+	if err := sendTar(ctx, w, done, a.d, a.l); err != nil {
+		return err
+	}
+	if _, err := w.Write(xva.Trailer()); err != nil {
+		return err
+	}
+	done(w.pos)
+	return nil
+}
+
+// sendTar sends the chunks of a disk.
+func sendTar(ctx context.Context, w *window, done func(int64), d *download, l *xva.Layout) error {
+	type entry struct {
+		xva.Entry
+		data []byte // nil when it is not needed
+		n    int64
+	}
+	buffers := make([]*entry, readAhead)
+	for i := range buffers {
+		buffers[i] = new(entry)
+	}
+	pos := w.pos
+	produce := func(ctx context.Context, next func() (*entry, error), send func(*entry)) error {
+		for chunk := range l.Chunks() {
+			if pos >= w.to {
+				return nil
+			}
+			e, err := next()
+			if err != nil {
+				return err
+			}
+			e.data, e.n = nil, l.EntryLen(chunk)
+			if w.needs(pos, e.n) {
+				if err := d.read(e.Data(l.ChunkLen(chunk)), chunk*xva.ChunkSize); err != nil {
+					return err
+				}
+				if e.data, err = l.Seal(&e.Entry, chunk); err != nil {
+					return err
+				}
+			}
+			pos += e.n
+			send(e)
+		}
+		return nil
+	}
+	return relay(ctx, buffers, produce, func(e *entry) error {
+		if e.data == nil {
+			w.skip(e.n)
+			return nil
+		}
+		if _, err := w.Write(e.data); err != nil {
+			return err
+		}
+		done(w.pos)
+		return nil
+	})
+}
