@@ -246,8 +246,8 @@ var engineSections = []section{
 	engineSection("engine/latency", gib, (*engineBench).latencies),
 	engineSection("engine/memory", 64*mib, (*engineBench).openDisks),
 	{name: "engine/open", run: benchOpen},
+	long(engineSection("long/peers", gib, (*engineBench).peerWrites)),
 	long(engineSection("long/depth", 64*mib, (*engineBench).deepVolumeOps)),
-	{name: "long/units", long: true, run: benchUnits},
 	long(engineSection("long/ageing", gib, (*engineBench).ageing)),
 }
 

@@ -35,6 +35,8 @@ import (
 	"runtime"
 	"runtime/pprof"
 	"slices"
+
+	"golang.org/x/sys/unix"
 )
 
 // config is what the flags say.
@@ -62,7 +64,7 @@ var serverSections = []section{
 }
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
 	if len(os.Args) == 3 && os.Args[1] == crashWriter {
 		if err := writeUntilKilled(ctx, os.Args[2]); err != nil {
