@@ -251,13 +251,15 @@ func (s *space) alloc(c class, n, promised int) (addr uint64, got int, err error
 }
 
 // allocTwice takes a unit and the one that is to have its copy, and holds
-// both. Nobody has been promised them: it leaves everything that others may
-// still ask for, and ok is false when there is no more or no such pair.
+// both. Nobody has been promised them: the store grows for them if it can, and
+// the reserve is left alone; ok is false when there is no room or no such pair.
 func (s *space) allocTwice() (addr uint64, ok bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.free-s.reserved-s.reserve() < 2 {
-		return 0, false, nil
+	for s.free-s.reserved-s.reserve() < 2 {
+		if s.grow() != nil {
+			return 0, false, nil
+		}
 	}
 	cur := &s.cursor[classTwice]
 	for picked := false; ; picked = true {
