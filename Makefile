@@ -16,7 +16,7 @@ demo: build ## back a 24 GiB disk up incrementally, restore it, prove it (STOP=1
 	@STOP=$(STOP) scripts/demo
 
 test: ## install the test tools, run every test
-	@scripts/need qemu-img:qemu-utils mke2fs:e2fsprogs vhdiinfo:libvhdi-utils nbdcopy:libnbd-bin
+	@scripts/need qemu-img:qemu-utils mke2fs:e2fsprogs vhdiinfo:libvhdi-utils systemd-analyze:systemd nbdcopy:libnbd-bin
 	go test -timeout 20m $(PKGS)
 
 race: ## every test under the race detector, with the self-checks of the invariants tag

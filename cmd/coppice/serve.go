@@ -47,6 +47,7 @@ type serveOptions struct {
 	tlsCert      string
 	tlsKey       string
 	readyFile    string
+	auditLog     string
 	grace        time.Duration
 	logLevel     slog.Level
 	revert       string
@@ -68,6 +69,7 @@ func (o *serveOptions) flags() *flag.FlagSet {
 	fs.StringVar(&o.tlsCert, "tls-cert", "", "`file` with the certificate chain in PEM form (default: a self-signed one is made)")
 	fs.StringVar(&o.tlsKey, "tls-key", "", "`file` with the RSA key of --tls-cert in PEM form")
 	fs.StringVar(&o.readyFile, "ready-file", "", "`file` that gets the URLs, one a line, when the server is ready")
+	fs.StringVar(&o.auditLog, "audit-log", "", "`file` to which is appended, as JSON, who did what (default: it is not written)")
 	fs.DurationVar(&o.grace, "grace", server.DefaultGrace, "how long a stop waits for running work")
 	fs.StringVar(&o.revert, "revert", revertInPlace, "how VMs are reverted: in-place puts contents back, clone replaces disks by clones, as other_config:coppice:revert=clone of the pool does, too")
 	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
@@ -125,7 +127,13 @@ func serve(ctx context.Context, e env, args []string) (err error) {
 		}
 	}
 	fmt.Fprintln(e.stdout, "ready")
+	inst.onHangup(ctx, log)
+	context.AfterFunc(ctx, func() { _ = tellManager(e.getenv, "STOPPING=1") }) // it sees that by itself, too
+	if err := tellManager(e.getenv, "READY=1"); err != nil {
+		log.Error("the service manager does not know that the server is ready", "err", err)
+	}
 	err = inst.server.Serve(ctx, inst.endpoints.listeners()...)
+	unhook() // also ends what else runs until ctx does
 	if err = errors.Join(err, inst.close()); err != nil {
 		return badNews{err}
 	}
@@ -140,6 +148,8 @@ type instance struct {
 	cert      *server.Certificate
 	endpoints endpoints
 	nbd       nbdEndpoints
+	api       *api.API
+	watchers  watchers
 	server    *server.Server
 	closers   []func() error // in the order of opening
 
@@ -180,6 +190,7 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 	if i.cert, err = o.certificate(data); err != nil {
 		return nil, err
 	}
+	i.cert.OnReloadError(func(err error) { log.Error("the TLS certificate is the one of before", "err", err) })
 	i.background.Go(func() { reportCertificate(log, i.cert) })
 	opened(func() error { i.background.Wait(); return nil })
 	if i.endpoints, err = o.addresses.listen(ctx, i.cert.TLS(), data.socket()); err != nil {
@@ -201,12 +212,17 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 	}
 	opened(objects.Close)
 	build := readBuild()
+	if i.watchers, err = openWatchers(build.version, o.auditLog, log); err != nil {
+		return nil, err
+	}
+	opened(i.watchers.close)
 	a, err := api.New(ctx, api.Config{
 		DB:           objects,
 		Storage:      all.Registry(),
 		RootPassword: i.password.verifier,
 		SavePassword: savePassword(dir),
 		Users:        users.At(data.users()),
+		OnCall:       i.watchers.saw,
 		Log:          log,
 		Version:      build.version,
 		DataDir:      string(data),
@@ -218,6 +234,7 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 	if err != nil {
 		return nil, err
 	}
+	i.api = a
 	opened(a.Close)
 	if err := i.password.keep(dir); err != nil {
 		return nil, data.explain(err)
@@ -225,7 +242,7 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 	disks := server.NewNBD(a, log, o.grace)
 	i.nbd.serve(disks, i.cert)
 	opened(disks.Close)
-	i.server = server.New(server.Config{API: a, Log: log, Version: build.version, Grace: o.grace})
+	i.server = server.New(server.Config{API: a, Log: log, Version: build.version, Grace: o.grace, Metrics: i.watchers.metrics})
 	return i, nil
 }
 
