@@ -59,6 +59,7 @@ type section struct {
 
 var serverSections = []section{
 	{name: "vhd", server: true, run: benchVHD},
+	{name: "formats", server: true, run: benchFormats},
 	{name: "delta", server: true, run: benchDelta},
 	{name: "snapshot", server: true, run: benchSnapshot},
 }
