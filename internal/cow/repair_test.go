@@ -134,11 +134,16 @@ func TestRepairEveryByte(t *testing.T) {
 	}
 	seed := uint64(time.Now().UnixNano())
 	rng := rand.New(rand.NewPCG(seed, 6))
-	n := 1200
-	if invariants {
+	n, end := 1200, time.Time{}
+	switch {
+	case *soakTime > 0:
+		end = time.Now().Add(*soakTime)
+	case invariants:
 		n = 200
 	}
-	for range n {
+	done := 0
+	defer func() { t.Logf("%d flips repaired", done) }()
+	for ; end.IsZero() && done < n || !end.IsZero() && time.Now().Before(end); done++ {
 		name := names[rng.IntN(len(names))]
 		f, err := r.mem.Open(name)
 		if err != nil {
