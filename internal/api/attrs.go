@@ -50,7 +50,7 @@ func attrsOf(tx *db.Tx, v *xapi.VDI) diskAttrs {
 		UUID: v.UUID, Label: v.NameLabel, Description: v.NameDescription, Type: v.Type,
 		Snapshot: v.IsASnapshot, Sharable: v.Sharable, ReadOnly: v.ReadOnly,
 		OnBoot: v.OnBoot, Caching: v.AllowCaching, CBT: v.CBTEnabled, OtherConfig: v.OtherConfig,
-		SMConfig: ownSMConfig(v.SMConfig), Xenstore: v.XenstoreData, Tags: v.Tags,
+		SMConfig: lastingSMConfig(v.SMConfig), Xenstore: v.XenstoreData, Tags: v.Tags,
 	}
 	if !v.SnapshotTime.Equal(time.Unix(0, 0)) {
 		at.Time = v.SnapshotTime.UTC()

@@ -28,9 +28,11 @@ func allVDIOps() []xapi.VDIOperations {
 func TestVDIRules(t *testing.T) {
 	type outcome = map[string]string // operations, separated by spaces → error
 	const (
-		needSM    = "mirror resize_online enable_cbt disable_cbt data_destroy list_changed_blocks set_on_boot"
+		needSM    = "mirror resize_online set_on_boot"
 		unnamed   = "the rest"
 		fromOther = "SR_OPERATION_NOT_SUPPORTED|$sr"
+		notSnap   = "OPERATION_NOT_ALLOWED|VDI is not a snapshot: $vdi"
+		noCBT     = "VDI_INCOMPATIBLE_TYPE|$vdi|"
 	)
 	for _, c := range []struct {
 		name  string
@@ -38,7 +40,7 @@ func TestVDIRules(t *testing.T) {
 		want  outcome
 	}{
 		{"plain", func(r *rig, ref vdiRef) {}, outcome{
-			needSM: fromOther, "revert_to": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT", unnamed: "",
+			needSM: fromOther, "data_destroy": notSnap, "revert_to": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT", unnamed: "",
 		}},
 		{"busy", func(r *rig, ref vdiRef) {
 			set(r, ref, func(v *xapi.VDI) {
@@ -51,7 +53,7 @@ func TestVDIRules(t *testing.T) {
 			})
 		}, outcome{
 			"snapshot": "OPERATION_NOT_ALLOWED|Snapshot operation not allowed during copy.",
-			needSM:     fromOther, "revert_to": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT", unnamed: "",
+			needSM:     fromOther, "data_destroy": notSnap, "revert_to": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT", unnamed: "",
 		}},
 		{"detached SR", func(r *rig, ref vdiRef) { r.call("PBD.unplug", r.pbd(r.sr)) }, outcome{
 			"forget blocked force_unlock": "", unnamed: "SR_HAS_NO_PBDS|$sr",
@@ -60,19 +62,19 @@ func TestVDIRules(t *testing.T) {
 			unnamed: "VDI_NOT_MANAGED|$vdi",
 		}},
 		{"attached RW", attach(xapi.VBDModeRW, false), outcome{
-			"snapshot clone blocked": "", "resize_online mirror enable_cbt disable_cbt data_destroy": fromOther,
+			"snapshot clone blocked enable_cbt disable_cbt": "", "resize_online mirror": fromOther, "data_destroy": notSnap,
 			"revert_to": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT", unnamed: "VDI_IN_USE|$vdi|$op",
 		}},
 		{"attached RO", attach(xapi.VBDModeRO, false), outcome{
-			"snapshot clone blocked copy": "", "resize_online mirror enable_cbt disable_cbt data_destroy": fromOther,
+			"snapshot clone blocked copy enable_cbt disable_cbt": "", "resize_online mirror": fromOther, "data_destroy": notSnap,
 			"revert_to": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT", unnamed: "VDI_IN_USE|$vdi|$op",
 		}},
 		{"attached to a snapshot VM", attach(xapi.VBDModeRO, true), outcome{
-			"snapshot clone blocked copy": "", "resize_online mirror enable_cbt disable_cbt data_destroy list_changed_blocks": fromOther,
+			"snapshot clone blocked copy enable_cbt disable_cbt list_changed_blocks": "", "resize_online mirror": fromOther, "data_destroy": notSnap,
 			"revert_to": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT", unnamed: "VDI_IN_USE|$vdi|$op",
 		}},
 		{"written by the server", func(r *rig, ref vdiRef) { r.t.Cleanup(r.repos.uses.add(ref, writing)) }, outcome{
-			"snapshot clone blocked": "", "resize_online mirror enable_cbt disable_cbt data_destroy": fromOther,
+			"snapshot clone blocked enable_cbt disable_cbt": "", "resize_online mirror": fromOther, "data_destroy": notSnap,
 			"revert_to": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT", unnamed: "VDI_IN_USE|$vdi|$op",
 		}},
 		{"VBD busy", func(r *rig, ref vdiRef) {
@@ -80,7 +82,7 @@ func TestVDIRules(t *testing.T) {
 			set(r, vbd, func(b *xapi.VBD) {
 				b.CurrentOperations = map[string]xapi.VBDOperations{"OpaqueRef:t": xapi.VBDOperationsPlug}
 			})
-		}, outcome{"data_destroy": fromOther, unnamed: "OTHER_OPERATION_IN_PROGRESS|VDI|$vdi|plug|OpaqueRef:t"}},
+		}, outcome{"data_destroy": notSnap, unnamed: "OTHER_OPERATION_IN_PROGRESS|VDI|$vdi|plug|OpaqueRef:t"}},
 		{"without features", func(r *rig, ref vdiRef) {
 			r.update(func(tx *db.Tx) error {
 				for sm := range db.All[xapi.SM](tx) {
@@ -94,35 +96,51 @@ func TestVDIRules(t *testing.T) {
 		{"cbt_metadata", func(r *rig, ref vdiRef) {
 			set(r, ref, func(v *xapi.VDI) { v.Type = xapi.VDITypeCBTMetadata })
 		}, outcome{
-			needSM: fromOther, "destroy forget generate_config update force_unlock blocked": "",
+			needSM: fromOther, "destroy forget generate_config update force_unlock blocked list_changed_blocks": "", "data_destroy": notSnap,
 			unnamed: "VDI_INCOMPATIBLE_TYPE|$vdi|cbt_metadata",
 		}},
 		{"missing", func(r *rig, ref vdiRef) { set(r, ref, func(v *xapi.VDI) { v.Missing = true }) }, outcome{
 			needSM: fromOther, "destroy forget update": "", unnamed: "VDI_MISSING|$sr|$vdi",
 		}},
 		{"tools SR", func(r *rig, ref vdiRef) { set(r, r.sr, func(s *xapi.SR) { s.IsToolsSR = true }) }, outcome{
-			needSM: fromOther, "destroy revert_from": fromOther, "revert_to": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT", unnamed: "",
+			needSM: fromOther, "destroy revert_from data_destroy": fromOther, "revert_to": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT", unnamed: "",
 		}},
 		{"rrd", func(r *rig, ref vdiRef) { set(r, ref, func(v *xapi.VDI) { v.Type = xapi.VDITypeRRD }) }, outcome{
-			needSM: fromOther, "destroy revert_from": "VDI_HAS_RRDS|$vdi", "revert_to": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT", unnamed: "",
+			needSM: fromOther, "destroy revert_from data_destroy": "VDI_HAS_RRDS|$vdi", "enable_cbt disable_cbt": noCBT + "rrd",
+			"revert_to": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT", unnamed: "",
 		}},
 		{"redo log with HA", func(r *rig, ref vdiRef) {
 			set(r, ref, func(v *xapi.VDI) { v.Type = xapi.VDITypeRedoLog })
 			set(r, r.pool, func(p *xapi.Pool) { p.HAEnabled = true })
 		}, outcome{
 			needSM: fromOther, "destroy": "HA_IS_ENABLED", "copy": "OPERATION_NOT_ALLOWED|VDIs of type redo_log cannot be copied.",
+			"enable_cbt disable_cbt": noCBT + "redo_log", "data_destroy": notSnap,
 			"revert_to": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT", unnamed: "",
 		}},
 		{"sharable", func(r *rig, ref vdiRef) { set(r, ref, func(v *xapi.VDI) { v.Sharable = true }) }, outcome{
-			needSM: fromOther, "snapshot": "VDI_IS_SHARABLE|$vdi", "revert_to": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT", unnamed: "",
+			needSM: fromOther, "snapshot": "VDI_IS_SHARABLE|$vdi", "data_destroy": notSnap, "revert_to": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT", unnamed: "",
 		}},
 		{"on_boot reset", func(r *rig, ref vdiRef) { set(r, ref, func(v *xapi.VDI) { v.OnBoot = xapi.OnBootReset }) }, outcome{
-			needSM: fromOther, "snapshot copy": "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION",
+			needSM: fromOther, "snapshot copy enable_cbt disable_cbt": "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", "data_destroy": notSnap,
 			"revert_to": "REVERT_ONLY_ALLOWED_ON_SNAPSHOT", unnamed: "",
 		}},
 		{"snapshot", func(r *rig, ref vdiRef) { set(r, ref, func(v *xapi.VDI) { v.IsASnapshot = true }) }, outcome{
-			"mirror enable_cbt disable_cbt data_destroy list_changed_blocks set_on_boot resize_online": fromOther,
-			"resize revert_from": "VDI_READONLY|$vdi", unnamed: "",
+			needSM: fromOther, "resize revert_from": "VDI_READONLY|$vdi", "data_destroy": "VDI_NO_CBT_METADATA|$vdi",
+			"enable_cbt disable_cbt": "OPERATION_NOT_ALLOWED|VDI is a snapshot: $vdi", unnamed: "",
+		}},
+		{"tracked snapshot", func(r *rig, ref vdiRef) {
+			set(r, ref, func(v *xapi.VDI) { v.IsASnapshot, v.CBTEnabled = true, true })
+		}, outcome{
+			needSM: fromOther, "resize revert_from": "VDI_READONLY|$vdi",
+			"enable_cbt disable_cbt": "OPERATION_NOT_ALLOWED|VDI is a snapshot: $vdi", unnamed: "",
+		}},
+		{"on hold", func(r *rig, ref vdiRef) {
+			set(r, ref, func(v *xapi.VDI) {
+				v.IsASnapshot, v.CBTEnabled, v.OtherConfig = true, true, map[string]string{holdKey: "why"}
+			})
+		}, outcome{
+			needSM: fromOther, "resize revert_from": "VDI_READONLY|$vdi", "destroy data_destroy": "OPERATION_BLOCKED|$vdi|coppice:hold: why",
+			"enable_cbt disable_cbt": "OPERATION_NOT_ALLOWED|VDI is a snapshot: $vdi", unnamed: "",
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

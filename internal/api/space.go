@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -29,7 +30,14 @@ const (
 
 // transient tells keys of sm_config that the server writes about the storage,
 // and that mean nothing to another server with a copy of it.
-func transient(key string) bool { return strings.HasPrefix(key, "coppice:") }
+func transient(key string) bool { return strings.HasPrefix(key, "coppice:") && key != zeroedKey }
+
+// lastingSMConfig is what of sm_config the storage keeps.
+func lastingSMConfig(m map[string]string) map[string]string {
+	lasting := maps.Clone(m)
+	maps.DeleteFunc(lasting, func(k, _ string) bool { return transient(k) })
+	return lasting
+}
 
 // noteExclusive measures what a disk has of its own, within a second; if that
 // is not enough, what was known stays.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -171,7 +172,7 @@ func newDiskUUID(sr *xapi.SR, rec *xapi.VDI) string {
 func ownSMConfig(m map[string]string) map[string]string {
 	own := map[string]string{}
 	for k, v := range m {
-		if k != "vhd-parent" && !transient(k) {
+		if k != "vhd-parent" && !strings.HasPrefix(k, "coppice:") {
 			own[k] = v
 		}
 	}

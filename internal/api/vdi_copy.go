@@ -24,7 +24,9 @@ import (
 //
 // Ranges that are zero because nobody wrote them are not copied: into a disk
 // that has contents, a copy of a sparse disk merges. So a copy with base to a
-// new disk makes a delta, which a second copy merges into a copy of base.
+// new disk makes a delta, which a second copy merges into a copy of base; see
+// zeroedKey. With a base and a destination the sectors that differ are
+// written, and no others.
 func (a *API) vdiCopy(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], sr xapi.Ref[xapi.SR], base, into xapi.Ref[xapi.VDI]) (xapi.Ref[xapi.VDI], error) {
 	release, err := c.Claim(ctx, func(tx *db.Tx) error {
 		return a.vdiAllows(tx, ref, xapi.VDIOperationsCopy)
@@ -67,6 +69,7 @@ func (a *API) copyInto(ctx context.Context, c *Call, job copyJob, into xapi.Ref[
 		return xapi.NewError(xapi.ErrVDITooSmall, string(into), strconv.FormatInt(job.src.Size(), 10))
 	}
 	over := storage.NewOverlay(dst.Volume)
+	job.sectors = job.base != nil
 	err = job.run(ctx, func(p []byte, off int64) error { return over.WriteAt(ctx, p, off) },
 		func(off, n int64) error { return over.Zero(ctx, off, n) })
 	// What was written stays, so it is made durable also after a failure.
@@ -84,12 +87,20 @@ func (a *API) copyToNew(ctx context.Context, c *Call, job copyJob, sr xapi.Ref[x
 	defer drop()
 	rec := derivedDisk(job.src.rec)
 	rec.SR, rec.OnBoot = sr, xapi.OnBootPersist
-	return a.addDisk(ctx, repo, rec, func(id storage.ID, attrs []byte) (storage.Info, error) {
-		return job.toNew(ctx, repo, id, attrs)
+	job.zeroed = new(zeroedText)
+	ref, err := a.addDisk(ctx, repo, rec, func(id storage.ID, attrs []byte) (storage.Info, error) {
+		info, err := job.toNew(ctx, repo, id, attrs)
+		setOrDelete(rec.SMConfig, zeroedKey, job.zeroed.String())
+		return info, err
 	})
+	if err == nil && rec.SMConfig[zeroedKey] != "" {
+		a.syncAttrs(ctx, ref)
+	}
+	return ref, err
 }
 
-// toNew runs a copy to a volume that it creates.
+// toNew runs a copy to a volume that it creates, which is zero already where
+// the source is.
 func (j copyJob) toNew(ctx context.Context, repo *repository, id storage.ID, attrs []byte) (storage.Info, error) {
 	if _, err := repo.Create(ctx, storage.Spec{ID: id, Size: j.src.Size(), Attrs: attrs}); err != nil {
 		return storage.Info{}, fmt.Errorf("create VDI %s: %w", id, err)
@@ -103,89 +114,13 @@ func (j copyJob) toNew(ctx context.Context, repo *repository, id storage.ID, att
 		_, err := dst.WriteAt(p, off)
 		return err
 	}
-	err = j.run(ctx, write, func(off, n int64) error {
-		// Against a base, zeros are a change like any other and are
-		// written out, so that the delta has them.
-		return writeZeros(ctx, write, off, n)
-	})
-	if err != nil {
+	if err = j.run(ctx, write, j.zeroed.add); err != nil {
 		return storage.Info{}, err
 	}
 	if err := dst.Flush(ctx); err != nil {
 		return storage.Info{}, fmt.Errorf("flush VDI %s: %w", id, err)
 	}
 	return repo.Stat(ctx, id)
-}
-
-// copyChunk is how much a copy moves at a time, and how often it looks
-// whether it has been cancelled, in bytes.
-const copyChunk = 1 << 20
-
-func writeZeros(ctx context.Context, write func([]byte, int64) error, off, n int64) error {
-	zeros := make([]byte, min(n, copyChunk))
-	for n > 0 {
-		if err := context.Cause(ctx); err != nil {
-			return err
-		}
-		m := min(n, copyChunk)
-		if err := write(zeros[:m], off); err != nil {
-			return err
-		}
-		off, n = off+m, n-m
-	}
-	return nil
-}
-
-// copyJob is what is to be copied.
-type copyJob struct {
-	call *Call
-	src  *openDisk
-	base *openDisk // nil for everything
-}
-
-// run hands every range to be copied to write or, where it is zero in the
-// source and was not in the base, to zero, in ascending order.
-func (j copyJob) run(ctx context.Context, write func([]byte, int64) error, zero func(off, n int64) error) error {
-	buf := make([]byte, copyChunk)
-	size := j.src.Size()
-	for e, err := range j.extents(ctx) {
-		if err != nil {
-			return fmt.Errorf("find what to copy of VDI %s: %w", j.src.rec.UUID, err)
-		}
-		if e.Hole {
-			if j.base != nil {
-				if err := zero(e.Off, e.Len); err != nil {
-					return fmt.Errorf("write copy: %w", err)
-				}
-			}
-			j.call.Progress(e.End(), size)
-			continue
-		}
-		for off := e.Off; off < e.End(); {
-			if err := context.Cause(ctx); err != nil {
-				return err
-			}
-			p := buf[:min(e.End()-off, copyChunk)]
-			if n, err := j.src.ReadAt(p, off); n < len(p) {
-				return fmt.Errorf("read VDI %s: %w", j.src.rec.UUID, err)
-			}
-			if err := write(p, off); err != nil {
-				return fmt.Errorf("write copy: %w", err)
-			}
-			off += int64(len(p))
-			j.call.Progress(off, size)
-		}
-	}
-	return context.Cause(ctx)
-}
-
-// extents yields what to look at: the source's extents, or what differs from
-// the base.
-func (j copyJob) extents(ctx context.Context) iter.Seq2[storage.Extent, error] {
-	if j.base == nil {
-		return j.src.Extents(ctx, 0, j.src.Size())
-	}
-	return changed(ctx, j.base.repo.Repo, j.base.Volume, j.src.repo.Repo, j.src.Volume)
 }
 
 // changed yields the ranges of to that may differ from from, in ascending

@@ -57,6 +57,9 @@ func derivedDisk(src *xapi.VDI) *xapi.VDI {
 	delete(rec.OtherConfig, holdKey) // it was meant for src
 	rec.Tags = slices.Clone(src.Tags)
 	delete(rec.OtherConfig, recoveredKey)
+	if z, ok := src.SMConfig[zeroedKey]; ok { // it is about the contents
+		rec.SMConfig[zeroedKey] = z
+	}
 	return rec
 }
 
