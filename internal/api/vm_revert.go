@@ -33,6 +33,9 @@ func (a *API) revertsByClone(tx *db.Tx) bool {
 
 // wantsUndo tells whether a call that reverts a VM is to take a snapshot first.
 func (a *API) wantsUndo(tx *db.Tx, c *Call) bool {
+	if c.Origin.Undo {
+		return true
+	}
 	if c.Session != nil {
 		if s, err := db.Get(tx, c.Session.ref); err == nil {
 			if v, ok := s.OtherConfig[undoKey]; ok {

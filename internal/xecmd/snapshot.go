@@ -9,8 +9,9 @@ func snapshotCommands() []command {
 	either := []string{"uuid", "snapshot-uuid"}
 	return []command{
 		{
-			name: "snapshot-revert", optional: either,
-			help: "Revert an existing VM to a previous checkpointed or snapshotted state.", run: onSnapshot("VM.revert"),
+			name: "snapshot-revert", optional: append([]string{"undo"}, either...),
+			help: "Revert an existing VM to a previous checkpointed or snapshotted state. Unless undo=false, a snapshot of the present state is taken first; it replaces the one of the revert before. Reverting to it undoes the revert.",
+			run:  snapshotRevert,
 		},
 		{
 			name: "snapshot-destroy", optional: either,
@@ -85,6 +86,13 @@ func snapshotCommands() []command {
 			},
 		},
 	}
+}
+
+func snapshotRevert(ctx context.Context, r *run) (err error) {
+	if r.origin.Undo, err = r.args.boolean("undo", true); err != nil {
+		return err
+	}
+	return onSnapshot("VM.revert")(ctx, r)
 }
 
 // snapshot returns the snapshot that the command line names.

@@ -76,6 +76,8 @@ func commandTable() *table {
 	add(nbdCommands())
 	add(storageCommands())
 	add(vmCommands())
+	add(vmInstallCommands())
+	add(vmDiskCommands())
 	add(snapshotCommands())
 	add(otherCommands())
 	return t

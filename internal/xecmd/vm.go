@@ -325,6 +325,15 @@ func uninstall(ctx context.Context, r *run, vms []string) error {
 			return nil
 		}
 	}
+	if err := d.destroy(ctx, r); err != nil {
+		return err
+	}
+	r.out.direct("All objects destroyed")
+	return nil
+}
+
+// destroy destroys what was collected.
+func (d *doomed) destroy(ctx context.Context, r *run) error {
 	for _, vm := range d.vms {
 		if err := r.halt(ctx, vm); err != nil {
 			return err
@@ -338,7 +347,6 @@ func uninstall(ctx context.Context, r *run, vms []string) error {
 			return err
 		}
 	}
-	r.out.direct("All objects destroyed")
 	return nil
 }
 
