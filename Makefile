@@ -16,7 +16,7 @@ demo: build ## back a 24 GiB disk up incrementally, restore it, prove it (STOP=1
 	@STOP=$(STOP) scripts/demo
 
 test: ## install the test tools, run every test
-	@scripts/need qemu-img:qemu-utils mke2fs:e2fsprogs vhdiinfo:libvhdi-utils systemd-analyze:systemd nbdcopy:libnbd-bin
+	@scripts/need qemu-img:qemu-utils mke2fs:e2fsprogs curl:curl vhdiinfo:libvhdi-utils systemd-analyze:systemd nbdcopy:libnbd-bin
 	go test -timeout 20m $(PKGS)
 
 race: ## every test under the race detector, with the self-checks of the invariants tag
@@ -37,7 +37,7 @@ soak: ## the engine's long tests for MINUTES (default 60): random operations, po
 	scripts/soak $(or $(MINUTES),60)
 
 mutate: ## break one rule of the engine at a time and see which test notices (ONLY=REGEXP: those mutants)
-	scripts/mutate $(ONLY)
+	scripts/mutate "$(ONLY)"
 
 bench: build ## side by side with qemu-img and the limit of the machine; prints a table
 	@scripts/need qemu-img:qemu-utils

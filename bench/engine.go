@@ -248,6 +248,7 @@ var engineSections = []section{
 	{name: "engine/open", run: benchOpen},
 	long(engineSection("long/peers", gib, (*engineBench).peerWrites)),
 	long(engineSection("long/depth", 64*mib, (*engineBench).deepVolumeOps)),
+	{name: "long/units", long: true, run: benchUnits},
 	long(engineSection("long/ageing", gib, (*engineBench).ageing)),
 }
 
