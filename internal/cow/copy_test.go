@@ -125,11 +125,11 @@ func TestLostAtCheckpoint(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := sparse(t, s, ID{1}, 20, nil)
+	sparse(t, s, ID{1}, 20, nil)
 	if _, err := s.Snapshot(ctx, []Pair{{Src: ID{1}, New: ID{2}}}); err != nil {
 		t.Fatal(err)
 	}
-	other := sparse(t, s, ID{3}, 20, nil)
+	sparse(t, s, ID{3}, 20, nil)
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -144,7 +144,7 @@ func TestLostAtCheckpoint(t *testing.T) {
 		}
 		return d
 	}
-	d, other = open(ID{1}), open(ID{3})
+	d, other := open(ID{1}), open(ID{3})
 	const chunk = 7
 	u := int64(tiny.UnitSize)
 	at := chunk * int64(tiny.Fanout) * u
