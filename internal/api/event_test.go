@@ -4,8 +4,11 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -416,6 +419,87 @@ func FuzzEventFrom(f *testing.F) {
 		}
 		if again, err2 := parseToken(formatToken(revision)); err2 != nil || again != revision {
 			t.Errorf("%q: %d becomes %d, %v", token, revision, again, err2)
+		}
+	})
+}
+
+// A token of before a restart is good after it: everything may have changed,
+// so everything is told, and the counts tell what is gone.
+func TestEventTokensSurviveARestart(t *testing.T) {
+	r := newRig(t)
+	gone, stays := r.vm("gone"), r.vm("stays")
+	message := r.call("message.create", "kept", 1, "VM", record(r.core, stays).UUID, "").(xapi.Ref[xapi.Message])
+	token := r.from("", 0, "vm", "message").Token
+	r.call("VM.destroy", gone)
+	r.restart()
+	batch := r.from(token, 0, "vm", "message")
+	told := map[string]xapi.EventOperation{}
+	for _, ev := range batch.Events {
+		told[ev.Ref] = ev.Operation
+	}
+	if _, ok := told[string(gone)]; ok || told[string(stays)] != "add" || told[string(message)] != "add" {
+		t.Errorf("told: %v", told)
+	}
+	if n := int64(len(r.call("VM.get_all").([]string))); batch.ValidRefCounts["vm"] != n || batch.ValidRefCounts["message"] != 1 {
+		t.Errorf("counts %d and %d, want %d and 1", batch.ValidRefCounts["vm"], batch.ValidRefCounts["message"], n)
+	}
+	if again := r.from(batch.Token, 0, "vm", "message"); len(again.Events) != 0 {
+		t.Errorf("told again: %s", summary(again))
+	}
+	// A token that this server has not given out yet is one of another server.
+	if far := r.from(formatToken(1<<60), 0, "vm"); len(far.Events) == 0 {
+		t.Error("a token from the future hears of nothing")
+	}
+}
+
+// Thousands may wait, each for something else, at some KiB each.
+func TestThousandsOfWatchers(t *testing.T) {
+	const watchers = 5000
+	synctest.Test(t, func(t *testing.T) {
+		c := newCore(t)
+		vm, other := insert(c, xapi.New[xapi.VM]()), insert(c, xapi.New[xapi.VM]())
+		token := c.from("", 0, "*").Token
+		heap := func() int64 {
+			var m runtime.MemStats
+			runtime.GC()
+			runtime.ReadMemStats(&m)
+			return int64(m.HeapAlloc + m.StackInuse)
+		}
+		before := heap()
+		var all sync.WaitGroup
+		var heard, idle atomic.Int64
+		for i := range watchers {
+			all.Go(func() {
+				classes := []string{"vm/" + string(vm)}
+				if i%2 == 1 {
+					classes = []string{"vm/" + string(other)}
+				}
+				res, err := c.try(c.root, "event.from", classes, token, 600.0)
+				switch {
+				case err != nil:
+					t.Error(err)
+				case len(res.Value.(*xapi.EventBatch).Events) == 1:
+					heard.Add(1)
+				default:
+					idle.Add(1)
+				}
+			})
+		}
+		synctest.Wait()
+		if each := (heap() - before) / watchers; each > 64<<10 {
+			t.Errorf("a watcher takes %d bytes", each)
+		}
+		for i := range 100 { // what nobody watches wakes nobody for good
+			c.call("pool.set_name_label", c.pool, fmt.Sprint(i))
+		}
+		c.call("VM.set_name_label", vm, "changed")
+		time.Sleep(time.Second)
+		if n := heard.Load(); n != watchers/2 {
+			t.Errorf("%d have heard of it, want %d", n, watchers/2)
+		}
+		all.Wait()
+		if n := idle.Load(); n != watchers/2 {
+			t.Errorf("%d waited in vain, want %d", n, watchers/2)
 		}
 	})
 }

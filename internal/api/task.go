@@ -36,6 +36,10 @@ const (
 	tasksAtMost = 200              // finished ones
 )
 
+// tasksMost bounds the pending tasks: instead of another one a client gets
+// TOO_MANY_PENDING_TASKS.
+const tasksMost = 10_000
+
 // taskTable knows the calls in progress and, of every task row, what the row
 // does not say.
 type taskTable struct {
@@ -183,7 +187,7 @@ func (a *API) recordTask(c *Call, label, description string, parent xapi.Ref[xap
 	}
 	a.running.own(ref, owner, a.now())
 	err := a.db.Update(c.ctx, func(tx *db.Tx) error {
-		return db.InsertAs(tx, ref, a.newTask(tx, c.Session, label, description, parent))
+		return a.insertTask(tx, ref, a.newTask(tx, c.Session, label, description, parent))
 	})
 	if err != nil {
 		a.running.forget(ref)
@@ -344,39 +348,39 @@ func (a *API) setProgress(ref xapi.Ref[xapi.Task], p float64) {
 	}
 }
 
-// collectTasks removes rows that have been finished for long, the oldest
-// finished ones beyond tasksAtMost, and those that wait for a client that
-// does not come back.
+// oldTasks returns the rows that have been finished for long, the oldest
+// finished ones beyond tasksAtMost, and those that wait for a client that does
+// not come back.
+func (a *API) oldTasks(tx *db.Tx, now time.Time) (gone []xapi.Ref[xapi.Task]) {
+	type old struct {
+		ref      xapi.Ref[xapi.Task]
+		finished time.Time
+	}
+	var done []old
+	for ref, t := range db.All[xapi.Task](tx) {
+		if finished(t) {
+			done = append(done, old{ref, t.Finished})
+		} else if row, ok := a.running.row(ref); a.running.call(ref) == nil && (!ok || now.Sub(row.touched) > taskIdle) {
+			gone = append(gone, ref)
+		}
+	}
+	slices.SortFunc(done, func(x, y old) int { return cmp.Or(y.finished.Compare(x.finished), cmp.Compare(x.ref, y.ref)) })
+	for i, t := range done {
+		if i >= tasksAtMost || now.Sub(t.finished) > taskKept {
+			gone = append(gone, t.ref)
+		}
+	}
+	return gone
+}
+
+// collectTasks removes the oldTasks.
 func (a *API) collectTasks(now time.Time) {
 	var gone []xapi.Ref[xapi.Task]
 	err := a.db.Update(a.ctx, func(tx *db.Tx) error {
-		type old struct {
-			ref      xapi.Ref[xapi.Task]
-			finished time.Time
-		}
-		var done []old
-		for ref, t := range db.All[xapi.Task](tx) {
-			if finished(t) {
-				done = append(done, old{ref, t.Finished})
-			} else if row, ok := a.running.row(ref); a.running.call(ref) == nil && (!ok || now.Sub(row.touched) > taskIdle) {
-				gone = append(gone, ref)
-			}
-		}
-		slices.SortFunc(done, func(x, y old) int { return cmp.Or(y.finished.Compare(x.finished), cmp.Compare(x.ref, y.ref)) })
-		for i, t := range done {
-			if i >= tasksAtMost || now.Sub(t.finished) > taskKept {
-				gone = append(gone, t.ref)
-			}
-		}
-		if len(gone) == 0 {
+		if gone = a.oldTasks(tx, now); len(gone) == 0 {
 			return errNothing
 		}
-		for _, ref := range gone {
-			if err := db.Delete(tx, ref); err != nil {
-				return err
-			}
-		}
-		return nil
+		return deleteEach(tx, gone)
 	})
 	switch {
 	case errors.Is(err, errNothing):
@@ -385,6 +389,23 @@ func (a *API) collectTasks(now time.Time) {
 	case a.ctx.Err() == nil:
 		a.log.Error("task: collector failed", "err", err)
 	}
+}
+
+// insertTask adds a row, if there is room for it. Finished ones that the
+// collector has not come to yet make room.
+func (a *API) insertTask(tx *db.Tx, ref xapi.Ref[xapi.Task], t *xapi.Task) error {
+	class := xapi.ClassOf[xapi.Task]()
+	if tx.Count(class) >= tasksMost+tasksAtMost {
+		gone := a.oldTasks(tx, a.now())
+		if err := deleteEach(tx, gone); err != nil {
+			return err
+		}
+		a.running.forget(gone...)
+		if tx.Count(class) >= tasksMost+tasksAtMost {
+			return xapi.NewError(xapi.ErrTooManyPendingTasks)
+		}
+	}
+	return db.InsertAs(tx, ref, t)
 }
 
 // errNothing makes an Update that has nothing to say roll back.
@@ -422,7 +443,7 @@ func (a *API) taskCreate(ctx context.Context, c *Call, label, description string
 	ref := xapi.NewRef[xapi.Task]()
 	a.running.own(ref, c.Session.user, a.now())
 	err := a.db.Update(ctx, func(tx *db.Tx) error {
-		return db.InsertAs(tx, ref, a.newTask(tx, c.Session, label, description, xapi.NullRef))
+		return a.insertTask(tx, ref, a.newTask(tx, c.Session, label, description, xapi.NullRef))
 	})
 	if err != nil {
 		a.running.forget(ref)

@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"coppice/internal/db"
 	"coppice/internal/xapi"
 
 	"github.com/google/go-cmp/cmp"
@@ -432,4 +433,49 @@ func TestTransferTasks(t *testing.T) {
 	if len(c.running.calls) != 0 || c.running.active != 0 {
 		t.Errorf("%d calls left, %d active", len(c.running.calls), c.running.active)
 	}
+}
+
+func TestTooManyPendingTasks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCore(t)
+		fill := func(status xapi.TaskStatusType, n int) {
+			c.update(func(tx *db.Tx) error {
+				for range n {
+					task := xapi.New[xapi.Task]()
+					task.Status, task.Finished = status, c.now()
+					ref, err := db.Insert(tx, task)
+					if err != nil {
+						return err
+					}
+					c.running.own(ref, "root", c.now())
+				}
+				return nil
+			})
+		}
+		fill(xapi.TaskStatusTypeSuccess, tasksMost/2+tasksAtMost)
+		fill(xapi.TaskStatusTypePending, tasksMost/2)
+		first := c.call("task.create", "finished ones make room", "").(xapi.Ref[xapi.Task])
+		if n := c.tasks(); n != tasksMost/2+tasksAtMost+1 {
+			t.Errorf("%d tasks", n)
+		}
+		fill(xapi.TaskStatusTypePending, tasksMost/2-1)
+		c.with("VDI.update", func(*API, context.Context, *Call, xapi.Ref[xapi.VDI]) error {
+			t.Error("called without its task")
+			return nil
+		})
+		for _, name := range []string{"task.create", "Async.VDI.update"} {
+			params := []any{"OpaqueRef:x"}
+			if name == "task.create" {
+				params = []any{"one too many", ""}
+			}
+			c.wantFailure("TOO_MANY_PENDING_TASKS", c.root, name, params...)
+		}
+		if n := len(c.running.calls); n != 0 {
+			t.Errorf("%d calls left", n)
+		}
+		// What is cancelled makes room again.
+		c.call("task.cancel", first)
+		time.Sleep(2 * taskKept)
+		c.call("task.create", "again", "")
+	})
 }

@@ -25,9 +25,13 @@ type condition func(ref string, rec any) bool
 // s-expressions, ('a' 'b') and (('k' 'v')). A field may be spelt with __ for
 // the _ between its parts, as in name__label; _ref is the reference.
 //
-// Bad syntax is INVALID_VALUE [expression, detail]. So is a field that the
+// Bad syntax, or a text longer than whereLength, is INVALID_VALUE [expression,
+// detail]. So is a field that the
 // class does not have, unless lenient: then the comparison is false.
 func parseWhere(class *xapi.Class, expr string, lenient bool) (condition, error) {
+	if len(expr) > whereLength {
+		return nil, invalidValue(strings.ToValidUTF8(expr[:whereLength/64], "")+"…", fmt.Sprintf("the expression has %d bytes, %d are the most", len(expr), whereLength))
+	}
 	p := whereParser{class: class, lenient: lenient, rest: expr}
 	p.next()
 	cond := p.expr(0)
@@ -40,8 +44,12 @@ func parseWhere(class *xapi.Class, expr string, lenient bool) (condition, error)
 	return cond, nil
 }
 
-// whereDepth bounds the nesting of expressions.
-const whereDepth = 100
+// whereDepth bounds the nesting of expressions, and whereLength their text, in
+// bytes: it is compared with every object of a class.
+const (
+	whereDepth  = 100
+	whereLength = 16 << 10
+)
 
 type tokKind int
 

@@ -85,7 +85,7 @@ func TestWhereRefusesBadSyntax(t *testing.T) {
 		``, ` `, `field`, `field name = "x"`, `field "name_label"`, `field "name_label" =`, `"a" "b"`, `= "a"`,
 		`true true`, `true and`, `and true`, `(true`, `true)`, `()`, `not`, `field "name_label" == "x"`, `"open`, `"open\"`,
 		`field "no_such_field" = "x"`, `field "recommended_guidances" = "x"`, `1 = 1`, `true & true`, "\x00", `é`,
-		strings.Repeat("(", 10000) + "true" + strings.Repeat(")", 10000), strings.Repeat("not ", 10000) + "true",
+		strings.Repeat("(", 5000) + "true" + strings.Repeat(")", 5000), strings.Repeat("not ", 4000) + "true",
 	} {
 		_, err := c.try(c.root, "VM.get_all_where", expr)
 		if got := description(err); !strings.HasPrefix(got, "INVALID_VALUE|"+expr+"|") {
@@ -129,4 +129,16 @@ func FuzzWhere(f *testing.F) {
 			t.Fatalf("%q: not does not negate", expr)
 		}
 	})
+}
+
+func TestWhereLength(t *testing.T) {
+	class := xapi.ClassOf[xapi.Pool]()
+	long := "true" + strings.Repeat(" or true", whereLength/8)
+	_, err := parseWhere(class, long, false)
+	if got := description(err); !strings.HasPrefix(got, "INVALID_VALUE|true or ") || len(got) > 1000 {
+		t.Errorf("an expression of %d bytes: %.200q", len(long), got)
+	}
+	if _, err := parseWhere(class, long[:whereLength/8*8-4], false); err != nil {
+		t.Errorf("an expression of %d bytes: %v", whereLength/8*8-4, err)
+	}
 }
