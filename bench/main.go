@@ -19,8 +19,12 @@
 // interface, against a raw file that the same loops read and write. Those
 // called "long/…" take minutes and run only when they are asked for.
 //
+// The sections "nbd/…" put fio and nbdcopy in front of block devices, served by
+// us, by qemu-nbd and by nbdkit, over Unix sockets.
+//
 // Usage: go run ./bench [-rounds N] [-dir DIR] [-only REGEXP] [-cpuprofile FILE];
-// it needs qemu-img and, but for the engine, bin/coppice (make build).
+// it needs qemu-img, for NBD also qemu-nbd, nbdkit, nbdcopy and fio, and, but for
+// the engine, bin/coppice (make build).
 package main
 
 import (
@@ -112,7 +116,7 @@ func run(ctx context.Context) (err error) {
 	}
 	var srv *server
 	fmt.Printf("%d CPUs, %s, %d rounds, files in %s\n", runtime.NumCPU(), runtime.Version(), cfg.rounds, cfg.dir)
-	for _, s := range slices.Concat(serverSections, engineSections) {
+	for _, s := range slices.Concat(serverSections, nbdSections, engineSections) {
 		if s.long && *only == "" || !cfg.only.MatchString(s.name) {
 			continue
 		}

@@ -59,9 +59,9 @@ func (a nbdAddresses) listen(ctx context.Context, socket string) (eps nbdEndpoin
 	switch a.tls {
 	case off:
 	case "":
-		eps.tls, err = listenTCP(ctx, "--nbd", defaultNBD)
+		eps.tls, err = new(net.ListenConfig).Listen(ctx, "tcp", defaultNBD)
 		if errors.Is(err, syscall.EADDRINUSE) {
-			err = nil
+			eps.tls, err = nil, nil
 		}
 	default:
 		eps.tls, err = listenTCP(ctx, "--nbd", a.tls)
