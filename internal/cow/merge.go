@@ -16,6 +16,10 @@ type treeWriter struct {
 	twice unitWriter // units that have copies
 	copy  unitWriter // and these
 
+	// single is set when there has been no room for a copy; it is not looked
+	// for again.
+	single bool
+
 	// table is set while the volume table is merged. All of it is written
 	// twice, and none of it may get lost.
 	table bool
@@ -339,10 +343,11 @@ func (w *treeWriter) storePage(ents []entry, level int) (entry, error) {
 // is wanted and there is ample room. The entry it returns is of kind data.
 func (w *treeWriter) writeUnit(b []byte, c class, to *unitWriter, twice bool) (e entry, err error) {
 	e = entry{birth: w.epoch, crc: checksum(b), kind: kindData}
-	if twice {
+	if twice && !w.single {
 		if e.addr, e.twice, err = w.space.allocTwice(); err != nil {
 			return e, err
 		}
+		w.single = !e.twice
 	}
 	if e.twice {
 		to = &w.twice

@@ -31,7 +31,9 @@ const (
 // contents and map pages that cannot be read, and units in use whose counter
 // is zero, which would be lost to whoever is given them next. Each unit is read
 // and verified once, however many volumes share it; a damaged one is reported
-// for each volume. What has been written before the call is looked at, except
+// for each volume. Of a unit that has a copy both are verified, and if one of
+// them is damaged, it is written anew from the other: such a problem says so in
+// Done. What has been written before the call is looked at, except
 // what is deleted or overwritten meanwhile. The walk goes in short steps, each
 // on the last checkpoint; a checkpoint waits no longer than for one. It takes
 // one bit of memory for each unit of the store. The error says why the scrub
