@@ -476,6 +476,13 @@ func (r *faultRepo) WouldFree(ctx context.Context, ids ...storage.ID) (storage.F
 	return r.Repo.(storage.SpaceEstimator).WouldFree(ctx, ids...)
 }
 
+func (r *faultRepo) WrittenSinceParent(ctx context.Context, id storage.ID) (int64, error) {
+	if w, ok := r.Repo.(storage.WriteCounter); ok {
+		return w.WrittenSinceParent(ctx, id)
+	}
+	return -1, nil
+}
+
 func (r *faultRepo) Scrub(ctx context.Context, o storage.ScrubOptions) iter.Seq2[storage.Problem, error] {
 	return r.Repo.(storage.Scrubber).Scrub(ctx, o)
 }

@@ -23,6 +23,9 @@ import (
 const (
 	exclusiveKey   = "coppice:exclusive"    // bytes
 	exclusiveAtKey = "coppice:exclusive-at" // of which state, RFC 3339
+	// writtenKey holds the bytes of data that a disk has and the snapshot that
+	// it descends from has not.
+	writtenKey = "coppice:written"
 
 	// exclusivePatience is how long VDI.update looks for it.
 	exclusivePatience = time.Second
@@ -39,29 +42,55 @@ func lastingSMConfig(m map[string]string) map[string]string {
 	return lasting
 }
 
-// noteExclusive measures what a disk has of its own, within a second; if that
-// is not enough, what was known stays.
-func (a *API) noteExclusive(ctx context.Context, w *diskWork) {
-	e, ok := w.repo.Repo.(storage.SpaceEstimator)
+// space is what has been measured of one disk.
+type space struct {
+	storage.Freed       // by its deletion
+	written       int64 // since its parent; -1 when that is not known
+}
+
+// measure tells what a disk has of its own. ErrNotFound of the storage when it
+// has no volume.
+func measure(ctx context.Context, repo *repository, id storage.ID) (s space, err error) {
+	e, ok := repo.Repo.(storage.SpaceEstimator)
 	if !ok {
-		return
+		return s, xapi.NewError(xapi.ErrSROperationNotSupported, string(repo.sr))
 	}
+	if s.Freed, err = e.WouldFree(ctx, id); err != nil {
+		return s, fmt.Errorf("what VDI %s has of its own: %w", id, err)
+	}
+	s.written = -1
+	if w, ok := repo.Repo.(storage.WriteCounter); ok {
+		s.written, err = w.WrittenSinceParent(ctx, id)
+		if errors.Is(err, storage.ErrNoData) {
+			s.written, err = 0, nil
+		}
+	}
+	return s, err
+}
+
+// record puts it into the record of the disk.
+func (s space) record(tx *db.Tx, ref xapi.Ref[xapi.VDI]) error {
+	return db.Modify(tx, ref, func(v *xapi.VDI) {
+		v.SMConfig[exclusiveKey] = strconv.FormatInt(s.Bytes, 10)
+		v.SMConfig[exclusiveAtKey] = s.At.UTC().Format(time.RFC3339)
+		if s.written >= 0 {
+			v.SMConfig[writtenKey] = strconv.FormatInt(s.written, 10)
+		}
+	})
+}
+
+// noteSpace measures a disk, within a second; if that is not enough, what was
+// known stays.
+func (a *API) noteSpace(ctx context.Context, w *diskWork) {
 	short, cancel := context.WithTimeout(ctx, exclusivePatience)
 	defer cancel()
-	f, err := e.WouldFree(short, w.id())
+	s, err := measure(short, w.repo, w.id())
 	if err == nil {
-		err = a.db.Update(ctx, func(tx *db.Tx) error { return recordExclusive(tx, w.ref, f) })
+		err = a.db.Update(ctx, func(tx *db.Tx) error { return s.record(tx, w.ref) })
 	}
 	if err != nil {
 		a.log.Debug("what a disk has of its own is not known", "vdi", w.ref, "err", err)
 	}
-}
-
-func recordExclusive(tx *db.Tx, ref xapi.Ref[xapi.VDI], f storage.Freed) error {
-	return db.Modify(tx, ref, func(v *xapi.VDI) {
-		v.SMConfig[exclusiveKey] = strconv.FormatInt(f.Bytes, 10)
-		v.SMConfig[exclusiveAtKey] = f.At.UTC().Format(time.RFC3339)
-	})
 }
 
 // freedReport is the answer of the plugin function vdi-would-free.
@@ -129,10 +158,6 @@ func (a *API) pluginSpace(ctx context.Context, c *Call, args map[string]string) 
 		return "", err
 	}
 	defer drop()
-	e, ok := repo.Repo.(storage.SpaceEstimator)
-	if !ok {
-		return "", xapi.NewError(xapi.ErrSROperationNotSupported, string(repo.sr))
-	}
 	var refs []xapi.Ref[xapi.VDI]
 	err = a.db.View(func(tx *db.Tx) error {
 		sr, err := db.Get(tx, repo.sr)
@@ -146,20 +171,20 @@ func (a *API) pluginSpace(ctx context.Context, c *Call, args map[string]string) 
 	}
 	report := spaceReport{SR: args["sr"]}
 	for n := 0; n < len(refs); n += spaceBatch {
-		measured, err := a.measure(ctx, e, refs[n:min(n+spaceBatch, len(refs))])
+		measured, err := a.measureAll(ctx, repo, refs[n:min(n+spaceBatch, len(refs))])
 		if err != nil {
 			return "", err
 		}
 		err = a.db.Update(ctx, func(tx *db.Tx) error {
-			for ref, f := range measured {
+			for ref, s := range measured {
 				if _, err := db.Get(tx, ref); err != nil {
 					continue // destroyed meanwhile
 				}
-				if err := recordExclusive(tx, ref, f); err != nil {
+				if err := s.record(tx, ref); err != nil {
 					return err
 				}
 				report.Disks++
-				report.Bytes += f.Bytes
+				report.Bytes += s.Bytes
 			}
 			return nil
 		})
@@ -171,10 +196,10 @@ func (a *API) pluginSpace(ctx context.Context, c *Call, args map[string]string) 
 	return toJSON(report)
 }
 
-// measure tells what each of some disks has of its own. Disks that are gone,
-// or whose volumes are, are left out.
-func (a *API) measure(ctx context.Context, e storage.SpaceEstimator, refs []xapi.Ref[xapi.VDI]) (map[xapi.Ref[xapi.VDI]]storage.Freed, error) {
-	measured := map[xapi.Ref[xapi.VDI]]storage.Freed{}
+// measureAll measures some disks. Disks that are gone, or whose volumes are, are
+// left out.
+func (a *API) measureAll(ctx context.Context, repo *repository, refs []xapi.Ref[xapi.VDI]) (map[xapi.Ref[xapi.VDI]]space, error) {
+	measured := map[xapi.Ref[xapi.VDI]]space{}
 	for _, ref := range refs {
 		var id storage.ID
 		_ = a.db.View(func(tx *db.Tx) error {
@@ -186,13 +211,13 @@ func (a *API) measure(ctx context.Context, e storage.SpaceEstimator, refs []xapi
 		if id == "" {
 			continue
 		}
-		f, err := e.WouldFree(ctx, id)
+		s, err := measure(ctx, repo, id)
 		switch {
 		case errors.Is(err, storage.ErrNotFound):
 		case err != nil:
-			return nil, fmt.Errorf("what VDI %s has of its own: %w", id, err)
+			return nil, err
 		default:
-			measured[ref] = f
+			measured[ref] = s
 		}
 	}
 	return measured, nil

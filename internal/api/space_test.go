@@ -42,6 +42,9 @@ func TestExclusiveBytes(t *testing.T) {
 				t.Errorf("%s has %d bytes of its own, want %d", name, got, want)
 			}
 		}
+		if got := record(r.core, disk).SMConfig[writtenKey]; r.driver.Type == "cow" && got != strconv.Itoa(half) {
+			t.Errorf("%s bytes were written since the snapshot, want %d", got, half)
+		}
 		r.call("VDI.update", disk)
 		if got := exclusive("disk"); !near(got, int64(half)) {
 			t.Errorf("after VDI.update %d bytes", got)

@@ -411,7 +411,7 @@ func (a *API) vdiUpdate(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI]) er
 	if err := a.noteInfo(ctx, w, info); err != nil {
 		return err
 	}
-	a.noteExclusive(ctx, w)
+	a.noteSpace(ctx, w)
 	return nil
 }
 

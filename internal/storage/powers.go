@@ -80,6 +80,15 @@ type SpaceEstimator interface {
 	WouldFree(ctx context.Context, ids ...ID) (Freed, error)
 }
 
+// WriteCounter counts the bytes of data that a volume has and that are younger
+// than its parent, or all of its data when it has none: what has been written
+// since and is not zero now, whether it differs or not. It takes time in
+// proportion to that. ErrNotFound when there is no such volume, ErrNoData when
+// its data has been destroyed.
+type WriteCounter interface {
+	WrittenSinceParent(ctx context.Context, id ID) (int64, error)
+}
+
 // Freed is what a deletion would give back.
 type Freed struct {
 	Bytes int64

@@ -122,6 +122,7 @@ var (
 	_ storage.DataDestroyer    = (*repo)(nil)
 	_ storage.ChangeTracker    = (*repo)(nil)
 	_ storage.SpaceEstimator   = (*repo)(nil)
+	_ storage.WriteCounter     = (*repo)(nil)
 	_ storage.Checker          = (*repo)(nil)
 	_ storage.Scrubber         = (*repo)(nil)
 	_ storage.DamageLister     = (*repo)(nil)

@@ -27,6 +27,17 @@ func (r *repo) WouldFree(ctx context.Context, ids ...storage.ID) (storage.Freed,
 	return storage.Freed{Bytes: f.Bytes, At: f.At, Exact: f.Exact}, nil
 }
 
+func (r *repo) WrittenSinceParent(ctx context.Context, id storage.ID) (int64, error) {
+	err := r.usable(ctx)
+	if err == nil {
+		var n int64
+		if n, err = r.s.Written(ctx, engineID(id)); err == nil {
+			return n, nil
+		}
+	}
+	return 0, translate("count what has been written to", id, err)
+}
+
 // Check is a scrub at full speed.
 func (r *repo) Check(ctx context.Context) iter.Seq2[storage.Problem, error] {
 	return r.Scrub(ctx, storage.ScrubOptions{})

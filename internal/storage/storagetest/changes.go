@@ -270,6 +270,49 @@ func testWouldFree(s *suite) {
 	s.wantErr(err, cause)
 }
 
+func testWrittenSinceParent(s *suite) {
+	r := power[storage.WriteCounter](s)
+	id, _ := s.filled(1, 64*unit)
+	v := s.live(id)
+	want := func(id storage.ID, units int64) {
+		s.Helper()
+		if n, err := r.WrittenSinceParent(s.ctx, id); err != nil || n != units*unit {
+			s.Errorf("written: %d bytes, %v, want %d units", n, err, units)
+		}
+	}
+	want(id, 64)
+	snap := s.snapshot(id)
+	want(id, 0)
+	want(snap, 64) // it has no parent
+	s.write(v, noise(2, 3*unit), 10*unit)
+	s.zero(v, 20*unit, 5*unit)
+	s.flush(v)
+	want(id, 3)
+	clone := s.clone(id) // of the snapshot, too
+	want(clone, 3)
+	s.write(s.live(clone), noise(3, unit), 40*unit+17)
+	want(clone, 5)
+	second := s.snapshot(id)
+	want(second, 3)
+	want(id, 0)
+	s.write(v, noise(4, unit), 0)
+	s.delete(second) // what it had is the disk's now
+	want(id, 4)
+	if d, ok := s.Repo.(storage.DataDestroyer); ok {
+		s.must(d.DestroyData(s.ctx, snap))
+		want(id, 4)
+		_, err := r.WrittenSinceParent(s.ctx, snap)
+		s.wantErr(err, storage.ErrNoData)
+	}
+	_, err := r.WrittenSinceParent(s.ctx, s.newID())
+	s.wantErr(err, storage.ErrNotFound)
+	cause := errors.New("enough")
+	ctx, cancel := context.WithCancelCause(s.ctx)
+	cancel(cause)
+	_, err = r.WrittenSinceParent(ctx, id)
+	s.wantErr(err, cause)
+}
+
 // settle makes a driver that looks at durable state only see everything.
 func (s *suite) settle() {
 	s.Helper()

@@ -101,6 +101,7 @@ func Run(t *testing.T, open Open) {
 		{"ChangedSinceLineage", testChangedSinceLineage},
 		{"ChangedSinceInvalid", testChangedSinceInvalid},
 		{"WouldFree", testWouldFree},
+		{"WrittenSinceParent", testWrittenSinceParent},
 		{"Scrub", testScrub},
 		{"Undamaged", testUndamaged},
 		{"RepoAttrs", testRepoAttrs},
