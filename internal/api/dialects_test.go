@@ -40,17 +40,23 @@ func onWire(t *testing.T, test func(t *testing.T, w *wire)) {
 // send makes a call and returns the value that its answer holds.
 func (w *wire) send(name string, params ...any) (any, error) {
 	w.t.Helper()
-	all := []any{string(w.root)}
+	return w.sendIn(string(w.root), name, params...)
+}
+
+// sendIn is send in a session other than root's. It may be called from any
+// goroutine.
+func (w *wire) sendIn(session, name string, params ...any) (any, error) {
+	all := []any{session}
 	for _, p := range params {
 		all = append(all, wireOf(p))
 	}
 	var call, answer bytes.Buffer
 	if err := rpc.WriteCall(&call, w.dialect, 1, name, all...); err != nil {
-		w.t.Fatal(err)
+		return nil, err
 	}
 	req, err := rpc.ParseCall(w.dialect.Syntax(), call.Bytes())
 	if err != nil {
-		w.t.Fatal(err)
+		return nil, err
 	}
 	res, err := w.Invoke(context.Background(), Origin{Peer: "test"}, req.Method, req.Params)
 	if e, ok := errors.AsType[*xapi.Error](err); ok {
@@ -59,7 +65,7 @@ func (w *wire) send(name string, params ...any) (any, error) {
 		err = req.WriteSuccess(&answer, func(e rpc.Encoder) error { return res.Encode(e) })
 	}
 	if err != nil {
-		w.t.Fatal(err)
+		return nil, err
 	}
 	return rpc.ReadResponse(w.dialect, &answer, 1<<30)
 }

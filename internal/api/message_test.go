@@ -3,6 +3,7 @@ package api
 import (
 	"strings"
 	"testing"
+	"time"
 
 	"coppice/internal/db"
 	"coppice/internal/xapi"
@@ -39,5 +40,34 @@ func TestAlert(t *testing.T) {
 	err := c.db.Update(t.Context(), func(tx *db.Tx) error { return c.alert(tx, "NO_SUCH_ALERT", xapi.ClsVM, "", "") })
 	if code(err) != xapi.ErrInternalError {
 		t.Errorf("an alert that nobody knows: %v", err)
+	}
+}
+
+// Messages are bounded; the oldest make room.
+func TestMessagesBounded(t *testing.T) {
+	r := newRig(t)
+	vm := record(r.core, r.dom0).UUID
+	r.update(func(tx *db.Tx) error {
+		for i := range maxMessages {
+			m := xapi.New[xapi.Message]()
+			m.Name, m.Timestamp = "old", time.Unix(int64(1000+i), 0)
+			if _, err := db.Insert(tx, m); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	r.call("message.create", "new", 1, "VM", vm, "")
+	var oldest time.Time
+	n := 0
+	r.view(func(tx *db.Tx) {
+		for _, m := range db.All[xapi.Message](tx) {
+			if n++; oldest.IsZero() || m.Timestamp.Before(oldest) {
+				oldest = m.Timestamp
+			}
+		}
+	})
+	if n != maxMessages || oldest.Unix() != 1001 {
+		t.Errorf("%d messages, the oldest of %d", n, oldest.Unix())
 	}
 }

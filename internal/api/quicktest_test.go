@@ -3,7 +3,6 @@ package api
 import (
 	"bytes"
 	"crypto/md5"
-	"fmt"
 	"math/rand/v2"
 	"regexp"
 	"slices"
@@ -13,7 +12,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
-	"coppice/internal/db"
 	"coppice/internal/storage"
 	"coppice/internal/storage/cow"
 	"coppice/internal/storage/mem"
@@ -248,111 +246,4 @@ func TestQT_INT_1(t *testing.T) {
 			r.destroy(ref, dup)
 		}
 	})
-}
-
-func TestQT_ASYNC_1(t *testing.T) {
-	onDrivers(t, func(t *testing.T, r *rig) {
-		ref := r.disk(4 << 20)
-		task := r.call("Async.VDI.copy", ref, string(r.sr), "OpaqueRef:NULL", "OpaqueRef:NULL").(xapi.Ref[xapi.Task])
-		r.wait(task)
-		got := record(r.core, task)
-		m := regexp.MustCompile(`^<value>(OpaqueRef:[-0-9a-f]+)</value>$`).FindStringSubmatch(got.Result)
-		if got.Status != xapi.TaskStatusTypeSuccess || got.Progress != 1 || m == nil {
-			t.Fatalf("task %s, progress %v, result %q", got.Status, got.Progress, got.Result)
-		}
-		r.destroy(vdiRef(m[1]), ref)
-	})
-}
-
-func TestQT_MSG_1(t *testing.T) {
-	r := newRig(t)
-	vm := record(r.core, r.dom0).UUID
-	ref := r.call("message.create", "X", 100, "VM", vm, "body").(xapi.Ref[xapi.Message])
-	for expr, want := range map[string]int{
-		`field "name" = "X"`: 1, `field "priority" = "100"`: 1, `field "cls" = "VM"`: 1,
-		`field "name" = "X" and field "priority" = "100"`: 1, `field "name" = "Y" or field "cls" = "VM"`: 1,
-		`field "name" = "Y"`: 0, `field "class" = "VM"`: 0,
-	} {
-		got := r.call("message.get_all_records_where", expr).(messages)
-		if len(got) != want {
-			t.Errorf("%s: %d messages, want %d", expr, len(got), want)
-		}
-	}
-	r.call("message.destroy", string(ref))
-	r.fails("HANDLE_INVALID|message|"+string(ref), "message.destroy", string(ref))
-	r.fails("UUID_INVALID|VM|nobody", "message.create", "X", 1, "VM", "nobody", "")
-	r.fails("UUID_INVALID|VM|nobody", "message.get", "VM", "nobody", "19700101T00:00:00Z")
-}
-
-func TestQT_DATE(t *testing.T) {
-	r := newRig(t)
-	r.call("host.get_server_localtime", r.host)
-	for _, since := range []string{
-		"2026-01-01T00:00:00Z", "2026-01-01T00:00:00", "20260101T00:00:00Z", "20260101T00:00:00", "20260101T00:00:00-12:00",
-	} {
-		r.call("message.get_since", since)
-	}
-}
-
-// The part of QT-EV-6 that the messages themselves answer for.
-func TestQT_EV_6(t *testing.T) {
-	r := newRig(t)
-	vm := record(r.core, r.dom0).UUID
-	var refs []xapi.Ref[xapi.Message]
-	for i := range 3 {
-		refs = append(refs, r.call("message.create", fmt.Sprint("m", i), 1, "VM", vm, "").(xapi.Ref[xapi.Message]))
-	}
-	got := r.call("message.get", "VM", vm, "19700101T00:00:00Z").(messages)
-	if len(got) != 3 {
-		t.Errorf("%d messages, want 3", len(got))
-	}
-	one := r.call("message.get_record", string(refs[1])).(*xapi.Message)
-	if one.Name != "m1" || one.ObjUUID != vm || r.call("message.get_by_uuid", one.UUID) != refs[1] {
-		t.Errorf("message %+v", one)
-	}
-	r.fails("HANDLE_INVALID|message|OpaqueRef:no", "message.destroy_many", []string{string(refs[0]), "OpaqueRef:no"})
-	r.call("message.destroy_many", []string{string(refs[0]), string(refs[1])})
-	if got := r.call("message.get_all").([]xapi.Ref[xapi.Message]); !slices.Equal(got, refs[2:]) {
-		t.Errorf("left: %q", got)
-	}
-	if got := r.call("message.get_all_records").(messages); len(got) != 1 {
-		t.Errorf("left: %d", len(got))
-	}
-}
-
-func TestQT_OBJ_1(t *testing.T) {
-	r := newRig(t)
-	pbd := r.pbd(r.sr)
-	if got := r.call("PBD.get_by_uuid", r.call("PBD.get_uuid", pbd)); fmt.Sprint(got) != pbd {
-		t.Errorf("got %v, want %s", got, pbd)
-	}
-}
-
-// Messages are bounded; the oldest make room.
-func TestMessagesBounded(t *testing.T) {
-	r := newRig(t)
-	vm := record(r.core, r.dom0).UUID
-	r.update(func(tx *db.Tx) error {
-		for i := range maxMessages {
-			m := xapi.New[xapi.Message]()
-			m.Name, m.Timestamp = "old", time.Unix(int64(1000+i), 0)
-			if _, err := db.Insert(tx, m); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	r.call("message.create", "new", 1, "VM", vm, "")
-	var oldest time.Time
-	n := 0
-	r.view(func(tx *db.Tx) {
-		for _, m := range db.All[xapi.Message](tx) {
-			if n++; oldest.IsZero() || m.Timestamp.Before(oldest) {
-				oldest = m.Timestamp
-			}
-		}
-	})
-	if n != maxMessages || oldest.Unix() != 1001 {
-		t.Errorf("%d messages, the oldest of %d", n, oldest.Unix())
-	}
 }
