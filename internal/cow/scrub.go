@@ -261,14 +261,20 @@ func (c *scrub) counted(e entry, lo uint64) error {
 	if e.twice {
 		addrs = append(addrs, c.s.geo.copyOf(e.addr))
 	}
-	for _, addr := range addrs {
+	var first uint32
+	for i, addr := range addrs {
 		refs, err := c.s.space.count(addr)
-		if err != nil && !errors.Is(err, ErrCorrupt) { // damaged counters are reported on their own
+		switch {
+		case errors.Is(err, ErrCorrupt): // damaged counters are reported on their own
+			return nil
+		case err != nil:
 			return err
-		}
-		if err == nil && refs == 0 {
+		case refs == 0:
 			c.problem(lo, 0, addr, "unit in use has no references")
+		case i > 0 && refs != first && first > 0:
+			c.problem(lo, 0, addr, fmt.Sprintf("a copy has %d references, its original %d", refs, first))
 		}
+		first = refs
 	}
 	return nil
 }
