@@ -167,7 +167,7 @@ var outcomes = []struct {
 	{"other error", func() error { return errors.New("it is odd") }, "INTERNAL_ERROR|it is odd", true},
 	{"panic", func() error { panic("out of hand") }, "INTERNAL_ERROR|out of hand", true},
 	{"no space", func() error { return fmt.Errorf("x: %w", &storage.SpaceError{Needed: 7, Free: 3}) }, "SR_BACKEND_FAILURE_44||There is insufficient space [opterr=7 bytes needed, 3 free]|", true},
-	{"damage", func() error { return &storage.CorruptError{Volume: "v", Off: 4096, Detail: "d"} }, "VDI_IO_ERROR|Device I/O errors", true},
+	{"damage", func() error { return &storage.CorruptError{Volume: "v", Off: 4096, Detail: "d"} }, "VDI_IO_ERROR|Device I/O errors at byte 4096 of VDI v", true},
 	{"no volume", func() error { return fmt.Errorf("x: %w", storage.ErrNotFound) }, "SR_BACKEND_FAILURE_46||The VDI is not available [opterr=x: no such volume]|", true},
 	{"repo closed", func() error { return storage.ErrClosed }, "SR_BACKEND_FAILURE_47||The SR is not available [opterr=closed]|", true},
 	{"repo read-only", func() error { return storage.ErrRepoReadOnly }, "SR_BACKEND_FAILURE_47||The SR has become read-only after a failure [opterr=repository has become read-only after a failure]|", true},

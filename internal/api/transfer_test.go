@@ -112,8 +112,9 @@ func TestExportWithBase(t *testing.T) {
 func TestExportErrors(t *testing.T) {
 	r := newRig(t)
 	disk := r.disk(1 << 20)
-	metadata := r.disk(1 << 20)
-	set(r, metadata, func(v *xapi.VDI) { v.Type = xapi.VDITypeCBTMetadata })
+	r.call("VDI.enable_cbt", disk)
+	metadata := r.call("VDI.snapshot", disk).(vdiRef)
+	r.call("VDI.data_destroy", metadata)
 	for _, c := range []struct{ vdi, base, want string }{
 		{"", "", "VDI_MISSING"},
 		{"OpaqueRef:no", "", "HANDLE_INVALID|VDI|OpaqueRef:no"},
@@ -151,10 +152,10 @@ func TestExportFailureAndCancel(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := x.Finish(&storage.CorruptError{Volume: "v"}); description(err) != "VDI_IO_ERROR|Device I/O errors" {
+	if err := x.Finish(&storage.CorruptError{Volume: "v"}); description(err) != "VDI_IO_ERROR|Device I/O errors at byte 0 of VDI v" {
 		t.Errorf("Finish: %v", err)
 	}
-	r.wantTask(task, xapi.TaskStatusTypeFailure, "", "VDI_IO_ERROR", "Device I/O errors")
+	r.wantTask(task, xapi.TaskStatusTypeFailure, "", "VDI_IO_ERROR", "Device I/O errors at byte 0 of VDI v")
 
 	q, task = r.exportRequest(string(disk))
 	if x, err = r.Export(t.Context(), trusted, q); err != nil {
@@ -266,7 +267,7 @@ func TestImportNewDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.call("SR.scan", string(r.sr)) // does not take the unfinished disk for a stray
-	r.fails("SR_BACKEND_FAILURE_16||The SR is in use [opterr=a disk is being filled]|", "PBD.unplug", r.pbd(r.sr))
+	r.fails("SR_BACKEND_FAILURE_16||The SR is in use [opterr=a disk is being filled, or the SR is looked through]|", "PBD.unplug", r.pbd(r.sr))
 	r.destroy(r.disk(1 << 20)) // others go on
 	if got := r.disks(r.sr); len(got) != 0 {
 		t.Errorf("the unfinished disk is visible: %q", got)

@@ -191,8 +191,9 @@ func TestVBDCreate(t *testing.T) {
 		maps.Copy(args, change)
 		return args
 	}
-	typed := r.disk(1 << 20)
-	set(r, typed, func(v *xapi.VDI) { v.Type = xapi.VDITypeCBTMetadata })
+	r.call("VDI.enable_cbt", disk)
+	typed := r.call("VDI.snapshot", disk).(vdiRef)
+	r.call("VDI.data_destroy", typed)
 	ro := r.disk(1 << 20)
 	set(r, ro, func(v *xapi.VDI) { v.ReadOnly = true })
 	for _, c := range []struct {
