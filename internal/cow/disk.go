@@ -175,9 +175,10 @@ func (d *Disk) Flush(ctx context.Context) error {
 const (
 	// readWindow is how much of one ReadAt is looked up and read at a time.
 	readWindow = 4 << 20
-	// readPiece is how much is read from a file and verified at a time, so
-	// that the bytes are still in the processor's cache.
-	readPiece = 256 << 10
+	// readPiece is how much is read from a file and verified at a time: much
+	// for the device's sake, and so little that the bytes are still in the
+	// processor's cache when they are verified.
+	readPiece = 512 << 10
 	// readWorkers is how many reads of scattered pieces run at a time.
 	readWorkers = 32
 )
