@@ -20,6 +20,7 @@ import (
 	"coppice/internal/db"
 	"coppice/internal/storage"
 	"coppice/internal/storage/mem"
+	"coppice/internal/users"
 	"coppice/internal/xapi"
 )
 
@@ -28,6 +29,7 @@ type operated struct {
 	*Server
 	api     *api.API
 	objects *db.DB
+	users   *users.File
 	audit   *Audit
 	path    string        // of the audit log
 	tasks   chan struct{} // gets an element for each task that has been written
@@ -43,10 +45,12 @@ func newOperated(t *testing.T) *operated {
 	if o.audit, err = OpenAudit(o.path, slog.New(slog.DiscardHandler)); err != nil {
 		t.Fatal(err)
 	}
+	o.users = users.At(filepath.Join(t.TempDir(), "users.json"))
 	metrics := NewMetrics("1.2.3")
 	driver := mem.Driver()
 	o.api, err = api.New(t.Context(), api.Config{
 		DB: objects, Storage: storage.Registry{driver.Type: driver}, RootPassword: rootVerifier(), DataDir: t.TempDir(),
+		Users: o.users,
 		OnCall: func(r api.CallReport) {
 			metrics.Observe(r)
 			o.audit.Record(r)
@@ -339,5 +343,45 @@ func TestCertificateReload(t *testing.T) {
 	}
 	if got := host(now.Add(4 * certLook)); got != "four.example" {
 		t.Errorf("with both: %s", got)
+	}
+}
+
+// Each handler with each role. A new one must say here for whom it is.
+func TestEveryHandlerWithEveryRole(t *testing.T) {
+	o := newOperated(t)
+	forAll := []string{ // their calls have roles, or there is nothing to protect
+		"POST /", "POST /RPC2", "POST /xmlrpc", "POST /jsonrpc", "POST /json", "POST /cli", "OPTIONS /", "GET /", "GET /healthz", "GET /readyz",
+	}
+	actions := map[string]string{
+		"GET /export_raw_vdi": "get_export_raw_vdi", "HEAD /export_raw_vdi": "get_export_raw_vdi",
+		"PUT /import_raw_vdi": "put_import_raw_vdi", "HEAD /import_raw_vdi": "put_import_raw_vdi", "GET /metrics": metricsAction,
+	}
+	model := xapi.Datamodel()
+	for _, role := range model.Roles {
+		if err := o.users.Add(users.User{Name: role, Roles: []string{role}, Verifier: rootVerifier()}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, r := range routes() {
+		name := r.method + " " + r.path
+		if slices.Contains(forAll, name) {
+			continue
+		}
+		action := model.HTTP[actions[name]]
+		if action == nil {
+			t.Errorf("nobody says for whom %s is", name)
+			continue
+		}
+		for _, role := range model.Roles {
+			req := httptest.NewRequest(r.method, r.path+"?vdi=OpaqueRef:x", nil)
+			req.RemoteAddr = there
+			req.SetBasicAuth(role, "secret")
+			w := httptest.NewRecorder()
+			o.ServeHTTP(w, req)
+			refused := w.Code == http.StatusForbidden
+			if want := !model.Allows(role, action.Role) && !slices.Contains(action.ExtraRoles, role); refused != want {
+				t.Errorf("%s as %s: status %d, want refused: %v", name, role, w.Code, want)
+			}
+		}
 	}
 }
