@@ -130,7 +130,7 @@ func TestRefusedRequests(t *testing.T) {
 		past(func(off int64) error { return c.WriteZeroes(off, 4096, 0) }, ENOSPC)
 		past(func(off int64) error { return c.Trim(off, 4096, 0) }, EINVAL)
 		past(func(off int64) error { return c.Cache(off, 4096) }, EINVAL)
-		for cmd := uint16(0); cmd < 20; cmd++ {
+		for cmd := range uint16(20) {
 			if cmd == cmdDisconnect {
 				continue
 			}

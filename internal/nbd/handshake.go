@@ -373,6 +373,6 @@ func (c *conn) contexts(ctx context.Context, opt uint32, export, query string) (
 // begin ends the time limit of the handshake. It reports whether a stop has
 // come meanwhile.
 func (c *conn) begin() (ok bool) {
-	c.raw.SetDeadline(time.Time{})
+	_ = c.raw.SetDeadline(time.Time{}) // fails when it is closed, which the next read tells
 	return !c.stopping.Load()
 }

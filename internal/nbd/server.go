@@ -247,7 +247,7 @@ func newConn(s *Server, nc net.Conn, config *tls.Config) *conn {
 // stop makes the connection end after the requests that are being worked on.
 func (c *conn) stop() {
 	c.stopping.Store(true)
-	c.raw.SetReadDeadline(time.Unix(1, 0))
+	_ = c.raw.SetReadDeadline(time.Unix(1, 0)) // fails when it is closed already
 }
 
 // cut ends the connection now.
@@ -265,7 +265,7 @@ func (c *conn) serve() {
 		}
 	}()
 	deadline := time.Now().Add(c.srv.opts.HandshakeTimeout)
-	c.raw.SetDeadline(deadline)
+	_ = c.raw.SetDeadline(deadline) // fails when it is closed, which the first read tells
 	if c.stopping.Load() {
 		return // stop came first, and its deadline is gone now
 	}
