@@ -85,7 +85,9 @@ func (b *engineBench) create(ctx context.Context, size int64) (cow.ID, engineDis
 // reopen closes the store and opens it again, so that nothing of it is in the
 // memory of the process.
 func (b *engineBench) reopen(ctx context.Context) (err error) {
-	if err := b.store.Close(); err != nil {
+	s := b.store
+	b.store = nil // stop has nothing to close if this fails
+	if err := s.Close(); err != nil {
 		return err
 	}
 	if b.store, err = cow.Open(ctx, b.dir, cow.Options{}); err != nil {
@@ -165,7 +167,11 @@ func startEngine(ctx context.Context, cfg config, size int64) (_ *engineBench, e
 }
 
 func (b *engineBench) stop() error {
-	return errors.Join(b.file.Close(), b.store.Close(), b.dir.Close(), os.RemoveAll(b.path))
+	err := b.file.Close()
+	if b.store != nil {
+		err = errors.Join(err, b.store.Close())
+	}
+	return errors.Join(err, b.dir.Close(), os.RemoveAll(b.path))
 }
 
 var noiseSeed atomic.Uint64
