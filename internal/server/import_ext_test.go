@@ -134,10 +134,7 @@ func TestImportOntoBase(t *testing.T) {
 }
 
 func TestImportFixedVHD(t *testing.T) {
-	qemu, err := exec.LookPath("qemu-img")
-	if err != nil {
-		t.Skip("qemu-img is not installed (Debian package qemu-utils)")
-	}
+	qemu := tool(t, "qemu-img", "qemu-utils")
 	d := newDepot(t)
 	contents := random(4*mib, 1, [2]int64{0, 3 * mib})
 	dir := t.TempDir()
@@ -172,10 +169,7 @@ func TestImportFixedVHD(t *testing.T) {
 }
 
 func TestImportQcow2(t *testing.T) {
-	qemu, err := exec.LookPath("qemu-img")
-	if err != nil {
-		t.Skip("qemu-img is not installed (Debian package qemu-utils)")
-	}
+	qemu := tool(t, "qemu-img", "qemu-utils")
 	d := newDepot(t)
 	contents := random(10*mib, 1, [2]int64{0, 3 * mib}, [2]int64{7 * mib, 3 * mib})
 	dir := t.TempDir()

@@ -163,10 +163,7 @@ func TestConditions(t *testing.T) {
 
 // What curl makes of an interrupted download.
 func TestCurlResumes(t *testing.T) {
-	curl, err := exec.LookPath("curl")
-	if err != nil {
-		t.Skip("curl is not installed")
-	}
+	curl := tool(t, "curl", "curl")
 	d := newDepot(t)
 	ref, _ := d.filled(random(9*mib, 1, [2]int64{0, 5 * mib}))
 	for _, format := range []string{"raw", "vhd", "qcow2", "tar"} {
