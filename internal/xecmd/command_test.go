@@ -20,6 +20,7 @@ import (
 	"coppice/internal/storage"
 	"coppice/internal/storage/mem"
 	"coppice/internal/thincli"
+	"coppice/internal/users"
 	"coppice/internal/xapi"
 
 	"github.com/cockroachdb/datadriven"
@@ -48,6 +49,7 @@ func newShell(t *testing.T) *shell {
 	driver := mem.Driver()
 	a, err := api.New(t.Context(), api.Config{
 		DB: d, Storage: storage.Registry{driver.Type: driver}, RootPassword: verifier, DataDir: t.TempDir(),
+		Users: users.At(filepath.Join(t.TempDir(), "users.json")),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -80,6 +80,7 @@ func commandTable() *table {
 	add(vmDiskCommands())
 	add(snapshotCommands())
 	add(otherCommands())
+	add(operatorCommands())
 	return t
 }
 
