@@ -165,15 +165,20 @@ func srAttached(tx *db.Tx, ref xapi.Ref[xapi.SR]) bool {
 
 // srHasFeature says whether the driver of an SR has a feature.
 func srHasFeature(tx *db.Tx, ref xapi.Ref[xapi.SR], feature string) bool {
+	_, ok := srFeatures(tx, ref)[feature]
+	return ok
+}
+
+// srFeatures are the features of the driver of an SR.
+func srFeatures(tx *db.Tx, ref xapi.Ref[xapi.SR]) map[string]int64 {
 	sr, err := db.Get(tx, ref)
 	if err != nil {
-		return false
+		return nil
 	}
 	for _, sm := range db.All[xapi.SM](tx) {
 		if sm.Type == sr.Type {
-			_, ok := sm.Features[feature]
-			return ok
+			return sm.Features
 		}
 	}
-	return false
+	return nil
 }

@@ -67,83 +67,113 @@ func (a *API) vdiAllows(tx *db.Tx, ref xapi.Ref[xapi.VDI], op xapi.VDIOperations
 // vdiAllowsBeside is vdiAllows for an operation that takes the disk away from
 // the VM beside, so that its VBDs there do not count.
 func (a *API) vdiAllowsBeside(tx *db.Tx, ref xapi.Ref[xapi.VDI], op xapi.VDIOperations, beside xapi.Ref[xapi.VM]) error {
-	v, err := db.Get(tx, ref)
+	f, err := a.diskFacts(tx, ref, beside)
 	if err != nil {
 		return err
 	}
-	if !v.Managed {
-		return xapi.NewError(xapi.ErrVDINotManaged, string(ref))
+	return f.allow(tx, op)
+}
+
+// diskFacts is a disk with its surroundings, as far as the rules of its
+// operations look at them.
+type diskFacts struct {
+	ref      xapi.Ref[xapi.VDI]
+	v        *xapi.VDI
+	sr       *xapi.SR // nil when it is gone
+	attached bool     // the SR is
+	features map[string]int64
+	busy     error // the operation that others wait for; nil for none
+	vbdBusy  error // likewise, on one of its VBDs
+
+	// How the disk is attached. A disk that the server itself writes counts
+	// as attached read-write.
+	inUse, inUseRW, onlySnapshots bool
+}
+
+// diskFacts reads what there is to know about a disk. VBDs of the VM beside
+// do not count as attached.
+func (a *API) diskFacts(tx *db.Tx, ref xapi.Ref[xapi.VDI], beside xapi.Ref[xapi.VM]) (*diskFacts, error) {
+	v, err := db.Get(tx, ref)
+	if err != nil {
+		return nil, err
+	}
+	f := &diskFacts{ref: ref, v: v, attached: srAttached(tx, v.SR), features: srFeatures(tx, v.SR)}
+	if sr, err := db.Get(tx, v.SR); err == nil {
+		f.sr = sr
 	}
 	for _, task := range slices.Sorted(maps.Keys(v.CurrentOperations)) {
 		if cur := v.CurrentOperations[task]; cur != xapi.VDIOperationsCopy {
-			return otherOperation("VDI", string(ref), string(cur), task)
+			f.busy = otherOperation("VDI", string(ref), string(cur), task)
+			break
 		}
 	}
-	if !slices.Contains(vdiOpsOnRecord, op) && !srAttached(tx, v.SR) {
-		return xapi.NewError(xapi.ErrSRHasNoPBDs, string(v.SR))
-	}
-	if err := a.vdiAttachmentAllows(tx, ref, v, op, beside); err != nil {
-		return err
-	}
-	if f := vdiOpFeature[op]; f != "" && !srHasFeature(tx, v.SR, f) {
-		return xapi.NewError(xapi.ErrSROperationNotSupported, string(v.SR))
-	}
-	if v.Type == xapi.VDITypeCBTMetadata && !slices.Contains(vdiOpsOnCBTMetadata, op) {
-		return xapi.NewError(xapi.ErrVDIIncompatibleType, string(ref), string(v.Type))
-	}
-	if v.CBTEnabled && (op == xapi.VDIOperationsMirror || op == xapi.VDIOperationsSetOnBoot) {
-		return xapi.NewError(xapi.ErrVDICBTEnabled, string(ref))
-	}
-	if v.Missing && !slices.Contains(vdiOpsWhileMissing, op) {
-		return xapi.NewError(xapi.ErrVDIMissing, string(v.SR), string(ref))
-	}
-	return vdiOpSpecific(tx, ref, v, op)
-}
-
-// vdiAttachmentAllows applies the rules about attached disks and about
-// operations on their VBDs. A disk that the server itself writes counts as
-// attached read-write.
-func (a *API) vdiAttachmentAllows(tx *db.Tx, ref xapi.Ref[xapi.VDI], v *xapi.VDI, op xapi.VDIOperations, beside xapi.Ref[xapi.VM]) error {
-	inUse := a.repos.uses.count(ref, writing) > 0
-	inUseRW, onlySnapshots := inUse, !inUse
-	for _, b := range v.VBDs {
-		vbd, err := db.Get(tx, b)
-		if err != nil || !vbd.CurrentlyAttached && !vbd.Reserved || vbd.VM == beside {
-			continue
-		}
-		inUse = true
-		inUseRW = inUseRW || vbd.Mode == xapi.VBDModeRW
-		vm, err := db.Get(tx, vbd.VM)
-		onlySnapshots = onlySnapshots && err == nil && vm.IsASnapshot
-	}
-	switch {
-	case slices.Contains(vdiOpsWhileAttached, op):
-	case op == xapi.VDIOperationsCopy && !inUseRW:
-	case op == xapi.VDIOperationsListChangedBlocks && onlySnapshots:
-	case inUse:
-		return xapi.NewError(xapi.ErrVDIInUse, string(ref), string(op))
-	}
-	if op == xapi.VDIOperationsDataDestroy {
-		return nil
-	}
+	f.inUse = a.repos.uses.count(ref, writing) > 0
+	f.inUseRW, f.onlySnapshots = f.inUse, !f.inUse
 	for _, b := range v.VBDs {
 		vbd, err := db.Get(tx, b)
 		if err != nil {
 			continue
 		}
 		for _, task := range slices.Sorted(maps.Keys(vbd.CurrentOperations)) {
-			return otherOperation("VDI", string(ref), string(vbd.CurrentOperations[task]), task)
+			if f.vbdBusy == nil {
+				f.vbdBusy = otherOperation("VDI", string(ref), string(vbd.CurrentOperations[task]), task)
+			}
+		}
+		if !vbd.CurrentlyAttached && !vbd.Reserved || vbd.VM == beside {
+			continue
+		}
+		f.inUse = true
+		f.inUseRW = f.inUseRW || vbd.Mode == xapi.VBDModeRW
+		vm, err := db.Get(tx, vbd.VM)
+		f.onlySnapshots = f.onlySnapshots && err == nil && vm.IsASnapshot
+	}
+	return f, nil
+}
+
+// allow applies the rules of an operation, in their order.
+func (f *diskFacts) allow(tx *db.Tx, op xapi.VDIOperations) error {
+	v := f.v
+	if !v.Managed {
+		return xapi.NewError(xapi.ErrVDINotManaged, string(f.ref))
+	}
+	if f.busy != nil {
+		return f.busy
+	}
+	if !f.attached && !slices.Contains(vdiOpsOnRecord, op) {
+		return xapi.NewError(xapi.ErrSRHasNoPBDs, string(v.SR))
+	}
+	switch {
+	case slices.Contains(vdiOpsWhileAttached, op):
+	case op == xapi.VDIOperationsCopy && !f.inUseRW:
+	case op == xapi.VDIOperationsListChangedBlocks && f.onlySnapshots:
+	case f.inUse:
+		return xapi.NewError(xapi.ErrVDIInUse, string(f.ref), string(op))
+	}
+	if f.vbdBusy != nil && op != xapi.VDIOperationsDataDestroy {
+		return f.vbdBusy
+	}
+	if need := vdiOpFeature[op]; need != "" {
+		if _, ok := f.features[need]; !ok {
+			return xapi.NewError(xapi.ErrSROperationNotSupported, string(v.SR))
 		}
 	}
-	return nil
+	if v.Type == xapi.VDITypeCBTMetadata && !slices.Contains(vdiOpsOnCBTMetadata, op) {
+		return xapi.NewError(xapi.ErrVDIIncompatibleType, string(f.ref), string(v.Type))
+	}
+	if v.CBTEnabled && (op == xapi.VDIOperationsMirror || op == xapi.VDIOperationsSetOnBoot) {
+		return xapi.NewError(xapi.ErrVDICBTEnabled, string(f.ref))
+	}
+	if v.Missing && !slices.Contains(vdiOpsWhileMissing, op) {
+		return xapi.NewError(xapi.ErrVDIMissing, string(v.SR), string(f.ref))
+	}
+	if f.sr == nil {
+		return xapi.NewError(xapi.ErrHandleInvalid, "SR", string(v.SR))
+	}
+	return vdiOpSpecific(tx, f.ref, v, f.sr, op)
 }
 
 // vdiOpSpecific applies the rules that concern one operation only.
-func vdiOpSpecific(tx *db.Tx, ref xapi.Ref[xapi.VDI], v *xapi.VDI, op xapi.VDIOperations) error {
-	sr, err := db.Get(tx, v.SR)
-	if err != nil {
-		return err
-	}
+func vdiOpSpecific(tx *db.Tx, ref xapi.Ref[xapi.VDI], v *xapi.VDI, sr *xapi.SR, op xapi.VDIOperations) error {
 	switch op {
 	case xapi.VDIOperationsDestroy, xapi.VDIOperationsDataDestroy:
 		if err := held(string(ref), v.OtherConfig); err != nil {
@@ -157,12 +187,6 @@ func vdiOpSpecific(tx *db.Tx, ref xapi.Ref[xapi.VDI], v *xapi.VDI, op xapi.VDIOp
 			return xapi.NewError(xapi.ErrSROperationNotSupported, string(v.SR))
 		case v.Type == xapi.VDITypeRRD:
 			return xapi.NewError(xapi.ErrVDIHasRRDs, string(ref))
-		}
-	}
-	switch op {
-	case xapi.VDIOperationsDestroy, xapi.VDIOperationsDataDestroy:
-		if err := held(string(ref), v.OtherConfig); err != nil {
-			return err
 		}
 	}
 	switch op {
@@ -286,8 +310,12 @@ func (a *API) vdiReadable(tx *db.Tx, ref xapi.Ref[xapi.VDI]) error {
 // allowedVDIOps lists the published operations that may begin on a disk now.
 func (a *API) allowedVDIOps(tx *db.Tx, ref xapi.Ref[xapi.VDI]) []xapi.VDIOperations {
 	allowed := []xapi.VDIOperations{}
+	f, err := a.diskFacts(tx, ref, xapi.NullRef)
+	if err != nil {
+		return allowed
+	}
 	for _, op := range publishedVDIOps {
-		if a.vdiAllows(tx, ref, op) == nil {
+		if f.allow(tx, op) == nil {
 			allowed = append(allowed, op)
 		}
 	}
