@@ -358,3 +358,33 @@ func superOfVersion(b []byte) []byte {
 func le32(b []byte, v uint32) {
 	b[0], b[1], b[2], b[3] = byte(v), byte(v>>8), byte(v>>16), byte(v>>24)
 }
+
+// TestCopiesLeaveTheReserve asks for pairs of units in a store that has no more
+// than its reserve.
+func TestCopiesLeaveTheReserve(t *testing.T) {
+	o := tinyOptions()
+	o.MaxBytes = 5 * tiny.regionBytes()
+	s, err := Create(context.Background(), vfs.NewMem(0), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := int64(0)
+	for s.space.promise(1, floorWrite) == nil {
+		n++
+	}
+	if addr, ok, err := s.space.allocTwice(); ok || err != nil {
+		t.Errorf("a pair at %d, %v", addr, err)
+	}
+	s.space.unpromise(2)
+	addr, ok, err := s.space.allocTwice()
+	if !ok || err != nil {
+		t.Fatalf("no pair where there is room: %v", err)
+	}
+	if err := s.space.release([]uint64{addr, tiny.copyOf(addr)}); err != nil {
+		t.Fatal(err)
+	}
+	s.space.unpromise(n - 2)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
