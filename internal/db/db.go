@@ -69,21 +69,8 @@ func open(ctx context.Context, m *xapi.Model, s Store) (*DB, error) {
 		d.classes[c] = i
 		tx.tables[i], tx.owned[i] = newTable(c, tx.revision), true
 	}
-	for row, err := range rows {
-		if err != nil {
-			return nil, err
-		}
-		c := m.Classes[row.Class]
-		if c == nil {
-			continue
-		}
-		rec, unknown, err := tx.table(c).codec.decode(row)
-		if err != nil {
-			return nil, err
-		}
-		if err := tx.insert(c, row.Ref, rec, unknown); err != nil {
-			return nil, &CorruptError{Class: row.Class, Ref: row.Ref, Err: err}
-		}
+	if err := tx.load(m, rows); err != nil {
+		return nil, err
 	}
 	d.head = &state{revision: tx.revision, tables: tx.tables, next: make(chan struct{})}
 	d.visible.Store(d.head)

@@ -22,6 +22,7 @@ type Tx struct {
 	writable bool
 	owned    []bool // tables that are already a copy of our own
 	changed  bool
+	loading  bool     // nobody has seen the records yet: links may change them in place
 	dirty    []rowKey // persistent objects that changed, in order of their first change
 	isDirty  map[rowKey]struct{}
 }
@@ -234,7 +235,7 @@ func (tx *Tx) restamp() {
 
 // mark remembers that the row of an object must be written, if its class has rows.
 func (tx *Tx) mark(c *xapi.Class, ref string) {
-	if !c.Persist {
+	if !c.Persist || tx.loading {
 		return
 	}
 	key := rowKey{tx.classes[c], ref}
