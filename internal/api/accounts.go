@@ -163,7 +163,7 @@ func (a *API) endSessions(which func(*session) bool) {
 	}
 	a.sessions.mu.RUnlock()
 	for _, ref := range refs {
-		if err := a.Logout(ref); err != nil && !errors.Is(err, xapi.NewError(xapi.ErrSessionInvalid)) {
+		if err := a.logout(ref); err != nil && !errors.Is(err, xapi.NewError(xapi.ErrSessionInvalid)) {
 			a.log.Error("session: not removed", "err", err)
 		}
 	}

@@ -196,7 +196,7 @@ func (a *API) openSession(s *session) error {
 	crowded := len(a.sessions.byRef) > sessionTrimThreshold
 	a.sessions.mu.Unlock()
 	if s.account != nil && a.accounts.get(s.user) != s.account { // changed since it was checked
-		return cmpErr(a.Logout(s.ref), errAuthentication(s.user))
+		return cmpErr(a.logout(s.ref), errAuthentication(s.user))
 	}
 	if crowded {
 		a.trimSessions(a.now())
@@ -208,6 +208,17 @@ func (a *API) openSession(s *session) error {
 // other calls and its transfers go on. Ending a session that is not there is
 // SESSION_INVALID.
 func (a *API) Logout(ref xapi.Ref[xapi.Session]) error {
+	m := a.methods["session.logout"]
+	r := CallReport{Name: m.name, Message: m.msg, Begun: time.Now()}
+	s := a.sessions.get(ref)
+	err := a.logout(ref)
+	a.report(r, s, err)
+	return err
+}
+
+// logout is Logout for those whose call is reported already, and for the
+// server itself.
+func (a *API) logout(ref xapi.Ref[xapi.Session]) error {
 	a.sessions.mu.Lock()
 	s := a.sessions.byRef[ref]
 	delete(a.sessions.byRef, ref)
@@ -243,7 +254,7 @@ func (a *API) trimSessions(now time.Time) {
 		}
 		old := now.Sub(time.Unix(0, s.active.Load())) > sessionLife
 		if (old || users[s.user] > sessionsPerUser || origins[s.originator] > sessionsPerOrigin) && s.running.Load() == 0 {
-			if err := a.Logout(s.ref); err != nil && !errors.Is(err, xapi.NewError(xapi.ErrSessionInvalid)) {
+			if err := a.logout(s.ref); err != nil && !errors.Is(err, xapi.NewError(xapi.ErrSessionInvalid)) {
 				a.log.Error("session: not removed", "err", err)
 			}
 		}
@@ -294,7 +305,7 @@ func (a *API) sessionSlaveLocalLogin(ctx context.Context, c *Call, user, passwor
 }
 
 func (a *API) sessionLogout(ctx context.Context, c *Call) error {
-	return a.Logout(c.Session.ref)
+	return a.logout(c.Session.ref)
 }
 
 // sessionLocalLogout ends an emergency session, and no other.
@@ -302,7 +313,7 @@ func (a *API) sessionLocalLogout(ctx context.Context, c *Call) error {
 	if !c.Session.local {
 		return errSessionInvalid(c.Session.ref)
 	}
-	return a.Logout(c.Session.ref)
+	return a.logout(c.Session.ref)
 }
 
 // sessionSlaveLogin is how another member of the pool would log in, with a
