@@ -136,6 +136,7 @@ func (s *server) drain(ctx context.Context, url, coding string) error {
 		coding = "identity"
 	}
 	req.Header.Set("Accept-Encoding", coding)
+	req.Header.Set("User-Agent", "coppice-bench") // Go's own name gets no gzip
 	resp, err := s.client.Do(req)
 	if err != nil {
 		return err

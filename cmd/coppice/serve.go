@@ -49,6 +49,7 @@ type serveOptions struct {
 	readyFile    string
 	auditLog     string
 	grace        time.Duration
+	idle         time.Duration
 	logLevel     slog.Level
 	revert       string
 }
@@ -70,6 +71,7 @@ func (o *serveOptions) flags() *flag.FlagSet {
 	fs.StringVar(&o.tlsKey, "tls-key", "", "`file` with the RSA key of --tls-cert in PEM form")
 	fs.StringVar(&o.readyFile, "ready-file", "", "`file` that gets the URLs, one a line, when the server is ready")
 	fs.StringVar(&o.auditLog, "audit-log", "", "`file` to which is appended, as JSON, who did what (default: it is not written)")
+	fs.DurationVar(&o.idle, "transfer-idle", 0, "how long the client of a transfer may neither send nor take a byte; 0 for ever")
 	fs.DurationVar(&o.grace, "grace", server.DefaultGrace, "how long a stop waits for running work")
 	fs.StringVar(&o.revert, "revert", revertInPlace, "how VMs are reverted: in-place puts contents back, clone replaces disks by clones, as other_config:coppice:revert=clone of the pool does, too")
 	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
@@ -242,7 +244,7 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 	disks := server.NewNBD(a, log, o.grace)
 	i.nbd.serve(disks, i.cert)
 	opened(disks.Close)
-	i.server = server.New(server.Config{API: a, Log: log, Version: build.version, Grace: o.grace, Metrics: i.watchers.metrics})
+	i.server = server.New(server.Config{API: a, Log: log, Version: build.version, Grace: o.grace, TransferIdle: o.idle, Metrics: i.watchers.metrics})
 	return i, nil
 }
 

@@ -434,11 +434,11 @@ func (r *Reader) divert(n int64) (int, error) {
 // drain reads the rest of the stream.
 func (r *Reader) drain() error {
 	for {
-		var n int
 		var err error
 		if r.wanted() {
-			n, err = r.divert(math.MaxInt64)
+			_, err = r.divert(math.MaxInt64)
 		} else {
+			var n int
 			n, err = r.src.Discard(r.src.Size())
 			r.pos += int64(n)
 		}

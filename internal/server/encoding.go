@@ -16,31 +16,33 @@ import (
 )
 
 // acceptedEncoding is the content coding that a request asks for, "" for none.
-// Go's HTTP client asks for gzip on its own account when its program said
-// nothing; an exact length is worth more to such a program.
+// It asks by naming one and no other: HTTP libraries name several on their own
+// account, and so does Go's client, which names gzip, for programs that said
+// nothing and for which an exact length, and being able to resume, is worth
+// more.
 func acceptedEncoding(r *http.Request) string {
 	accept := r.Header.Get("Accept-Encoding")
 	if r.Header.Get("Range") != "" || accept == "gzip" && strings.HasPrefix(r.UserAgent(), "Go-http-client/") {
 		return ""
 	}
-	best, quality := "", 0.0
+	asked := ""
 	for item := range strings.SplitSeq(accept, ",") {
 		name, params, _ := strings.Cut(item, ";")
-		name = strings.ToLower(strings.TrimSpace(name))
-		q := 1.0
+		name = strings.TrimPrefix(strings.ToLower(strings.TrimSpace(name)), "x-")
 		if v, ok := strings.CutPrefix(strings.ReplaceAll(params, " ", ""), "q="); ok {
-			var err error
-			if q, err = strconv.ParseFloat(v, 64); err != nil {
-				q = 0
+			if q, err := strconv.ParseFloat(v, 64); err != nil || q <= 0 {
+				continue
 			}
 		}
 		switch {
-		case name != "zstd" && name != "gzip" && name != "x-gzip":
-		case q > quality, q == quality && q > 0 && name == "zstd":
-			best, quality = strings.TrimPrefix(name, "x-"), q
+		case name == "" || name == "identity":
+		case asked != "" || name != "zstd" && name != "gzip":
+			return ""
+		default:
+			asked = name
 		}
 	}
-	return best
+	return asked
 }
 
 // nopCloser makes a writer that needs no end.

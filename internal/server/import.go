@@ -75,7 +75,7 @@ func (s *Server) importFromFirstByte(ctx context.Context, w http.ResponseWriter,
 		s.fail(w, r, err)
 		return
 	}
-	conn, err := s.hijack(w, 0)
+	conn, err := s.hijack(w, s.idle)
 	if err != nil {
 		s.fail(w, r, err)
 		return

@@ -78,6 +78,10 @@ type Config struct {
 	Version string        // shown on the welcome page
 	Grace   time.Duration // 0: DefaultGrace
 	Metrics *Metrics      // nil: the server makes its own
+
+	// TransferIdle is how long the client of a transfer may neither send nor
+	// take a byte before it is given up; 0 for ever.
+	TransferIdle time.Duration
 }
 
 // Server answers HTTP requests. It is an http.Handler; Serve adds listeners,
@@ -88,6 +92,7 @@ type Server struct {
 	version string
 	grace   time.Duration
 	metrics *Metrics
+	idle    time.Duration // of transfers
 	router  router
 
 	streams  streams
@@ -110,6 +115,7 @@ func New(cfg Config) *Server {
 		log:     cfg.Log,
 		version: cfg.Version,
 		grace:   cfg.Grace,
+		idle:    cfg.TransferIdle,
 		metrics: cfg.Metrics,
 		router:  newRouter(routes()),
 	}

@@ -7,7 +7,9 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -23,6 +25,8 @@ type stream struct {
 	r    *bufio.Reader // what net/http had read ahead comes first
 	idle time.Duration // longest wait for a byte in or out, 0 for ever
 	done func()        // tells the server that it is gone, once
+
+	interrupted atomic.Bool // see interrupt
 }
 
 // hijack takes the connection of w over and enters it into the list of those
@@ -55,20 +59,42 @@ func takeBuffered(from *bufio.Reader, conn net.Conn) *bufio.Reader {
 
 func (c *stream) Read(p []byte) (int, error) {
 	if c.idle > 0 && c.r.Buffered() == 0 {
-		if err := c.Conn.SetReadDeadline(time.Now().Add(c.idle)); err != nil {
+		if err := c.wait(c.Conn.SetReadDeadline); err != nil {
 			return 0, err
 		}
 	}
 	return c.r.Read(p)
 }
 
+// writePiece is how much is written under one deadline, in bytes: a peer is
+// silent when it takes less than that in the idle time.
+const writePiece = 64 << 10
+
 func (c *stream) Write(p []byte) (int, error) {
-	if c.idle > 0 {
-		if err := c.Conn.SetWriteDeadline(time.Now().Add(c.idle)); err != nil {
-			return 0, err
+	if c.idle <= 0 {
+		return c.Conn.Write(p)
+	}
+	for written := 0; ; {
+		if err := c.wait(c.Conn.SetWriteDeadline); err != nil {
+			return written, err
+		}
+		n, err := c.Conn.Write(p[written:min(len(p), written+writePiece)])
+		if written += n; err != nil || written >= len(p) {
+			return written, err
 		}
 	}
-	return c.Conn.Write(p)
+}
+
+// wait gives the peer the idle time from now on, unless it has been
+// interrupted.
+func (c *stream) wait(set func(time.Time) error) error {
+	if err := set(time.Now().Add(c.idle)); err != nil {
+		return err
+	}
+	if c.interrupted.Load() {
+		return os.ErrDeadlineExceeded
+	}
+	return nil
 }
 
 // Close ends the connection so that the peer gets every byte written before

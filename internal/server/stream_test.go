@@ -105,6 +105,46 @@ func TestStreamIdle(t *testing.T) {
 	<-done
 }
 
+// A peer that takes something now and then is not silent, however slow it is.
+func TestStreamIdleWrites(t *testing.T) {
+	const size = 8 * writePiece
+	failed := make(chan error, 1)
+	conn := takeover(t, time.Minute, func(c *stream) {
+		_, err := c.Write(make([]byte, size))
+		failed <- errors.Join(err, c.Close())
+	})
+	if got, err := io.ReadAll(conn); err != nil || len(got) != size {
+		t.Errorf("%d bytes, %v; want %d", len(got), err, size)
+	}
+	if err := <-failed; err != nil {
+		t.Error(err)
+	}
+}
+
+// An interrupt lasts: the next call does not begin to wait again.
+func TestStreamInterrupt(t *testing.T) {
+	for _, idle := range []time.Duration{0, time.Hour} {
+		done := make(chan struct{})
+		takeover(t, idle, func(c *stream) {
+			defer close(done)
+			if _, err := io.ReadFull(c, make([]byte, len("body without a length"))); err != nil {
+				t.Error(err)
+			}
+			c.interrupt()
+			for range 2 {
+				if _, err := c.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("idle %v: Read says %v", idle, err)
+				}
+				if _, err := c.Write([]byte("x")); !errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("idle %v: Write says %v", idle, err)
+				}
+			}
+			_ = c.Abort()
+		})
+		<-done
+	}
+}
+
 func TestActivityWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var a activity

@@ -17,8 +17,9 @@ import (
 
 // A transfer is answered on the connection itself, not through net/http: an
 // upload is answered before it is read and may have no length, a download
-// ends by closing, and either is cut when it fails after its 200. There is no
-// limit on how long a client may take for a byte.
+// ends by closing, and either is cut when it fails after its 200. A
+// client may be as slow as it likes; only one that is silent for longer than
+// Config.TransferIdle is given up.
 
 // transferRequest collects the parameters that both directions have.
 func transferRequest(r *request, action, session string) api.TransferRequest {
@@ -92,7 +93,7 @@ func finish(t transfer, err error) error {
 // cancelled task and a stop of the server interrupt it wherever it waits for
 // the client.
 func (s *Server) run(ctx context.Context, w http.ResponseWriter, r *request, t transfer, work func(context.Context, *stream) error) {
-	conn, err := s.hijack(w, 0)
+	conn, err := s.hijack(w, s.idle)
 	if err != nil {
 		s.refuse(w, r, t, err)
 		return
@@ -142,6 +143,7 @@ func begin(w http.ResponseWriter, conn *stream, status int, head []byte) error {
 
 // interrupt makes every call that waits for the peer fail at once.
 func (c *stream) interrupt() {
+	c.interrupted.Store(true)
 	// A connection that is closed already waits for nobody.
 	_ = c.SetDeadline(time.Unix(1, 0))
 }

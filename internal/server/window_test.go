@@ -189,8 +189,9 @@ func TestContentEncoding(t *testing.T) {
 	for _, tt := range []struct{ accept, agent, want string }{
 		{"zstd", "", "zstd"},
 		{"gzip", "", "gzip"},
-		{"gzip, deflate, br, zstd", "", "zstd"},
-		{"gzip;q=1.0, zstd;q=0.5", "", "gzip"},
+		{"gzip, deflate, br, zstd", "", ""},
+		{"gzip, deflate", "python-requests/2.32", ""},
+		{"zstd;q=0.5, identity;q=0.1, gzip;q=0", "", "zstd"},
 		{"zstd;q=0", "", ""},
 		{"br", "", ""},
 		{"gzip", "Go-http-client/1.1", ""},
