@@ -5,6 +5,7 @@ import (
 	"context"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -283,10 +284,11 @@ func TestNBDInfo(t *testing.T) {
 
 func TestNBDTokens(t *testing.T) {
 	r := nbdRig(t)
-	now := time.Now()
+	begun := time.Now()
+	var passed atomic.Int64
 	r.adjust = func(c *Config) {
 		c.NBD = func() NBDEndpoints { return testEndpoints }
-		c.Now = func() time.Time { return now }
+		c.Now = func() time.Time { return begun.Add(time.Duration(passed.Load())) }
 	}
 	r.restart()
 	id := record(r.core, r.disk(4<<20)).UUID
@@ -305,7 +307,7 @@ func TestNBDTokens(t *testing.T) {
 	if _, err := r.NBDAttach(t.Context(), anybody, name+"x"); code(err) != xapi.ErrSessionInvalid {
 		t.Errorf("a token that was made up: %v", err)
 	}
-	now = now.Add(11 * time.Second)
+	passed.Store(int64(11 * time.Second))
 	r.wantNotAttached("SESSION_INVALID", anybody, name)
 	if a.Context.Err() != nil {
 		t.Error("the end of a token ends its connections")
