@@ -17,7 +17,7 @@
 //
 // The sections "engine/…" measure the storage engine alone, through its Go
 // interface, against a raw file that the same loops read and write. Those
-// called "long/…" take minutes and run only when they are asked for.
+// called "long/…", and "api", take minutes and run only when they are asked for.
 //
 // The sections "nbd/…" put fio and nbdcopy in front of block devices, served by
 // us, by qemu-nbd and by nbdkit, over Unix sockets.
@@ -66,6 +66,7 @@ var serverSections = []section{
 	{name: "formats", server: true, run: benchFormats},
 	{name: "delta", server: true, run: benchDelta},
 	{name: "snapshot", server: true, run: benchSnapshot},
+	{name: "api", long: true, run: benchAPI},
 }
 
 func main() {
