@@ -29,7 +29,7 @@ func TestOddLogSizes(t *testing.T) {
 			t.Fatal(err)
 		}
 		// Every length of a payload around a full frame: attributes, then units.
-		for i := byte(0); i < 24; i++ {
+		for i := range byte(24) {
 			if _, err := d.WriteAt(noise(5<<10), 0); err != nil {
 				t.Fatalf("%d bytes: write: %v", n, err)
 			}
