@@ -14,7 +14,7 @@ func classMethods() map[string]any {
 	all := map[string]any{}
 	for _, table := range []map[string]any{
 		poolMethods(), hostMethods(), srMethods(), pbdMethods(), vdiMethods(), vmMethods(), vmFieldMethods(), vmPowerMethods(),
-		vbdMethods(), vifMethods(), networkMethods(), messageMethods(), vmssMethods(),
+		vbdMethods(), vifMethods(), vifConfigMethods(), networkMethods(), messageMethods(), vmssMethods(),
 		nbdMethods(), subjectMethods(), roleMethods(),
 	} {
 		maps.Copy(all, table)

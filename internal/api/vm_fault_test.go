@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"coppice/internal/db"
+	"coppice/internal/storage"
 	"coppice/internal/xapi"
 )
 
@@ -315,4 +316,44 @@ func vmFaultOnce(t *testing.T, c vmFaultCase, n int, kind faultKind, commits boo
 	check("after a restart")
 	r.wantConsistent()
 	return fired
+}
+
+// What another server's revert has left in a store is not judged here: the disk
+// keeps its contents, and the volume with those of before becomes a disk.
+func TestSettleForeignRevert(t *testing.T) {
+	for _, gone := range []bool{false, true} {
+		r := newRig(t)
+		second := xapi.Ref[xapi.SR](r.secondSR())
+		repo, err := r.repos.get(second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		const disk, before = "11111111-2222-4333-8444-555555555555", "11111111-2222-4333-8444-666666666666"
+		mark := diskAttrs{UUID: before, Type: xapi.VDITypeUser, Snapshot: true, SnapshotOf: disk, Revert: &revertMark{
+			VM: "11111111-2222-4333-8444-777777777777", Generation: "0:0", Gone: gone, Disk: disk,
+		}}
+		for id, attrs := range map[string]diskAttrs{disk: {UUID: disk, Type: xapi.VDITypeUser}, before: mark} {
+			spec := orphanSpec(id)
+			spec.Attrs = attrs.encode()
+			if _, err := repo.Create(t.Context(), spec); err != nil {
+				t.Fatal(err)
+			}
+		}
+		vol, err := repo.Open(t.Context(), disk, storage.Live)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := vol.WriteAt([]byte("reverted"), 0); err != nil {
+			t.Fatal(err)
+		}
+		vol.Close()
+		r.call("PBD.unplug", r.pbd(second))
+		r.call("PBD.plug", r.pbd(second))
+		if got := r.disks(second); !slices.Equal(got, []string{disk, before}) {
+			t.Errorf("gone=%v: disks %q", gone, got)
+		}
+		if got := r.contents(r.ref(disk)); !bytes.HasPrefix(got, []byte("reverted")) {
+			t.Errorf("gone=%v: contents %q", gone, got[:8])
+		}
+	}
 }

@@ -38,6 +38,10 @@ func (m *revertMark) incomplete(tx *db.Tx) bool {
 // it had before. The volumes that held them are then deleted, as are those
 // that a completed revert has left. inv is kept up to date. An error leaves
 // everything for the next time.
+//
+// A volume whose disk this database does not know belongs to another server's
+// revert, of which nothing can be said here: it stays, and becomes a disk like
+// any other that is found.
 func (a *API) settleReverts(ctx context.Context, inv *inventory) error {
 	marks := map[storage.ID]*revertMark{}
 	pending := map[storage.ID]bool{}
@@ -51,11 +55,17 @@ func (a *API) settleReverts(ctx context.Context, inv *inventory) error {
 	}
 	err := a.db.View(func(tx *db.Tx) error {
 		for id, m := range marks {
-			if _, _, err := db.ByUUID[xapi.VDI](tx, string(id)); err == nil {
-				delete(marks, id) // the undo snapshot of a completed revert
-				continue
+			_, _, recorded := db.ByUUID[xapi.VDI](tx, string(id))
+			_, _, unknown := db.ByUUID[xapi.VDI](tx, m.Disk)
+			_, there := inv.volumes[storage.ID(m.Disk)]
+			switch {
+			case recorded == nil: // the undo snapshot of a completed revert
+				delete(marks, id)
+			case unknown != nil && there:
+				delete(marks, id)
+			default:
+				pending[id] = there && m.incomplete(tx)
 			}
-			pending[id] = m.incomplete(tx)
 		}
 		return nil
 	})
@@ -63,8 +73,8 @@ func (a *API) settleReverts(ctx context.Context, inv *inventory) error {
 		return err
 	}
 	for _, id := range slices.Sorted(maps.Keys(marks)) {
-		disk := storage.ID(marks[id].Disk)
-		if _, there := inv.volumes[disk]; there && pending[id] {
+		if pending[id] {
+			disk := storage.ID(marks[id].Disk)
 			r, ok := inv.repo.Repo.(storage.Reverter)
 			if !ok {
 				return fmt.Errorf("undo the revert of VDI %s: the driver cannot", disk)

@@ -292,6 +292,94 @@ func TestVIF(t *testing.T) {
 	r.call("network.destroy", string(got.Network))
 }
 
+func TestVIFConfiguration(t *testing.T) {
+	r := newRig(t)
+	vm := r.vm("vm")
+	vif := r.vif(vm, "0")
+	ref := string(vif)
+	r.call("VIF.set_locking_mode", ref, "locked")
+	r.call("VIF.set_ipv4_allowed", ref, []string{"10.0.0.1"})
+	r.call("VIF.add_ipv4_allowed", ref, "10.0.0.2")
+	r.call("VIF.add_ipv4_allowed", ref, "10.0.0.2")
+	r.call("VIF.remove_ipv4_allowed", ref, "10.0.0.1")
+	r.call("VIF.set_ipv6_allowed", ref, []string{"::1"})
+	r.call("VIF.add_ipv6_allowed", ref, "fe80::1")
+	r.call("VIF.remove_ipv6_allowed", ref, "::1")
+	r.call("VIF.configure_ipv4", ref, "Static", "10.0.0.2/8", "10.0.0.254")
+	r.call("VIF.configure_ipv6", ref, "Autoconf", "ignored", "ignored")
+	r.call("VIF.set_trunks", ref, []any{int64(1), int64(2)})
+	r.call("VIF.add_trunks", ref, 3)
+	r.call("VIF.add_trunks", ref, 3)
+	r.call("VIF.remove_trunks", ref, 1)
+	got := record(r.core, vif)
+	switch {
+	case got.LockingMode != xapi.VIFLockingModeLocked, !slices.Equal(got.IPv4Allowed, []string{"10.0.0.2"}),
+		!slices.Equal(got.IPv6Allowed, []string{"fe80::1"}), !slices.Equal(got.Trunks, []int64{2, 3}):
+		t.Errorf("VIF %+v", got)
+	case !slices.Equal(got.IPv4Addresses, []string{"10.0.0.2/8"}) || got.IPv4Gateway != "10.0.0.254" || len(got.IPv6Addresses) != 0 ||
+		got.IPv6ConfigurationMode != xapi.VIFIPv6ConfigurationModeAutoconf || got.IPv6Gateway != "":
+		t.Errorf("VIF %+v", got)
+	}
+	r.fails("INVALID_IP_ADDRESS_SPECIFIED|::1", "VIF.set_ipv4_allowed", ref, []string{"::1"})
+	r.fails("INVALID_IP_ADDRESS_SPECIFIED|10.0.0.1", "VIF.add_ipv6_allowed", ref, "10.0.0.1")
+	r.fails("INVALID_IP_ADDRESS_SPECIFIED|fe80::1%eth0", "VIF.add_ipv6_allowed", ref, "fe80::1%eth0")
+	r.fails("INVALID_CIDR_ADDRESS_SPECIFIED|10.0.0.1", "VIF.configure_ipv4", ref, "Static", "10.0.0.1")
+	r.fails("INVALID_IP_ADDRESS_SPECIFIED|nowhere", "VIF.configure_ipv6", ref, "Static", "::1/64", "nowhere")
+	r.fails("INVALID_VALUE|trunks|4095", "VIF.add_trunks", ref, 4095)
+	r.fails("INVALID_VALUE|trunks|-1", "VIF.set_trunks", ref, []any{int64(-1)})
+	r.fails("VM_BAD_POWER_STATE|"+string(vm)+"|running|halted", "VIF.plug", ref)
+	r.fails("VM_BAD_POWER_STATE|"+string(vm)+"|running|halted", "VIF.unplug", ref)
+	set(r, vm, func(v *xapi.VM) { v.PowerState = xapi.VMPowerStateRunning })
+	r.fails("DEVICE_ALREADY_DETACHED|"+ref, "VIF.unplug_force", ref)
+	if _, err := r.try(r.root, "VIF.plug", ref); err == nil || code(err) != "OPERATION_NOT_ALLOWED" {
+		t.Errorf("plug: %v", err)
+	}
+	other := r.call("network.create", map[string]any{"name_label": "other", "other_config": map[string]any{}}).(xapi.Ref[xapi.Network])
+	r.call("VIF.move", ref, string(other))
+	if got := record(r.core, other).VIFs; !slices.Equal(got, []xapi.Ref[xapi.VIF]{vif}) {
+		t.Errorf("VIFs of the network: %q", got)
+	}
+	if got := record(r.core, got.Network).VIFs; len(got) != 0 {
+		t.Errorf("VIFs of the old network: %q", got)
+	}
+	r.fails("HANDLE_INVALID|network|"+dangling, "VIF.move", ref, dangling)
+}
+
+func TestVBDMedia(t *testing.T) {
+	r := newRig(t)
+	vm, disc := r.vm("vm"), r.disk(2<<20)
+	args := vbdArgs(vm, xapi.NullRef, "0", "RO")
+	args["type"], args["empty"] = "CD", true
+	drive := r.call("VBD.create", args).(xapi.Ref[xapi.VBD])
+	ref := string(drive)
+	ops := func() []xapi.VBDOperations { return record(r.core, drive).AllowedOperations }
+	if got := ops(); !slices.Equal(got, []xapi.VBDOperations{"insert"}) {
+		t.Errorf("allowed on an empty drive: %q", got)
+	}
+	r.fails("VBD_IS_EMPTY|"+ref, "VBD.eject", ref)
+	r.fails("HANDLE_INVALID|VDI|"+dangling, "VBD.insert", ref, dangling)
+	r.call("VBD.insert", ref, disc)
+	if got := record(r.core, drive); got.Empty || got.VDI != disc || !slices.Equal(record(r.core, disc).VBDs, []xapi.Ref[xapi.VBD]{drive}) {
+		t.Errorf("VBD %+v", got)
+	}
+	if got := ops(); !slices.Equal(got, []xapi.VBDOperations{"eject"}) {
+		t.Errorf("allowed on a full drive: %q", got)
+	}
+	r.fails("VBD_NOT_EMPTY|"+ref, "VBD.insert", ref, disc)
+	set(r, vm, func(v *xapi.VM) { v.PowerState = xapi.VMPowerStateSuspended })
+	r.fails("VM_BAD_POWER_STATE|"+string(vm)+"|halted, running|suspended", "VBD.eject", ref)
+	if got := ops(); len(got) != 0 {
+		t.Errorf("allowed while suspended: %q", got)
+	}
+	set(r, vm, func(v *xapi.VM) { v.PowerState = xapi.VMPowerStateHalted })
+	r.call("VBD.eject", ref)
+	if got := record(r.core, drive); !got.Empty || !got.VDI.IsNull() || len(record(r.core, disc).VBDs) != 0 {
+		t.Errorf("VBD %+v", got)
+	}
+	hard := r.vbd(vm, disc, "1", "RW")
+	r.fails("VBD_NOT_REMOVABLE_MEDIA|"+string(hard), "VBD.eject", string(hard))
+}
+
 func TestPoolAndHost(t *testing.T) {
 	r := newRig(t)
 	r.call("pool.sync_database")
