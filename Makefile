@@ -5,7 +5,7 @@ SHELL := /bin/bash
 TOOL := go tool -modfile=tools/go.mod
 PKGS := ./...
 
-.PHONY: build demo test race lint fuzz soak mutate bench generate ci clean
+.PHONY: build demo guest test race lint fuzz soak mutate bench generate ci clean
 
 build: ## static bin/coppice and bin/xe
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/coppice ./cmd/coppice
@@ -14,6 +14,10 @@ build: ## static bin/coppice and bin/xe
 demo: build ## back a 24 GiB disk up incrementally, restore it, prove it (STOP=1: stop the server at the end)
 	@scripts/need qemu-img:qemu-utils mke2fs:e2fsprogs
 	@STOP=$(STOP) scripts/demo
+
+guest: build ## boot a machine from a disk over NBD, snapshot it live, clone, revert, boot again
+	@scripts/need qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils nbdcopy:libnbd-bin busybox:busybox-static mke2fs:e2fsprogs
+	scripts/guest
 
 test: ## install the test tools, run every test
 	@scripts/need qemu-img:qemu-utils mke2fs:e2fsprogs curl:curl vhdiinfo:libvhdi-utils systemd-analyze:systemd nbdcopy:libnbd-bin
