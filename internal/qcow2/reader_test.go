@@ -154,7 +154,7 @@ func tablesLast(t testing.TB, contents []byte) []byte {
 	l2At = be.Uint64(b[l1At:]) & maskOffset
 	data := l2At + ClusterSize
 	shift := data - ClusterSize // what moves to the end
-	for i := uint64(0); i < perTable; i++ {
+	for i := range uint64(perTable) {
 		if e := be.Uint64(b[l2At+8*i:]); e != 0 {
 			be.PutUint64(b[l2At+8*i:], e-shift)
 		}
