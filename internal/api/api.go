@@ -27,6 +27,13 @@
 // [Claim] on it. The claim appears in the object's current_operations, and
 // whoever is not compatible with it waits for its turn.
 //
+// # Users and schedules
+//
+// Who may log in, and with which roles, is what the file of the users says
+// (accounts.go); class subject mirrors it. The scheduler (vmss_run.go) takes
+// the snapshots of class VMSS through the same code as VM.snapshot, as calls
+// of its own.
+//
 // # State
 //
 // Objects live in [db.DB]. Sessions and tasks are rows there too, memory-only
