@@ -64,7 +64,7 @@ func formatRanges(rs []damageRange) string {
 
 // parseRanges reads what formatRanges wrote; what is no range is left out.
 func parseRanges(s string) (rs []damageRange) {
-	for _, f := range strings.Fields(s) {
+	for f := range strings.FieldsSeq(s) {
 		off, n, ok := strings.Cut(f, "+")
 		r := damageRange{}
 		var errs [2]error
@@ -239,6 +239,7 @@ type scrubProblem struct {
 	Offset int64  `json:"offset"`        // bytes
 	Length int64  `json:"length"`        // bytes, 0 when that is not known
 	Detail string `json:"detail"`
+	Done   string `json:"done,omitempty"` // what has been done to make it good
 }
 
 // pluginScrub verifies all of the storage of the SR whose uuid is sr, at most
@@ -268,7 +269,7 @@ func (a *API) pluginScrub(ctx context.Context, c *Call, args map[string]string) 
 			report.More++
 			continue
 		}
-		report.Problems = append(report.Problems, scrubProblem{string(p.Volume), p.Off, p.Len, p.Detail})
+		report.Problems = append(report.Problems, scrubProblem{string(p.Volume), p.Off, p.Len, p.Detail, p.Done})
 	}
 	if err := a.noteDamage(ctx, repo, true); err != nil {
 		return "", err

@@ -391,3 +391,25 @@ func TestMovedDataDirectory(t *testing.T) {
 	r.disk(1 << 20)
 	r.wantConsistent()
 }
+
+// A store without a disk in it still knows which SR it is.
+func TestSRProbeEmpty(t *testing.T) {
+	onDrivers(t, func(t *testing.T, r *rig) {
+		config := record(r.core, xapi.Ref[xapi.PBD](r.pbd(r.sr))).DeviceConfig
+		uuid := record(r.core, r.sr).UUID
+		r.call("PBD.unplug", r.pbd(r.sr))
+		r.call("SR.forget", string(r.sr))
+		var probed srList
+		answer := r.call("SR.probe", r.host, config, r.driver.Type, map[string]string{}).(string)
+		if err := xml.Unmarshal([]byte(answer), &probed); err != nil {
+			t.Fatal(err)
+		}
+		if len(probed.SRs) != 1 || probed.SRs[0].UUID != uuid {
+			t.Errorf("probe found %+v, want %s", probed.SRs, uuid)
+		}
+		r.sr = r.call("SR.introduce", uuid, "again", "", r.driver.Type, "user", false).(srRef)
+		pbd := r.call("PBD.create", map[string]any{"SR": string(r.sr), "host": string(r.host), "device_config": wireOf(config)})
+		r.call("PBD.plug", string(pbd.(xapi.Ref[xapi.PBD])))
+		r.destroy(r.disk(2 << 20))
+	})
+}

@@ -132,6 +132,7 @@ type Problem struct {
 	Off    int64 // bytes into the volume
 	Len    int64 // bytes from Off on that cannot be had; 0 when that is not known or nothing is lost
 	Detail string
+	Done   string // what the driver has done to make it good; "" when nothing
 }
 
 // Labeled is a repo that keeps a blob of its own, at most MaxAttrs bytes,

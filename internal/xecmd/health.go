@@ -57,22 +57,28 @@ func srScrub(ctx context.Context, r *run) error {
 		Problems []struct {
 			VDI            string
 			Offset, Length int64
-			Detail         string
+			Detail, Done   string
 		}
 		More int
 	}
 	if err := r.plugin(ctx, "sr-scrub", args, &found); err != nil {
 		return err
 	}
+	bad := found.More
 	for _, p := range found.Problems {
-		if p.VDI == "" {
-			r.out.direct(p.Detail)
-			continue
+		text := p.Detail
+		if p.VDI != "" {
+			text = fmt.Sprintf("%s offset %d length %d: %s", p.VDI, p.Offset, p.Length, text)
 		}
-		r.out.direct(fmt.Sprintf("%s offset %d length %d: %s", p.VDI, p.Offset, p.Length, p.Detail))
+		if p.Done == "" {
+			bad++
+		} else {
+			text += ": " + p.Done
+		}
+		r.out.direct(text)
 	}
-	if n := len(found.Problems) + found.More; n > 0 {
-		return failf("%d problems found", n)
+	if bad > 0 {
+		return failf("%d problems found", bad)
 	}
 	return nil
 }

@@ -1,8 +1,10 @@
 // Package cow is the storage driver for stores of the copy-on-write engine,
 // package coppice/internal/cow: one directory of the host is one repository.
 // It has every power of the contract. All it does itself is to find the
-// directory, to translate names and errors, and to say how much the host has
-// left; what the operations promise, and what they cost, is the engine's.
+// directory, to translate names and errors, to say how much the host has left,
+// and to keep the attributes of the repository as a whole in a file beside those
+// of the engine; what the operations promise, and what they cost, is the
+// engine's.
 package cow
 
 import (

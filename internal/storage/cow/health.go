@@ -75,7 +75,7 @@ func (r *repo) Damage(ctx context.Context) ([]storage.Problem, error) {
 
 // problem is p with the place in the store as text.
 func problem(p engine.Problem) storage.Problem {
-	out := storage.Problem{Off: p.Off, Len: p.Len, Detail: p.Detail}
+	out := storage.Problem{Off: p.Off, Len: p.Len, Detail: p.Detail, Done: p.Done}
 	if p.Addr != 0 {
 		out.Detail = fmt.Sprintf("unit %d: %s", p.Addr, p.Detail)
 	}
