@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -28,7 +29,13 @@ func faultRun(f *vfs.Fault, ops []op, seed uint64) (err error) {
 		return err
 	}
 	w.use(w.mem)
-	w.inj = vfs.NewInject(w.mem, rng.IntN, f.Hook)
+	var mu sync.Mutex // syncs fail in several goroutines
+	choose := func(n int) int {
+		mu.Lock()
+		defer mu.Unlock()
+		return rng.IntN(n)
+	}
+	w.inj = vfs.NewInject(w.mem, choose, f.Hook)
 	if w.s, err = Open(context.Background(), w.inj, w.opts); err != nil {
 		w.s = nil
 		return expected(err)
@@ -49,8 +56,8 @@ func faultRun(f *vfs.Fault, ops []op, seed uint64) (err error) {
 		}
 	}
 	m := w.mem.Kill()
-	if rng.IntN(2) == 0 {
-		m = w.mem.Crash(rng.IntN)
+	if choose(2) == 0 {
+		m = w.mem.Crash(choose)
 	}
 	w.crashed.Store(m)
 	if err := w.recoverFrom(w.maybe); err != nil {
