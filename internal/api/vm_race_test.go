@@ -118,3 +118,69 @@ func TestVMRaces(t *testing.T) {
 		}
 	}
 }
+
+// The choice how to revert shows at once in what SRs and drivers say of
+// themselves, and goes away with the key; the server's own flag holds anyway.
+func TestRevertChoice(t *testing.T) {
+	r := newRig(t)
+	features := func() (sm, sr bool) {
+		r.view(func(tx *db.Tx) {
+			for _, rec := range db.All[xapi.SM](tx) {
+				_, sm = rec.Features["VDI_REVERT"]
+				sm = sm && slices.Contains(rec.Capabilities, "VDI_REVERT")
+			}
+		})
+		return sm, slices.Contains(record(r.core, r.sr).AllowedOperations, xapi.StorageOperationsVDIRevert)
+	}
+	expect := func(what string, want bool) {
+		t.Helper()
+		if sm, sr := features(); sm != want || sr != want {
+			t.Errorf("%s: SM %v, SR %v, want %v", what, sm, sr, want)
+		}
+	}
+	expect("at first", true)
+	r.choose(revertKey, revertClone)
+	expect("by clone", false)
+	r.restart()
+	expect("after a restart", false)
+	r.call("pool.remove_from_other_config", r.pool, revertKey)
+	expect("in place again", true)
+	r.adjust = func(c *Config) { c.RevertByClone = true }
+	r.restart()
+	expect("by the flag", false)
+	r.choose(revertKey, "whatever")
+	expect("by the flag, whatever the key says", false)
+	r.wantConsistent()
+}
+
+// A VM that is declared a snapshot, as tools do that bring snapshots from
+// elsewhere, counts as one and can be reverted to.
+func TestVMUpdateSnapshotMetadata(t *testing.T) {
+	r := newRig(t)
+	vm, disks := r.guest("guest")
+	other := r.call("VM.clone", vm, "brought").(vmRef)
+	r.call("VM.update_snapshot_metadata", other, vm, "20260101T00:00:00Z", "id")
+	got := record(r.core, other)
+	if !got.IsASnapshot || got.SnapshotOf != vm || got.SnapshotTime.Year() != 2026 || got.TransportableSnapshotID != "id" {
+		t.Errorf("VM %+v", got)
+	}
+	if snaps := record(r.core, vm).Snapshots; !slices.Equal(snaps, []vmRef{other}) {
+		t.Errorf("snapshots %q", snaps)
+	}
+	if _, err := r.try(r.root, "VM.update_snapshot_metadata", r.dom0, vm, "20260101T00:00:00Z", ""); code(err) != "OPERATION_NOT_ALLOWED" {
+		t.Errorf("dom0: %v", err)
+	}
+	r.call("VM.set_name_label", vm, "own name")
+	r.call("VM.revert", other)
+	back := record(r.core, vm)
+	if back.NameLabel != "own name" || back.IsASnapshot || back.IsATemplate || back.Parent != other {
+		t.Errorf("VM %+v", back)
+	}
+	if now := r.vbdsOf(vm)["0"].VDI; now == disks[0] || now == r.vbdsOf(other)["0"].VDI {
+		t.Errorf("disk %s, of the snapshot %s", now, r.vbdsOf(other)["0"].VDI)
+	}
+	if boot := r.call("VM.get_boot_record", vm).(*xapi.VM); boot.UUID != back.UUID {
+		t.Errorf("boot record %+v", boot)
+	}
+	r.wantConsistent()
+}
