@@ -448,3 +448,54 @@ func TestConcurrent(t *testing.T) {
 		}
 	}
 }
+
+// TestDenseThenSparse reads so much data that holes are not looked for any
+// more, and then holes.
+func TestDenseThenSparse(t *testing.T) {
+	_, v := newVolume(t, 64<<20)
+	data := bytes.Repeat([]byte("dense"), 8<<20)[:32<<20]
+	if _, err := v.WriteAt(data, 0); err != nil {
+		t.Fatal(err)
+	}
+	counted := &countingDevice{Volume: v}
+	r := newRig(t, map[string]*Export{"disk": {Device: counted}}, Options{}, nil)
+	c := r.connect(wireStructured, "disk")
+	got := make([]byte, 1<<20)
+	for off := int64(0); off < 64<<20; off += 1 << 20 {
+		if _, err := c.ReadAt(got, off); err != nil {
+			t.Fatal(err)
+		}
+		want := make([]byte, 1<<20)
+		if off < 32<<20 {
+			want = data[off : off+1<<20]
+		}
+		if !bytes.Equal(got, want) {
+			t.Fatalf("the MiB at %d is not what was written", off)
+		}
+		if off == 31<<20 {
+			if n := counted.looks; n > 12 {
+				t.Errorf("looked for holes %d times in 32 reads of data", n)
+			}
+		}
+	}
+	if n := counted.read - 32<<20; n > denseLooks<<20 {
+		t.Errorf("%d MiB of holes were read as data", n>>20)
+	}
+}
+
+// countingDevice counts what is asked of it. It is for one request at a time.
+type countingDevice struct {
+	storage.Volume
+	looks int
+	read  int64
+}
+
+func (d *countingDevice) ReadAt(p []byte, off int64) (int, error) {
+	d.read += int64(len(p))
+	return d.Volume.ReadAt(p, off)
+}
+
+func (d *countingDevice) Extents(ctx context.Context, off, n int64) iter.Seq2[storage.Extent, error] {
+	d.looks++
+	return d.Volume.Extents(ctx, off, n)
+}

@@ -29,6 +29,7 @@ const (
 	tick        = time.Millisecond
 	worthHandle = 40 * time.Microsecond // mean from which requests of a class are handed over
 	maxFlying   = 64                    // requests in progress beside the leader's
+	maxLong     = 4                     // of which more than smallSize long: more would only fall out of the caches
 	batchBytes  = 64 << 10              // of replies that are gathered
 	batchCount  = 32                    // replies that are gathered
 )
@@ -41,6 +42,7 @@ type transmission struct {
 	out      sender
 	workers  sync.WaitGroup
 	fault    atomic.Pointer[error] // why the connection ends
+	dense    atomic.Int64          // long reads since one that met a hole
 
 	// state counts the leader's steps: even while it reads, odd while it works
 	// on a request, when the lead can be taken from it by counting on.
@@ -277,7 +279,11 @@ func (c *conn) dispatch(w *worker, r *request) (mine bool) {
 
 // parallel says whether a request of a class is better handed over.
 func (c *conn) parallel(class int) bool {
-	return c.paces[class].slow() && c.flying.Load() < maxFlying
+	limit := int32(maxFlying)
+	if class == classLongRead || class == classLongWrite {
+		limit = maxLong
+	}
+	return c.paces[class].slow() && c.flying.Load() < limit
 }
 
 // returns is how many bytes of data the answer to a request has at most.
