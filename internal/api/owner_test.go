@@ -259,3 +259,21 @@ func TestUnreadableMark(t *testing.T) {
 		t.Errorf("the volume without a record has become %+v", got)
 	}
 }
+
+// A store that cannot be marked, as a full one, is used all the same.
+func TestMarkRefused(t *testing.T) {
+	r := newRig(t)
+	ref := r.disk(2 << 20)
+	uuid := record(r.core, ref).UUID
+	r.faults.refuseLabels(true)
+	r.restart()
+	if got := record(r.core, r.ref(uuid)); got.Missing {
+		t.Errorf("the disk is %+v", got)
+	}
+	if !bytes.Contains(r.records.Bytes(), []byte("does not know how far")) {
+		t.Errorf("the log does not speak of it:\n%s", r.records)
+	}
+	r.faults.refuseLabels(false)
+	r.restart()
+	r.wantConsistent()
+}

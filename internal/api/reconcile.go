@@ -152,7 +152,10 @@ func (a *API) reconcile(ctx context.Context, repo *repository) error {
 	}
 	a.finishDataDestroys(ctx, inv)
 	a.refreshAttrs(ctx, inv)
-	return a.markStore(ctx, repo)
+	if err := a.markStore(ctx, repo); err != nil {
+		a.log.Warn("a store does not know how far the database is", "err", err) // a full one can be used
+	}
+	return nil
 }
 
 // finishDataDestroys destroys the data of disks that have none by their

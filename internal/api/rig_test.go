@@ -291,6 +291,8 @@ type faults struct {
 	fired bool
 	store bool   // the calls counted are the commits of the database
 	write func() // called by every write to a volume
+
+	noLabels bool // attributes of repos cannot be changed
 }
 
 // onWrite has fn called by every write to a volume, nil ends that.
@@ -319,10 +321,17 @@ func (f *faults) hasFired() bool {
 	return f.fired
 }
 
-func (f *faults) isDown() bool {
+// refuseLabels makes every change of a repo's own attributes fail.
+func (f *faults) refuseLabels(on bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.down
+	f.noLabels = on
+}
+
+func (f *faults) refusesLabels() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.noLabels || f.down
 }
 
 // next says whether the call that is about to be made fails, and how.
@@ -501,7 +510,7 @@ func (r *faultRepo) RepoAttrs(ctx context.Context) ([]byte, error) {
 }
 
 func (r *faultRepo) SetRepoAttrs(ctx context.Context, attrs []byte) error {
-	if r.faults.isDown() {
+	if r.faults.refusesLabels() {
 		return errInjected
 	}
 	return r.Repo.(storage.Labeled).SetRepoAttrs(ctx, attrs)
