@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -82,19 +83,14 @@ func (a *API) networkAddPurpose(ctx context.Context, c *Call, ref xapi.Ref[xapi.
 			return err
 		}
 		for _, n := range db.All[xapi.Network](tx) {
-			for _, p := range n.Purpose {
-				if p == other {
-					return xapi.NewError(xapi.ErrNetworkIncompatiblePurposes, string(value), string(other))
-				}
+			if slices.Contains(n.Purpose, other) {
+				return xapi.NewError(xapi.ErrNetworkIncompatiblePurposes, string(value), string(other))
 			}
 		}
 		return db.Modify(tx, ref, func(n *xapi.Network) {
-			for _, p := range n.Purpose {
-				if p == value {
-					return
-				}
+			if !slices.Contains(n.Purpose, value) {
+				n.Purpose = append(n.Purpose, value)
 			}
-			n.Purpose = append(n.Purpose, value)
 		})
 	})
 }
