@@ -9,6 +9,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"coppice/internal/storage"
@@ -473,29 +474,29 @@ func TestDenseThenSparse(t *testing.T) {
 			t.Fatalf("the MiB at %d is not what was written", off)
 		}
 		if off == 31<<20 {
-			if n := counted.looks; n > 12 {
+			if n := counted.looks.Load(); n > 12 {
 				t.Errorf("looked for holes %d times in 32 reads of data", n)
 			}
 		}
 	}
-	if n := counted.read - 32<<20; n > denseLooks<<20 {
+	if n := counted.read.Load() - 32<<20; n > denseLooks<<20 {
 		t.Errorf("%d MiB of holes were read as data", n>>20)
 	}
 }
 
-// countingDevice counts what is asked of it. It is for one request at a time.
+// countingDevice counts what is asked of it.
 type countingDevice struct {
 	storage.Volume
-	looks int
-	read  int64
+	looks atomic.Int64
+	read  atomic.Int64 // bytes
 }
 
 func (d *countingDevice) ReadAt(p []byte, off int64) (int, error) {
-	d.read += int64(len(p))
+	d.read.Add(int64(len(p)))
 	return d.Volume.ReadAt(p, off)
 }
 
 func (d *countingDevice) Extents(ctx context.Context, off, n int64) iter.Seq2[storage.Extent, error] {
-	d.looks++
+	d.looks.Add(1)
 	return d.Volume.Extents(ctx, off, n)
 }
