@@ -281,8 +281,8 @@ func (w *world) step(o op) error {
 		}
 		m.touch(off, n)
 		prev := bytes.Clone(m.data[off : off+n])
-		for i := 0; i < n; i += tiny.UnitSize {
-			k := min(n, i+tiny.UnitSize)
+		for i, k := 0, 0; i < n; i = k { // unit by unit
+			k = min(n, i+tiny.UnitSize-(off+i)%tiny.UnitSize)
 			w.vague = w.vague || bytes.Equal(p[i:k], prev[i:k]) // and may have been left alone
 		}
 		copy(m.data[off:], p)
