@@ -60,9 +60,11 @@ type transmission struct {
 // pace is the running mean of the duration of requests.
 type pace struct{ ns atomic.Int64 }
 
+// note counts a request. One that the machine had no processor for says
+// little about the next, so no request counts for more than a few.
 func (p *pace) note(d time.Duration) {
 	old := p.ns.Load()
-	p.ns.Store(old + (int64(d)-old)/8)
+	p.ns.Store(old + (int64(min(d, 4*worthHandle))-old)/8)
 }
 
 func (p *pace) slow() bool { return p.ns.Load() >= int64(worthHandle) }
