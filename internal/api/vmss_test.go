@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -225,9 +226,9 @@ func TestScheduleSurvivesRestart(t *testing.T) {
 func TestScheduleAndClockChanges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
-		var shift time.Duration
+		var shift atomic.Int64 // of the clock, nanoseconds
 		r.stop(t)
-		r.adjust = func(c *Config) { c.Now = func() time.Time { return time.Now().Add(shift) } }
+		r.adjust = func(c *Config) { c.Now = func() time.Time { return time.Now().Add(time.Duration(shift.Load())) } }
 		r.start(t)
 		vm := r.vmWithDisk("vm")
 		ref := r.vmss(vmssArgs("hourly", nil), vm)
@@ -235,17 +236,17 @@ func TestScheduleAndClockChanges(t *testing.T) {
 		time.Sleep(61 * time.Minute)
 		r.wantScheduled(vm, "01 01:00")
 		synctest.Wait()
-		shift = -10 * time.Minute // it is 00:51 again
+		shift.Store(int64(-10 * time.Minute)) // it is 00:51 again
 		time.Sleep(30 * time.Minute)
 		r.wantScheduled(vm, "01 01:00")
 		time.Sleep(60 * time.Minute) // 02:21
 		r.wantScheduled(vm, "01 01:00", "01 02:00")
 		synctest.Wait()
-		shift = 3*time.Hour - 10*time.Minute // 05:21
+		shift.Store(int64(3*time.Hour - 10*time.Minute)) // 05:21
 		time.Sleep(time.Minute)
 		r.wantScheduled(vm, "01 01:00", "01 02:00", "01 05:21")
 		synctest.Wait()
-		shift = -10 * time.Minute // 02:22, more than an hour back: it had been wrong
+		shift.Store(int64(-10 * time.Minute)) // 02:22, more than an hour back: it had been wrong
 		time.Sleep(40 * time.Minute)
 		r.wantScheduled(vm, "01 01:00", "01 02:00", "01 03:00", "01 05:21")
 	})
