@@ -2,6 +2,7 @@ package api
 
 import (
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -50,11 +51,11 @@ func TestExclusiveBytes(t *testing.T) {
 			t.Errorf("after VDI.update %d bytes", got)
 		}
 		free := func(refs ...vdiRef) freedReport {
-			list := ""
-			for _, ref := range refs {
-				list += record(r.core, ref).UUID + ","
+			uuids := make([]string, len(refs))
+			for i, ref := range refs {
+				uuids[i] = record(r.core, ref).UUID
 			}
-			return plugin[freedReport](r, "vdi-would-free", map[string]string{"vdis": list[:len(list)-1]})
+			return plugin[freedReport](r, "vdi-would-free", map[string]string{"vdis": strings.Join(uuids, ",")})
 		}
 		for _, c := range []struct {
 			refs []vdiRef

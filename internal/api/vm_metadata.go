@@ -1,6 +1,7 @@
 package api
 
 import (
+	"maps"
 	"strconv"
 	"strings"
 	"time"
@@ -150,9 +151,7 @@ func sexprWire(t *xapi.Type, s string) any {
 	case xapi.KindMap:
 		m := map[string]any{}
 		list, _ := parseSexpr(s)
-		for k, v := range sexprPairs(list) {
-			m[k] = v
-		}
+		maps.Copy(m, sexprPairs(list))
 		return m
 	}
 	return s
