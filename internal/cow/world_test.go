@@ -125,6 +125,22 @@ func (m *mvol) touch(off, n int) {
 	}
 }
 
+// change puts p into the model of a volume and returns what was there. A unit
+// that it does not change may be left alone by the store, which makes the count
+// of units that have been written vague; those that are zero do not count.
+func (w *world) change(m *mvol, off int, p []byte) (prev []byte) {
+	m.touch(off, len(p))
+	prev = bytes.Clone(m.data[off : off+len(p)])
+	copy(m.data[off:], p)
+	u := tiny.UnitSize
+	for i, k := 0, 0; i < len(p); i = k {
+		k = min(len(p), i+u-(off+i)%u)
+		unit := (off + i) / u * u
+		w.vague = w.vague || bytes.Equal(p[i:k], prev[i:k]) && !isZero(m.data[unit:unit+u])
+	}
+	return prev
+}
+
 func (m *mvol) settle() { m.old = map[int][][]byte{} }
 
 // world is a store beside its model.
@@ -144,7 +160,7 @@ type world struct {
 	crashed atomic.Pointer[vfs.Mem]
 
 	maybe map[ID]*mvol // volumes before an operation that failed
-	vague bool         // a crash may have taken back writes that the model counts
+	vague bool         // the store may have counted fewer writes than the model
 }
 
 type pinned struct {
@@ -279,13 +295,7 @@ func (w *world) step(o op) error {
 		if o.kind == "same" {
 			copy(p[n/2:], m.data[off+n/2:off+n])
 		}
-		m.touch(off, n)
-		prev := bytes.Clone(m.data[off : off+n])
-		for i, k := 0, 0; i < n; i = k { // unit by unit
-			k = min(n, i+tiny.UnitSize-(off+i)%tiny.UnitSize)
-			w.vague = w.vague || bytes.Equal(p[i:k], prev[i:k]) // and may have been left alone
-		}
-		copy(m.data[off:], p)
+		prev := w.change(m, off, p)
 		if _, err = d.WriteAt(p, int64(off)); full(err) {
 			return w.resync(m, off, prev)
 		}
@@ -308,9 +318,7 @@ func (w *world) step(o op) error {
 		if n == 0 {
 			return nil
 		}
-		m.touch(off, n)
-		prev := bytes.Clone(m.data[off : off+n])
-		clear(m.data[off : off+n])
+		prev := w.change(m, off, make([]byte, n))
 		if err = d.Zero(ctx, int64(off), int64(n)); full(err) {
 			return w.resync(m, off, prev)
 		}
