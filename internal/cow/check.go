@@ -117,11 +117,7 @@ func (c *checker) run() error {
 // checkSlots looks for slots that hold neither a superblock nor nothing.
 func (c *checker) checkSlots() error {
 	c.vol, c.what = ID{}, "superblock"
-	bad, err := badSlots(c.superF)
-	if err != nil {
-		return err
-	}
-	for _, slot := range bad {
+	for _, slot := range c.slots.bad {
 		if err := c.report(Problem{Detail: fmt.Sprintf("slot %d is damaged", slot)}); err != nil {
 			return err
 		}

@@ -252,7 +252,7 @@ func TestFeatures(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		sb, err := readSuper(f)
+		sb, err := newestSuper(f)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -327,7 +327,7 @@ func TestFeatures(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		sb, err := readSuper(f)
+		sb, err := newestSuper(f)
 		if err != nil || sb.gen < gen || sb.compat != 1<<30 {
 			t.Errorf("generation %d, features %#x, %v; want the bit kept", sb.gen, sb.compat, err)
 		}

@@ -118,7 +118,9 @@
 // zeroed is a page of holes.
 //
 // Superblock, 512 bytes at the start of a slot. Generation g is in slots
-// g mod 2 and g mod 2 + 2; the newest that is valid counts:
+// g mod 2 and g mod 2 + 2; the newest that is valid counts. A store both of
+// whose slots of one generation are damaged is refused, because they may have
+// held the newest:
 //
 //	 0  8 "COPPICE\n"               88  8 next volume number
 //	 8  4 version, 1                96  8 log position: byte,

@@ -51,7 +51,7 @@ func goldenStore(t *testing.T) *vfs.Mem {
 	must(createFiles(m, o))
 	f, err := m.Open(superName)
 	must(err)
-	sb, err := readSuper(f)
+	sb, err := newestSuper(f)
 	must(err)
 	copy(sb.uuid[:], "golden store UUID")
 	copy(sb.logKey[:], "golden store log")

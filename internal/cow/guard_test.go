@@ -346,7 +346,7 @@ func TestRegionTableIsVerified(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sb, err := readSuper(f)
+	sb, err := newestSuper(f)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -495,7 +495,7 @@ func TestLongQueue(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if sb, err := readSuper(f); err != nil {
+		if sb, err := newestSuper(f); err != nil {
 			t.Fatal(err)
 		} else if sb.queueLen > uint64(tiny.linksPerUnit()) {
 			long++

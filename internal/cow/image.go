@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -17,21 +18,26 @@ type image struct {
 	logF   vfs.File
 	space  *space
 
+	slots    *slots
+	superErr error // why super may not be the newest
 	tableErr error // of the region table, when it is damaged and need not be read
 }
 
 // readImage reads superblock and region table.
 func readImage(dir vfs.FS, o Options) (*image, error) {
 	im, err := readDamaged(dir, o)
-	if err == nil && im.tableErr != nil {
-		err = errors.Join(im.tableErr, im.close())
-		im = nil
+	if err != nil {
+		return nil, err
 	}
-	return im, err
+	if err := cmp.Or(im.superErr, im.tableErr); err != nil {
+		return nil, errors.Join(err, im.close())
+	}
+	return im, nil
 }
 
 // readDamaged is readImage for a store whose region table, which says nothing
-// that the trees do not, may be damaged. Everything is synced before it
+// that the trees do not, may be damaged, and whose newest superblock may be
+// lost with both of its slots. Everything is synced before it
 // is read: after a crash of the process, but not of the host, the page cache
 // may show a state that the device does not have, and nothing may be built
 // on that.
@@ -50,9 +56,13 @@ func readDamaged(dir vfs.FS, o Options) (_ *image, err error) {
 	if err = settle(im.superF, superName); err != nil {
 		return nil, err
 	}
-	if im.super, err = readSuper(im.superF); err != nil {
+	if im.slots, err = readSlots(im.superF); err != nil {
 		return nil, err
 	}
+	if im.super, err = im.slots.newest(); err != nil {
+		return nil, err
+	}
+	im.superErr = im.slots.certain()
 	files, err := openSpace(dir, im.super.geo, int(im.super.regions))
 	if err != nil {
 		return nil, err

@@ -117,6 +117,9 @@ type frame struct {
 // is the one that was being written, if there was one. A frame of a later
 // number further on means that the medium has lost the one before it.
 func (l *redoLog) scan(gen uint64, f func(frame) error) error {
+	if err := l.whole(); err != nil {
+		return err
+	}
 	for {
 		p := l.next(l.head)
 		h, b, err := l.read(p.off)
@@ -136,6 +139,19 @@ func (l *redoLog) scan(gen uint64, f func(frame) error) error {
 		l.head = logPos{off: p.off + n, seq: p.seq + 1, prev: h.crc, virt: p.virt + n}
 	}
 	return l.nothingBehind()
+}
+
+// whole fails when a part of the ring is missing, which is written once as a
+// whole before there is a superblock: what is not there is no end of the log.
+func (l *redoLog) whole() error {
+	n, err := l.file.Size()
+	if err != nil {
+		return &CorruptError{Detail: "log", Cause: err}
+	}
+	if uint64(max(0, n)) < l.size {
+		return &CorruptError{Detail: fmt.Sprintf("log: the file has %d bytes instead of %d", n, l.size)}
+	}
+	return nil
 }
 
 // nothingBehind fails when a frame of a later number than the log's end is

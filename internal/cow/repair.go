@@ -96,7 +96,7 @@ func (r *repair) lose() {
 }
 
 func (r *repair) run() error {
-	for _, step := range []func() error{r.slots, r.table, r.volumes, r.reapQueue, r.log, r.counters} {
+	for _, step := range []func() error{r.mendSlots, r.table, r.volumes, r.reapQueue, r.log, r.counters} {
 		if err := step(); err != nil {
 			return err
 		}
@@ -104,30 +104,30 @@ func (r *repair) run() error {
 	return nil
 }
 
-// slots writes damaged slots of the superblock anew from their twins.
-func (r *repair) slots() error {
+// mendSlots writes damaged slots of the superblock anew from their twins. When
+// both slots of a generation are gone the one before is built upon, which may
+// be a step back: that is a loss to be accepted.
+func (r *repair) mendSlots() error {
 	r.vol, r.what = ID{}, "superblock"
-	bad, err := badSlots(r.superF)
-	if err != nil {
-		return err
-	}
-	b := make([]byte, superSize)
-	for _, slot := range bad {
+	for _, slot := range r.slots.bad {
 		p := Problem{Detail: fmt.Sprintf("slot %d is damaged", slot)}
-		twin := (slot + superSlots/2) % superSlots
-		if _, err := r.superF.ReadAt(b, int64(twin)*slotSize); err != nil && !errors.Is(err, io.EOF) {
-			return err
-		}
-		if _, err := decodeSuper(b); err == nil {
-			if _, err := r.superF.WriteAt(b, int64(slot)*slotSize); err != nil {
+		if twin := r.slots.super[(slot+superSlots/2)%superSlots]; twin != nil {
+			if _, err := r.superF.WriteAt(twin.encode(), int64(slot)*slotSize); err != nil {
 				return err
 			}
 			p.Done = "restored"
-		} else { // neither slot of the generation before can be read: the next one goes there
+		} else if r.superErr == nil { // the next generation goes there
 			r.changed = true
 			p.Done = "written anew"
 		}
 		if err := r.report(p); err != nil {
+			return err
+		}
+	}
+	if ce, ok := errors.AsType[*CorruptError](r.superErr); ok {
+		r.what = ""
+		r.lose()
+		if err := r.report(Problem{Detail: ce.Detail, Done: r.lossy}); err != nil {
 			return err
 		}
 	}
@@ -370,6 +370,9 @@ func (r *repair) write() error {
 	}
 	if r.logEnd != nil {
 		next.log = *r.logEnd
+		if err := errors.Join(r.logF.Allocate(0, int64(next.logSize)), r.logF.Datasync()); err != nil { // it may have been cut short
+			return err
+		}
 	}
 	var err error
 	if next.table, err = w.mergeRecords(next.table, r.fixed, r.recs); err != nil {

@@ -180,6 +180,58 @@ func TestRepairOfASoundStore(t *testing.T) {
 	}
 }
 
+// TestLogCutShort takes a part of the file of the log away: what it had was
+// acknowledged, so the store is refused until its loss is accepted.
+func TestLogCutShort(t *testing.T) {
+	ctx := context.Background()
+	m := vfs.NewMem(0)
+	s, err := Create(ctx, m, tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Create(ctx, ID{1}, 1<<10, nil); err != nil {
+		t.Fatal(err)
+	}
+	size := int64(s.log.size)
+	killed := m.Kill()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []int64{0, int64(tiny.UnitSize), size - 1} {
+		c := killed.Kill()
+		f, err := c.Open(logName)
+		if err == nil {
+			err = errors.Join(f.Truncate(n), f.Close())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := fmt.Sprintf("log: the file has %d bytes instead of %d", n, size)
+		if _, err := Open(ctx, c, tinyOptions()); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), want) {
+			t.Fatalf("open with %d of %d bytes: %v", n, size, err)
+		}
+		for _, done := range []string{"", "given up"} {
+			if list, err := checked(c); err != nil || len(list) != 1 || list[0].Detail != want {
+				t.Errorf("check with %d of %d bytes: %v, %v", n, size, list, err)
+			}
+			list, err := repaired(c, RepairOptions{AcceptLoss: done != ""})
+			if err != nil || len(list) != 1 || list[0].Detail != want || list[0].Done != done {
+				t.Errorf("repair with %d of %d bytes: %v, %v", n, size, list, err)
+			}
+		}
+		if err := checkClean(c); err != nil {
+			t.Errorf("after the repair: %v", err)
+		}
+		if s, err = Open(ctx, c, tinyOptions()); err == nil {
+			_, err = s.Create(ctx, ID{2}, 1<<10, nil)
+			err = errors.Join(err, s.Close())
+		}
+		if err != nil {
+			t.Errorf("after the repair: %v", err)
+		}
+	}
+}
+
 // wreck damages all kinds of things at once, in a store with a snapshot and a
 // clone that share a leaf: the leaf, the region table, counters, one of two
 // copies, and a slot of the superblock.

@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"coppice/internal/vfs"
@@ -172,36 +174,142 @@ func TestBitRot(t *testing.T) {
 	t.Logf("%d of %d flips hit something in use", found, flips)
 }
 
-// TestSuperSlots takes one slot of the newest superblock away; the other one
-// must do. With both gone the store is of the generation before or refused.
+// newestSuper returns the newest superblock of a file.
+func newestSuper(f vfs.File) (*super, error) {
+	sl, err := readSlots(f)
+	if err != nil {
+		return nil, err
+	}
+	return sl.newest()
+}
+
+// TestSuperSlots takes one slot of the newest superblock away, by rot and by a
+// medium that cannot be read there; the other one must do.
 func TestSuperSlots(t *testing.T) {
 	m, data := sample(t)
 	f, err := m.Open(superName)
 	if err != nil {
 		t.Fatal(err)
 	}
-	sb, err := readSuper(f)
+	sb, err := newestSuper(f)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for i := range uint64(2) {
 		c := m.Kill()
-		if err := flip(c, superName, int64(sb.gen%2+2*i)*slotSize+70, 0xff); err != nil {
+		off := int64(sb.gen%2+2*i) * slotSize
+		unreadable := vfs.NewInject(c, nil, func(call vfs.Call) error {
+			if call.Op == vfs.OpRead && call.Name == superName && call.Off == off {
+				return io.ErrClosedPipe
+			}
+			return nil
+		})
+		want := fmt.Sprintf("superblock: slot %d is damaged", sb.gen%2+2*i)
+		found := func(dir vfs.FS) {
+			t.Helper()
+			list, err := checked(dir)
+			if err != nil || len(list) != 1 || list[0].String() != want {
+				t.Errorf("the check found %v, %v, want %q", list, err, want)
+			}
+		}
+		found(unreadable)
+		if err := flip(c, superName, off+70, 0xff); err != nil {
 			t.Fatal(err)
 		}
-		var found []string
-		for p, err := range Check(context.Background(), c) {
-			if err != nil {
-				t.Fatal(err)
-			}
-			found = append(found, p.String())
-		}
-		if want := fmt.Sprintf("superblock: slot %d is damaged", sb.gen%2+2*i); len(found) != 1 || found[0] != want {
-			t.Errorf("the check found %q, want %q", found, want)
-		}
+		found(c)
 		if err := useDamaged(c, data); err != nil {
 			t.Errorf("slot %d damaged: %v", i, err)
 		}
+	}
+}
+
+// TestSuperSlotsOfAGeneration takes both slots of one generation away: nobody
+// can tell whether it was the newest, so the store is refused, and only a
+// repair that may lose something goes on with the other one.
+func TestSuperSlotsOfAGeneration(t *testing.T) {
+	ctx := context.Background()
+	m, _ := sample(t)
+	s, err := Open(ctx, m, tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range byte(2) {
+		if _, err := s.Create(ctx, ID{0xf0 + i}, 1<<10, nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.sync(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f, err := m.Open(superName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sb, err := newestSuper(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	clobber := func(c *vfs.Mem, parity int64, b []byte) {
+		t.Helper()
+		f, err := c.Open(superName)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, slot := range []int64{parity, parity + 2} {
+			if _, err := f.WriteAt(b, slot*slotSize); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	tests := map[string]func(*vfs.Mem){
+		"newest rotten": func(c *vfs.Mem) { clobber(c, int64(sb.gen%2), noise(superSize)) },
+		"newest zeroed": func(c *vfs.Mem) { clobber(c, int64(sb.gen%2), make([]byte, superSize)) },
+		"older rotten":  func(c *vfs.Mem) { clobber(c, int64(1-sb.gen%2), noise(superSize)) },
+		"cut short": func(c *vfs.Mem) {
+			f, err := c.Open(superName)
+			if err == nil {
+				err = f.Truncate(slotSize)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		},
+	}
+	for name, damage := range tests {
+		t.Run(name, func(t *testing.T) {
+			c := m.Kill()
+			damage(c)
+			if _, err := Open(ctx, c, tinyOptions()); !errors.Is(err, ErrCorrupt) {
+				t.Fatalf("open: %v", err)
+			}
+			if _, err := checked(c); !errors.Is(err, ErrCorrupt) {
+				t.Errorf("check: %v", err)
+			}
+			list, err := repaired(c, RepairOptions{})
+			undone := slices.ContainsFunc(list, func(p Problem) bool { return p.Done == "" })
+			if err != nil || !undone {
+				t.Errorf("repair: %v, %v", list, err)
+			}
+			if _, err := Open(ctx, c, tinyOptions()); !errors.Is(err, ErrCorrupt) {
+				t.Fatalf("open after a repair that must not lose anything: %v", err)
+			}
+			if list, err := repaired(c, RepairOptions{AcceptLoss: true}); err != nil {
+				t.Fatalf("repair: %v, %v", list, err)
+			}
+			if list, err := checked(c); err != nil || onlyContents(list) != nil {
+				t.Errorf("check after the repair: %v, %v", list, err)
+			}
+			s, err := Open(ctx, c, tinyOptions())
+			if err == nil {
+				err = s.Close()
+			}
+			if err != nil {
+				t.Errorf("open after the repair: %v", err)
+			}
+		})
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"coppice/internal/vfs"
 )
@@ -137,21 +138,38 @@ func decodeSuper(b []byte) (*super, error) {
 	return s, nil
 }
 
-// readSuper returns the newest superblock of the file.
-func readSuper(f vfs.File) (*super, error) {
-	var newest *super
-	b := make([]byte, superSize)
-	for slot := range superSlots {
-		if _, err := f.ReadAt(b, int64(slot)*slotSize); err != nil && !errors.Is(err, io.EOF) {
-			return nil, &CorruptError{Detail: fmt.Sprintf("superblock slot %d", slot), Cause: err}
+// slots is what the slots of the superblock hold.
+type slots struct {
+	super [superSlots]*super // nil where there is none
+	bad   []int              // neither a superblock nor what a new store has there, zeros; a power cut leaves none
+}
+
+// readSlots reads the slots. One that the host cannot read is a bad one.
+func readSlots(f vfs.File) (*slots, error) {
+	sl := &slots{}
+	for i := range superSlots {
+		b := make([]byte, superSize)
+		if _, err := f.ReadAt(b, int64(i)*slotSize); err != nil && !errors.Is(err, io.EOF) {
+			sl.bad = append(sl.bad, i)
+			continue
 		}
 		s, err := decodeSuper(b)
 		switch {
-		case errors.Is(err, errNoSlot):
-			continue
-		case err != nil:
+		case err == nil:
+			sl.super[i] = s
+		case !errors.Is(err, errNoSlot):
 			return nil, err
-		case newest == nil || s.gen > newest.gen:
+		case !isZero(b):
+			sl.bad = append(sl.bad, i)
+		}
+	}
+	return sl, nil
+}
+
+// newest returns the newest superblock that can be read.
+func (sl *slots) newest() (newest *super, err error) {
+	for _, s := range sl.super {
+		if s != nil && (newest == nil || s.gen > newest.gen) {
 			newest = s
 		}
 	}
@@ -161,21 +179,23 @@ func readSuper(f vfs.File) (*super, error) {
 	return newest, nil
 }
 
-// badSlots returns the slots that hold neither a superblock nor what a new
-// store has there, zeros. A power cut leaves none.
-func badSlots(f vfs.File) (bad []int, err error) {
-	b := make([]byte, superSize)
-	for slot := range superSlots {
-		clear(b)
-		if _, err := f.ReadAt(b, int64(slot)*slotSize); err != nil && !errors.Is(err, io.EOF) {
-			bad = append(bad, slot)
-			continue
-		}
-		if _, err := decodeSuper(b); errors.Is(err, errNoSlot) && !isZero(b) {
-			bad = append(bad, slot)
-		}
+// certain reports why the newest superblock that can be read may not be the
+// newest that was written: the slots of the generations of the other parity
+// hold none, although there must have been one, or both are damaged.
+func (sl *slots) certain() error {
+	s, err := sl.newest()
+	if err != nil {
+		return err
 	}
-	return bad, nil
+	a := int(1 - s.gen%2)
+	b := a + superSlots/2
+	switch {
+	case sl.super[a] != nil || sl.super[b] != nil:
+		return nil
+	case s.gen == 1 && !(slices.Contains(sl.bad, a) && slices.Contains(sl.bad, b)): // there has been no other
+		return nil
+	}
+	return &CorruptError{Detail: fmt.Sprintf("superblock: slots %d and %d are damaged, and may have held a later generation than %d", a, b, s.gen)}
 }
 
 // writeSuper writes both slots of s.gen and makes them durable. The slots of
