@@ -35,8 +35,11 @@ func eventMethods() map[string]any {
 // every step; a deletion whose tombstone is gone shows in valid_ref_counts.
 
 const (
-	// eventPause is how long a waiting call collects what follows the commit
-	// that woke it.
+	// eventQuiet is how long nothing must follow the commit that woke a waiting
+	// call before the call answers, and eventPause how long it collects at most
+	// what does follow: a single change is told at once, and of many in a row
+	// clients hear as often as they can bear.
+	eventQuiet = 2 * time.Millisecond
 	eventPause = 50 * time.Millisecond
 	// eventLongest bounds the timeout of a client.
 	eventLongest = 24 * time.Hour
@@ -90,6 +93,19 @@ func wants(subs []subscription, class *xapi.Class, ref string) bool {
 	return slices.ContainsFunc(subs, func(s subscription) bool {
 		return s.class == nil || s.class == class && (ref == "" || s.ref == "" || s.ref == ref)
 	})
+}
+
+// classesOf lists the classes that subs are about; none means all.
+func classesOf(subs []subscription) (classes []*xapi.Class) {
+	for _, s := range subs {
+		if s.class == nil {
+			return nil
+		}
+		if !slices.Contains(classes, s.class) {
+			classes = append(classes, s.class)
+		}
+	}
+	return classes
 }
 
 // formatToken makes a token of a revision. Upstream's has two numbers, one of
@@ -199,7 +215,8 @@ func (a *API) eventFrom(ctx context.Context, c *Call, classes []string, token st
 			batch.Token = formatToken(seen)
 			return batch, nil
 		}
-		a.awaitCommit(ctx, seen)
+		after = seen // up to there nothing is of interest
+		a.awaitChange(ctx, subs, seen)
 	}
 }
 
@@ -224,17 +241,23 @@ func (a *API) eventContext(ctx context.Context, c *Call, wait time.Duration) (co
 	}
 }
 
-// awaitCommit waits until the database is past a revision, and then a little
-// for what comes with it, or until ctx is done.
-func (a *API) awaitCommit(ctx context.Context, seen uint64) {
-	if a.db.Wait(ctx, seen) != nil {
+// awaitChange waits until something that subs may be about has changed after a
+// revision, and then a little for what comes with it, or until ctx is done.
+func (a *API) awaitChange(ctx context.Context, subs []subscription, seen uint64) {
+	if len(subs) == 0 {
+		<-ctx.Done()
 		return
 	}
-	timer := time.NewTimer(eventPause)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-ctx.Done():
+	classes := classesOf(subs)
+	if a.db.Wait(ctx, seen, classes...) != nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, eventPause)
+	defer cancel()
+	for more := true; more; {
+		quiet, cancel := context.WithTimeout(ctx, eventQuiet)
+		more = a.db.Wait(quiet, a.db.Revision(), classes...) == nil
+		cancel()
 	}
 }
 
@@ -337,7 +360,7 @@ func (a *API) eventNext(ctx context.Context, c *Call) ([]*xapi.Event, error) {
 		}
 		if len(events) == 0 {
 			ctx, cancel := a.eventContext(base, c, time.Until(deadline))
-			a.awaitCommit(ctx, seen)
+			a.awaitChange(ctx, subs, seen)
 			cause := context.Cause(ctx)
 			cancel()
 			if cause != nil && cause != errEventTimeout {

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -169,6 +170,42 @@ func TestEventFromWaits(t *testing.T) {
 		}
 		if batch.Token <= token || batch.ValidRefCounts["host"] != 1 {
 			t.Errorf("batch of a timeout: %+v", batch)
+		}
+	})
+}
+
+// A change is told at once; of many in a row a call collects some.
+func TestEventFromCollects(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCore(t)
+		token := c.from("", 0, "pool").Token
+		for _, test := range []struct {
+			changes int           // one a millisecond
+			want    time.Duration // from the first one
+		}{{1, eventQuiet}, {10, 9*time.Millisecond + eventQuiet}, {200, eventPause}} {
+			begin := time.Now()
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				for i := range test.changes {
+					time.Sleep(time.Millisecond)
+					c.call("pool.set_name_label", c.pool, strconv.Itoa(i)+" of "+strconv.Itoa(test.changes))
+				}
+			}()
+			batch := c.from(token, 10, "pool", "host")
+			if got, want := summary(batch), "mod pool "+string(c.pool); got != want {
+				t.Errorf("%d changes: got %s, want %s", test.changes, got, want)
+			}
+			if d := time.Since(begin) - time.Millisecond; d != test.want {
+				t.Errorf("%d changes: told after %v, want %v", test.changes, d, test.want)
+			}
+			<-done
+			token = c.from("", 0, "pool").Token
+		}
+		// Who watches nothing waits for nothing but the end.
+		begin := time.Now()
+		if batch := c.from(token, 3); len(batch.Events) != 0 || time.Since(begin) != 3*time.Second {
+			t.Errorf("got %q after %v, want nothing after 3 s", summary(batch), time.Since(begin))
 		}
 	})
 }

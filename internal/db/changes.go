@@ -3,6 +3,8 @@ package db
 import (
 	"context"
 	"iter"
+	"reflect"
+	"slices"
 
 	"coppice/internal/xapi"
 )
@@ -26,7 +28,7 @@ type Change struct {
 func (tx *Tx) Changes(c *xapi.Class, after uint64) (changes iter.Seq[Change], complete bool) {
 	t := tx.table(c)
 	if tx.writable {
-		t = tx.own(c).clone()
+		t = tx.own(c).clone(tx.revision)
 	}
 	pivot := &object{modified: after + 1}
 	seq := func(yield func(Change) bool) {
@@ -52,20 +54,56 @@ func (tx *Tx) Changes(c *xapi.Class, after uint64) (changes iter.Seq[Change], co
 // Revision returns the revision of the visible state.
 func (d *DB) Revision() uint64 { return d.visible.Load().revision }
 
-// Wait returns when the revision is greater than after. It returns the cause of ctx when that ends first, or
-// ErrClosed when the database is closed. Any number of goroutines may wait.
-func (d *DB) Wait(ctx context.Context, after uint64) error {
+// Wait returns when the revision is greater than after; with classes, when one of them has changed after that
+// revision, so that the waiting are not woken by what does not concern them. It returns the cause of ctx when that
+// ends first, or ErrClosed when the database is closed. Any number of goroutines may wait.
+func (d *DB) Wait(ctx context.Context, after uint64, classes ...*xapi.Class) error {
 	for {
 		s := d.visible.Load()
-		if s.revision > after {
+		if s.revision <= after {
+			// Nothing has changed, whatever the class.
+		} else if len(classes) == 0 || slices.ContainsFunc(classes, func(c *xapi.Class) bool {
+			return s.tables[d.classes[c]].changed > after
+		}) {
 			return nil
 		}
+		var newer <-chan struct{}
+		switch len(classes) {
+		case 0:
+			newer = s.next
+		case 1:
+			newer = s.tables[d.classes[classes[0]]].next
+		default:
+			if err := d.waitAny(ctx, s, classes); err != nil {
+				return err
+			}
+			continue
+		}
 		select {
-		case <-s.next:
+		case <-newer:
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-d.closed:
 			return ErrClosed
 		}
+	}
+}
+
+// waitAny waits until one of several classes has a newer version than in s.
+func (d *DB) waitAny(ctx context.Context, s *state, classes []*xapi.Class) error {
+	receive := func(c <-chan struct{}) reflect.SelectCase {
+		return reflect.SelectCase{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(c)}
+	}
+	cases := []reflect.SelectCase{receive(ctx.Done()), receive(d.closed)}
+	for _, c := range classes {
+		cases = append(cases, receive(s.tables[d.classes[c]].next))
+	}
+	switch chosen, _, _ := reflect.Select(cases); chosen {
+	case 0:
+		return context.Cause(ctx)
+	case 1:
+		return ErrClosed
+	default:
+		return nil
 	}
 }

@@ -76,8 +76,15 @@ func (d *DB) enqueue(c *commit) error {
 
 // publish makes s visible, unless it is already. The lock of the queue is held.
 func (d *DB) publish(s *state) {
-	if old := d.visible.Swap(s); old != s {
-		close(old.next)
+	old := d.visible.Swap(s)
+	if old == s {
+		return
+	}
+	close(old.next)
+	for i, t := range old.tables {
+		if t != s.tables[i] {
+			close(t.next)
+		}
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 
@@ -450,6 +451,71 @@ func TestWait(t *testing.T) {
 }
 
 // TestReadersAndWriters runs both at once; each reader checks that what it sees belongs together.
+func TestWaitForClasses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d, err := db.Open(t.Context(), xapi.Datamodel(), db.NewMemStore())
+		if err != nil {
+			t.Fatal(err)
+		}
+		task, vm, vdi := xapi.ClassOf[xapi.Task](), xapi.ClassOf[xapi.VM](), xapi.ClassOf[xapi.VDI]()
+		start := d.Revision()
+		var wg sync.WaitGroup
+		wait := func(classes ...*xapi.Class) *atomic.Bool {
+			var woken atomic.Bool
+			wg.Go(func() {
+				if err := d.Wait(t.Context(), start, classes...); err == nil {
+					woken.Store(true)
+				} else if !errors.Is(err, db.ErrClosed) {
+					t.Error(err)
+				}
+			})
+			return &woken
+		}
+		one, either, neither, both := wait(vm), wait(vm, vdi), wait(task), wait(task, vdi)
+		check := func(what string, want ...bool) {
+			t.Helper()
+			synctest.Wait()
+			if got := []bool{one.Load(), either.Load(), neither.Load(), both.Load()}; !slices.Equal(got, want) {
+				t.Errorf("%s: woken %v, want %v", what, got, want)
+			}
+		}
+		var ref xapi.Ref[xapi.VM]
+		update(t, d, func(tx *db.Tx) (err error) { _, err = db.Insert(tx, &xapi.SR{}); return err })
+		check("another class", false, false, false, false)
+		if err := d.Update(t.Context(), func(tx *db.Tx) error {
+			_, _ = db.Insert(tx, &xapi.VM{})
+			return errors.New("no")
+		}); err == nil {
+			t.Error("want the error")
+		}
+		check("an update that failed", false, false, false, false)
+		update(t, d, func(tx *db.Tx) (err error) { ref, err = db.Insert(tx, &xapi.VM{}); return err })
+		check("an insert", true, true, false, false)
+		update(t, d, func(tx *db.Tx) (err error) { _, err = db.Insert(tx, &xapi.VDI{}); return err })
+		check("a second class", true, true, false, true)
+
+		start = d.Revision()
+		one, either, neither, both = wait(vm), wait(vm, vdi), wait(task), wait(task, vdi)
+		check("what has been seen", false, false, false, false)
+		update(t, d, func(tx *db.Tx) error { return db.Delete(tx, ref) })
+		check("a deletion", true, true, false, false)
+
+		ctx, cancel := context.WithCancelCause(t.Context())
+		why := errors.New("why")
+		cancel(why)
+		if err := d.Wait(ctx, start, task, vdi); !errors.Is(err, why) {
+			t.Errorf("got %v, want the cause", err)
+		}
+		if err := d.Wait(ctx, start, task, vm); err != nil {
+			t.Errorf("it has changed: %v", err)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+		wg.Wait()
+	})
+}
+
 func TestReadersAndWriters(t *testing.T) {
 	d := open(t, db.NewMemStore())
 	const sr = xapi.Ref[xapi.SR]("sr")

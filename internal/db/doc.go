@@ -33,8 +33,8 @@
 //
 // Every commit takes the next revision. Each object carries the revision that created it and the one that
 // modified it last; a deleted object leaves a tombstone, of which each class keeps the latest few thousand.
-// Changes answers from these stamps what happened after a revision, and Wait waits for the next one, so a
-// revision is all that an event token needs to hold. Revisions never go back, not even over a crash: the
+// Changes answers from these stamps what happened after a revision, and Wait waits for the next one, of any
+// class or of some, so a revision is all that an event token needs to hold. Revisions never go back, not even over a crash: the
 // store holds a revision that is ahead of all that were handed out. After a restart everything counts as
 // created at the opening revision, so an older token selects everything.
 package db

@@ -43,6 +43,9 @@ type table struct {
 	byTime *btree.BTreeG[*object]     // tombstones by revision of the deletion
 	floor  uint64                     // deletions at or before this revision may be forgotten
 
+	changed uint64        // the revision of this version of the table
+	next    chan struct{} // closed when a newer version is visible
+
 	// ghosts are records of objects that do not exist but are referred to. Only their computed sides count.
 	ghosts btree.Map[string, any]
 }
@@ -75,6 +78,8 @@ func newTable(c *xapi.Class, floor uint64) *table {
 		byStamp: btree.NewBTreeGOptions(lessStamp, noLocks),
 		byTime:  btree.NewBTreeGOptions(lessStamp, noLocks),
 		floor:   floor,
+		changed: floor,
+		next:    make(chan struct{}),
 		objects: *btree.NewMap[string, *object](degree),
 		byUUID:  *btree.NewMap[string, string](degree),
 		graves:  *btree.NewMap[string, *object](degree),
@@ -82,10 +87,12 @@ func newTable(c *xapi.Class, floor uint64) *table {
 	}
 }
 
-// clone returns a table that can be changed without changing t. Only the writer may call it.
-func (t *table) clone() *table {
+// clone returns a table of the given revision that can be changed without changing t. Only the writer may call it.
+func (t *table) clone(revision uint64) *table {
 	return &table{
 		class: t.class, codec: t.codec, uuid: t.uuid, label: t.label, floor: t.floor,
+		changed: revision,
+		next:    make(chan struct{}),
 		objects: *t.objects.Copy(),
 		byUUID:  *t.byUUID.Copy(),
 		byLabel: t.byLabel.Copy(),

@@ -42,7 +42,7 @@ func (tx *Tx) table(c *xapi.Class) *table { return tx.tables[tx.classes[c]] }
 func (tx *Tx) own(c *xapi.Class) *table {
 	i := tx.classes[c]
 	if !tx.owned[i] {
-		tx.tables[i] = tx.tables[i].clone()
+		tx.tables[i] = tx.tables[i].clone(tx.revision)
 		tx.owned[i] = true
 	}
 	return tx.tables[i]
