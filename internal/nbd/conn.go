@@ -32,6 +32,8 @@ const (
 	maxLong     = 4                     // of which more than smallSize long: more would only fall out of the caches
 	batchBytes  = 64 << 10              // of replies that are gathered
 	batchCount  = 32                    // replies that are gathered
+
+	lastReplies = 10 * time.Second // for a client that has to go to take the replies to what is in progress
 )
 
 // transmission is the state of a connection behind the handshake.
@@ -159,7 +161,7 @@ func (c *conn) transmit() error {
 	c.watch = time.AfterFunc(time.Hour, c.relieve)
 	c.watch.Stop()
 	if ctx := c.export.Context; ctx != nil {
-		unhook := context.AfterFunc(ctx, c.stop)
+		unhook := context.AfterFunc(ctx, c.dismiss)
 		defer unhook()
 	}
 	c.workers.Go(c.lead)

@@ -278,6 +278,51 @@ func TestExportEnds(t *testing.T) {
 	})
 }
 
+// TestExportEndsStalled has the permission withdrawn from a client that does
+// not take its replies: nobody waits for it for ever.
+func TestExportEndsStalled(t *testing.T) {
+	_, v := newVolume(t, 1<<20)
+	for _, w := range []wire{wireSimple, wireStructured} {
+		for _, length := range []uint64{512, 1 << 20} {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithCancel(context.Background())
+				b := &shelf{exports: map[string]*Export{"": {Device: v, Context: ctx}}}
+				s := NewServer(Options{Backend: func(net.Conn) Backend { return b }})
+				here, there := net.Pipe()
+				defer here.Close()
+				ended := make(chan struct{})
+				go func() {
+					s.ServeConn(there, nil)
+					close(ended)
+				}()
+				d, err := Begin(here)
+				if err != nil {
+					t.Fatal(err)
+				}
+				upgrade(t, d, w)
+				if _, err := d.info(optGo, ""); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := here.Write(w.appendRequest(nil, request{cmd: cmdRead, length: length})); err != nil {
+					t.Fatal(err)
+				}
+				synctest.Wait()
+				cancel()
+				select {
+				case <-ended:
+				case <-time.After(time.Hour):
+					t.Errorf("wire %d: the client is still waited for", w)
+					here.Close()
+					<-ended
+				}
+				if n := b.closed.Load(); n != 1 {
+					t.Errorf("the export was closed %d times", n)
+				}
+			})
+		}
+	}
+}
+
 // TestManyClients has a hundred at once, some of which stall, break off or
 // talk nonsense.
 func TestManyClients(t *testing.T) {

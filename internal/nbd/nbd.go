@@ -73,7 +73,8 @@ type Export struct {
 	ReadOnly bool
 
 	// Context, unless nil, ends the connection when it ends: requests in
-	// progress are finished, then the client is cut off.
+	// progress are finished, then the client is cut off. One that does not
+	// take the replies is given 10 seconds.
 	Context context.Context
 
 	// Changed answers the metadata contexts that Backend.Contexts offered,

@@ -250,6 +250,14 @@ func (c *conn) stop() {
 	_ = c.raw.SetReadDeadline(time.Unix(1, 0)) // fails when it is closed already
 }
 
+// dismiss is stop for a client that may not go on: whether it takes its
+// replies or not, it keeps the export from others for no longer than
+// lastReplies and what the device takes.
+func (c *conn) dismiss() {
+	c.stop()
+	_ = c.raw.SetWriteDeadline(time.Now().Add(lastReplies)) // as in stop
+}
+
 // cut ends the connection now.
 func (c *conn) cut() {
 	c.cancel()
