@@ -11,7 +11,7 @@ import (
 
 // Check examines the store in a directory that nobody has open, and yields
 // every problem: it reads and verifies each unit that is referred to, copies
-// as well, counts the references anew and compares them with the counters, so
+// and what the log names as well, counts the references anew and compares them with the counters, so
 // it finds units that could be lost as well as units that leak. It writes
 // nothing. The error says why the check could not go on.
 //
@@ -54,6 +54,7 @@ type checker struct {
 	mend  bool   // write what is damaged anew from its copy
 	lossy string // what is done about pages that cannot be read; empty for nothing
 
+	names map[uint64]ID     // of the volumes, by number
 	refs  [][]uint32        // references found, by region and unit
 	below map[uint64]uint64 // data units below each page that has been seen
 	torn  map[uint64]bool   // pages that cannot be read, or with such a one below
@@ -66,7 +67,7 @@ type checker struct {
 func newChecker(ctx context.Context, im *image, yield func(Problem, error) bool) *checker {
 	im.pageReader = im.newReader(32 << 20)
 	return &checker{
-		image: im, ctx: ctx, yield: yield,
+		image: im, ctx: ctx, yield: yield, names: map[uint64]ID{},
 		refs: make([][]uint32, im.super.regions), below: map[uint64]uint64{}, torn: map[uint64]bool{}, blind: map[uint64]bool{},
 	}
 }
@@ -95,6 +96,7 @@ func (c *checker) run() error {
 	for r, err := range c.records() {
 		if err == nil {
 			recs = append(recs, r)
+			c.names[r.num] = r.id
 		} else if !errors.Is(err, ErrCorrupt) { // damage has been reported
 			return err
 		}
@@ -322,11 +324,49 @@ func (c *checker) checkQueue() (*reapQueue, error) {
 // checkLog looks at what an open would replay.
 func (c *checker) checkLog() error {
 	c.vol, c.what = ID{}, ""
-	err := c.scanLog(func(logRecord) {})
+	var placed []logRecord
+	err := c.scanLog(func(r logRecord) {
+		if r.kind == recMap {
+			placed = append(placed, r)
+		}
+	})
 	if ce, ok := errors.AsType[*CorruptError](err); ok {
-		return c.report(Problem{Detail: ce.Detail})
+		err = c.report(Problem{Detail: ce.Detail})
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return c.checkPlaced(placed)
+}
+
+// checkPlaced verifies the units that records of the log name. No tree refers
+// to them yet, but they are contents of volumes, unless the log goes on to
+// overwrite them.
+func (c *checker) checkPlaced(placed []logRecord) error {
+	b := make([]byte, c.geo.UnitSize)
+	u := int64(c.geo.UnitSize)
+	for _, r := range placed {
+		if err := c.ctx.Err(); err != nil {
+			return context.Cause(c.ctx)
+		}
+		err := c.files.reach(r.addr + r.count - 1)
+		for i := range r.count {
+			if err == nil {
+				err = c.verifiedAt(b, r.addr+i, r.crcs[i])
+			}
+			if ce, ok := errors.AsType[*CorruptError](err); ok {
+				p := Problem{
+					Volume: c.names[r.num], Off: int64(r.first+i) * u, Len: u, Addr: r.addr + i,
+					Detail: ce.Detail + ", of a unit that the log names",
+				}
+				if err := c.report(p); err != nil {
+					return err
+				}
+				err = nil
+			}
+		}
+	}
+	return nil
 }
 
 // scanLog calls f with every record that an open would replay.
@@ -338,6 +378,12 @@ func (c *checker) scanLog(f func(logRecord)) error {
 			return &CorruptError{Detail: fmt.Sprintf("log: frame %d: %v", fr.seq, err)}
 		}
 		for _, r := range recs {
+			if r.kind == recCreate {
+				c.names[r.num] = r.id
+			}
+			for _, p := range r.pairs {
+				c.names[p.num] = p.id
+			}
 			f(r)
 		}
 		return nil

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -46,6 +47,24 @@ func openSpace(dir vfs.FS, g Geometry, regions int) (*spaceFiles, error) {
 	return sf, nil
 }
 
+// reach opens the files up to that of a unit: the log may name units of a file
+// that no checkpoint has recorded.
+func (sf *spaceFiles) reach(addr uint64) error {
+	sf.mu.Lock()
+	defer sf.mu.Unlock()
+	perFile := uint64(sf.geo.RegionsPerFile) * uint64(sf.geo.regionUnits())
+	for list := *sf.files.Load(); addr/perFile >= uint64(len(list)); {
+		name := spaceName(len(list))
+		f, err := sf.dir.Open(name)
+		if err != nil {
+			return &CorruptError{Addr: addr, Detail: "opening " + name, Cause: err}
+		}
+		list = append(slices.Clone(list), &spaceFile{File: f})
+		sf.files.Store(&list)
+	}
+	return nil
+}
+
 // at returns the file of a unit and the unit's byte in it.
 func (sf *spaceFiles) at(addr uint64) (*spaceFile, int64) {
 	perFile := uint64(sf.geo.RegionsPerFile) * uint64(sf.geo.regionUnits())
@@ -77,6 +96,13 @@ func (sf *spaceFiles) read(p []byte, addr uint64) error {
 		err = io.ErrUnexpectedEOF
 	}
 	return err
+}
+
+// readAhead has the host start reading n units. They lie in one file.
+func (sf *spaceFiles) readAhead(addr uint64, n int) {
+	if f, off := sf.at(addr); f != nil {
+		f.ReadAhead(off, int64(n)*int64(sf.geo.UnitSize))
+	}
 }
 
 // write stores p at addr. The units lie in one file.

@@ -144,7 +144,7 @@ func (r *repair) table() error {
 	for rec, err := range r.records() {
 		switch {
 		case err == nil:
-			r.recs[rec.num] = &rec
+			r.recs[rec.num], r.names[rec.num] = &rec, rec.id
 		case !errors.Is(err, ErrCorrupt):
 			return err
 		default:
@@ -254,7 +254,7 @@ func (r *repair) log() error {
 	} else if err != nil {
 		return err
 	} else if !r.gone {
-		return nil
+		return r.checkPlaced(r.placed)
 	}
 	// What is behind the damage may build on what is lost, and so may what
 	// the log has of volumes that are gone.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -39,7 +40,7 @@ func checked(m vfs.FS) (list []Problem, err error) {
 // that cannot be read.
 func onlyContents(list []Problem) error {
 	for _, p := range list {
-		if p.Volume == (ID{}) || p.Done != "" || p.Detail != "checksum mismatch" && p.Detail != errLost().Detail &&
+		if p.Volume == (ID{}) || p.Done != "" || p.Detail != "checksum mismatch" && p.Detail != "checksum mismatch, of a unit that the log names" && p.Detail != errLost().Detail &&
 			p.Detail != "attributes: checksum mismatch" {
 			return fmt.Errorf("%v", p)
 		}
@@ -229,6 +230,77 @@ func TestLogCutShort(t *testing.T) {
 		if err != nil {
 			t.Errorf("after the repair: %v", err)
 		}
+	}
+}
+
+// TestCheckOfTheLog damages a unit that nothing but the log refers to, in a file
+// that no checkpoint has recorded.
+func TestCheckOfTheLog(t *testing.T) {
+	ctx := context.Background()
+	m := vfs.NewMem(0)
+	s, err := Create(ctx, m, tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := len(*s.files.files.Load())
+	id, size := ID{1}, 4*tiny.regionBytes()
+	if _, err := s.Create(ctx, id, size, nil); err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.OpenDisk(ctx, id, Live)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.WriteAt(noise(int(size)), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Flush(ctx); err != nil {
+		t.Fatal(err)
+	}
+	c := m.Kill()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := checkClean(c); err != nil {
+		t.Fatal(err)
+	}
+	im, err := readImage(c, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var last logRecord
+	ch := newChecker(ctx, im, func(Problem, error) bool { return true })
+	if err := errors.Join(ch.scanLog(func(r logRecord) {
+		if r.kind == recMap {
+			last = r
+		}
+	}), im.close()); err != nil {
+		t.Fatal(err)
+	}
+	if perFile := uint64(tiny.RegionsPerFile * tiny.regionUnits()); last.addr/perFile < uint64(files) {
+		t.Fatalf("unit %d is in one of the first %d files", last.addr, files)
+	}
+	damageUnit(t, c, tiny, last.addr)
+	want := Problem{
+		Volume: id, Off: int64(last.first) * int64(tiny.UnitSize), Len: int64(tiny.UnitSize), Addr: last.addr,
+		Detail: "checksum mismatch, of a unit that the log names",
+	}
+	if list, err := checked(c); err != nil || !slices.Equal(list, []Problem{want}) {
+		t.Errorf("check: %v, %v, want %v", list, err, want)
+	}
+	if list, err := repaired(c, RepairOptions{AcceptLoss: true}); err != nil || !slices.Equal(list, []Problem{want}) {
+		t.Errorf("repair: %v, %v, want %v", list, err, want)
+	}
+	s, err = Open(ctx, c, tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	want.Detail = "checksum mismatch"
+	if list, err := checked(c); err != nil || !slices.Equal(list, []Problem{want}) {
+		t.Errorf("check after a recovery: %v, %v, want %v", list, err, want)
 	}
 }
 
