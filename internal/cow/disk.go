@@ -179,8 +179,6 @@ const (
 	// for the device's sake, and so little that the bytes are still in the
 	// processor's cache when they are verified.
 	readPiece = 512 << 10
-	// readWorkers is how many reads of scattered pieces run at a time.
-	readWorkers = 32
 )
 
 // ReadAt fills p from off as [io.ReaderAt] says. Every byte has been verified
@@ -302,15 +300,7 @@ func (r *pageReader) readView(w *view, p []byte, off int64) error {
 		i++
 	}
 	sc.pieces = pieces
-	if len(pieces) <= 1 {
-		for _, pc := range pieces {
-			if err := r.readPiece(pc, p, off); err != nil {
-				return err
-			}
-		}
-		return bad
-	}
-	if err := eachPiece(pieces, func(pc piece) error { return r.readPiece(pc, p, off) }); err != nil {
+	if err := r.readPieces(pieces, p, off); err != nil {
 		return err
 	}
 	return bad
@@ -343,42 +333,6 @@ func (r *pageReader) readUnit(w *view, unit uint64, p []byte, off int64) error {
 			return damagedAt(err, off)
 		}
 		copy(p, b[at:])
-	}
-	return nil
-}
-
-// eachPiece calls do for several pieces, in turn when they are few, for
-// scattered ones at the same time. The error is that of the first piece that
-// has one.
-func eachPiece(pieces []piece, do func(piece) error) error {
-	workers := min(readWorkers, len(pieces)/4)
-	if workers <= 1 {
-		for _, pc := range pieces {
-			if err := do(pc); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	errs := make([]error, len(pieces))
-	var next atomic.Int64
-	var wg sync.WaitGroup
-	for range workers {
-		wg.Go(func() {
-			for {
-				i := int(next.Add(1)) - 1
-				if i >= len(pieces) {
-					return
-				}
-				errs[i] = do(pieces[i])
-			}
-		})
-	}
-	wg.Wait()
-	for _, err := range errs {
-		if err != nil {
-			return err
-		}
 	}
 	return nil
 }

@@ -73,10 +73,7 @@ func (w *writer) leaveEqual(now, old []slot) {
 			w.pieces = joined(w.pieces, int64(i)*u, old, i, s.files)
 		}
 	}
-	_ = eachPiece(w.pieces, func(pc piece) error { // which never fails
-		s.compare(pc, now[pc.off/u:])
-		return nil
-	})
+	concurrently(w.pieces, compareWorkers, func(pc piece) { s.compare(pc, now[pc.off/u:]) })
 }
 
 // joined adds slot i of slots, whose first byte is off, to the last of pieces

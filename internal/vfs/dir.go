@@ -291,6 +291,13 @@ func (f *dirFile) WriteBehind(off, n int64) {
 	})
 }
 
+func (f *dirFile) ReadAhead(off, n int64) {
+	// Advice: the errors of the reads it starts belong to those that follow.
+	_ = f.control("fadvise", func(fd int) error {
+		return unix.Fadvise(fd, off, n, unix.FADV_WILLNEED)
+	})
+}
+
 func (f *dirFile) Evict() {
 	_ = f.control("fadvise", func(fd int) error {
 		return unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED)

@@ -11,8 +11,8 @@ import (
 // Op names an operation of [FS] or [File] to the wrappers of this package.
 type Op string
 
-// The operations. Size, Close, WriteBehind and Evict cannot fail in a way
-// that matters and are not among them.
+// The operations. Size, Close, WriteBehind, ReadAhead and Evict cannot fail in
+// a way that matters and are not among them.
 const (
 	OpCreate   Op = "create"
 	OpOpen     Op = "open"

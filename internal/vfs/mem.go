@@ -344,6 +344,8 @@ func (f *memFile) failDatasync(choose Choose) {
 
 func (f *memFile) WriteBehind(int64, int64) {}
 
+func (f *memFile) ReadAhead(int64, int64) {}
+
 func (f *memFile) Evict() {
 	f.m.mu.Lock()
 	defer f.m.mu.Unlock()

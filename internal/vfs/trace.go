@@ -15,8 +15,8 @@ import (
 //	datasync log
 //	syncdir
 //
-// Reads, Size, List and WriteBehind leave no trace. The line of a call that
-// failed ends with its error.
+// Reads, ReadAhead, Size, List and WriteBehind leave no trace. The line of a
+// call that failed ends with its error.
 type Trace struct {
 	fs FS
 

@@ -98,6 +98,11 @@ type File interface {
 	// waiting and without any promise. It keeps a later Datasync short.
 	WriteBehind(off, n int64)
 
+	// ReadAhead asks the host to start reading [off, off+n), without waiting
+	// and without any promise. It is for ranges that lie apart: reads one
+	// behind the other are noticed by the host itself.
+	ReadAhead(off, n int64)
+
 	// Evict drops the clean cached pages of the file, so that the next read
 	// shows what the device has. It is advice on a real file.
 	Evict()

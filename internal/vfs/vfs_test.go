@@ -226,6 +226,7 @@ func TestSizes(t *testing.T) {
 		ok(t, f.PunchHole(1, 4097))
 		f.WriteBehind(0, 11000)
 		ok(t, f.Datasync())
+		f.ReadAhead(0, 11000)
 		f.Evict()
 		want := make([]byte, 11000)
 		want[0], want[4098], want[4099] = 1, 1, 1
