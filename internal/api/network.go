@@ -19,14 +19,8 @@ func networkMethods() map[string]any {
 func (a *API) networkCreate(ctx context.Context, c *Call, args *xapi.Network) (ref xapi.Ref[xapi.Network], err error) {
 	n := args
 	err = a.db.Update(ctx, func(tx *db.Tx) (err error) {
-		bridges := map[string]bool{}
-		for _, other := range db.All[xapi.Network](tx) {
-			bridges[other.Bridge] = true
-		}
 		if n.Bridge == "" {
-			for i := 0; n.Bridge == "" || bridges[n.Bridge]; i++ {
-				n.Bridge = fmt.Sprintf("xapi%d", i)
-			}
+			n.Bridge = freeBridge(tx)
 		}
 		ref, err = db.Insert(tx, n)
 		return err
@@ -35,6 +29,18 @@ func (a *API) networkCreate(ctx context.Context, c *Call, args *xapi.Network) (r
 		return "", err
 	}
 	return ref, nil
+}
+
+// freeBridge is a name of a bridge that no network has.
+func freeBridge(tx *db.Tx) (name string) {
+	bridges := map[string]bool{}
+	for _, other := range db.All[xapi.Network](tx) {
+		bridges[other.Bridge] = true
+	}
+	for i := 0; name == "" || bridges[name]; i++ {
+		name = fmt.Sprintf("xapi%d", i)
+	}
+	return name
 }
 
 // networkDestroy removes a network that nothing is connected to.

@@ -117,19 +117,6 @@ func (x *Export) Finish(err error) error {
 	return x.call.finish(Result{}, err)
 }
 
-// RefuseTransfer answers a transfer of a kind that is not built: session and
-// role are checked like those of any other, and the task fails with
-// NOT_IMPLEMENTED, which is the error if nothing else is wrong.
-func (a *API) RefuseTransfer(ctx context.Context, o Origin, r TransferRequest, what string) error {
-	c, err := a.beginTransfer(ctx, o, transferStart{
-		Session: r.Session, Task: r.Task, SubtaskOf: r.SubtaskOf, Action: r.Action, Label: what,
-	})
-	if err != nil {
-		return err
-	}
-	return c.finish(Result{}, xapi.NewError(xapi.ErrNotImplemented, what))
-}
-
 // Import is a disk that is being filled by a client. A disk made for the
 // import gets its record when it is complete; until then nobody sees it.
 type Import struct {

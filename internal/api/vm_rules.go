@@ -35,6 +35,7 @@ var vmRules = map[xapi.VMOperations]vmRule{
 	xapi.VMOperationsCheckpoint:              {states: alive},
 	xapi.VMOperationsClone:                   {states: halted, template: true, snapshot: true}, // more in vmStates
 	xapi.VMOperationsCopy:                    {states: halted, template: true, snapshot: true},
+	xapi.VMOperationsExport:                  {states: haltedOrAsleep, template: true, snapshot: true},
 	xapi.VMOperationsRevert:                  {template: true, snapshot: true},
 	xapi.VMOperationsReverting:               {},
 	xapi.VMOperationsProvision:               {states: halted, template: true},

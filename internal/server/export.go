@@ -146,8 +146,14 @@ func (o *outgoing) head(task, uuid string) []byte {
 	return head(o.status, task, o.contentType, more...)
 }
 
+// described is what the sending of a body tells the task.
+type described interface {
+	Progress(done, total int64)
+	Describe(key, value string)
+}
+
 // send sends the body, and notes its SHA-256 in the task.
-func (o *outgoing) send(ctx context.Context, conn *stream, x *api.Export) error {
+func (o *outgoing) send(ctx context.Context, conn *stream, x described) error {
 	body, finish, err := o.body(toClient{conn})
 	if err != nil {
 		return err

@@ -1,17 +1,26 @@
 package server
 
 import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
+	"fmt"
+	"iter"
 	"net/http"
+	"strconv"
+	"strings"
 
 	"coppice/internal/api"
+	"coppice/internal/storage"
 	"coppice/internal/xapi"
+	"coppice/internal/xva"
 )
 
-// vmTransfer answers the transfer of a whole VM, which is not built, as
-// everything that is not: session and role are checked, and the client's task
-// fails with NOT_IMPLEMENTED.
-func vmTransfer(action, what string) handler {
+// exportVM sends whole VMs as an XVA. Everything that can be wrong is found
+// before the first byte. What is not compressed has an exact length, and any
+// part of it can be had.
+func exportVM(metadata bool) handler {
 	return func(s *Server, w http.ResponseWriter, r *request) {
 		session, release, err := s.session(r)
 		if err != nil {
@@ -19,11 +28,185 @@ func vmTransfer(action, what string) handler {
 			return
 		}
 		defer release()
-		req := api.TransferRequest{Session: session, Task: r.auth("task_id"), SubtaskOf: r.auth("subtask_of"), Action: action}
-		err = s.api.RefuseTransfer(s.cutting, r.origin, req, what)
-		if e, ok := errors.AsType[*xapi.Error](err); ok && e.Code == xapi.ErrNotImplemented {
-			err = &statusError{http.StatusNotImplemented, err}
+		// Not the request's context: a client may close its sending side and wait.
+		ctx := s.cutting
+		x, err := s.api.ExportVM(ctx, r.origin, exportVMRequest(r, session, metadata))
+		if err != nil {
+			s.fail(w, r, err)
+			return
 		}
-		s.fail(w, r, err)
+		ctx, done := either(x.Context(), ctx)
+		defer done()
+		out, err := planXVA(ctx, r, x)
+		if err != nil {
+			if e, ok := errors.AsType[*rangeError](err); ok {
+				w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", e.length))
+				err = &statusError{http.StatusRequestedRangeNotSatisfiable, xapi.NewError(xapi.ErrInvalidValue, "Range", e.spec)}
+			}
+			s.refuse(w, r, x, err)
+			return
+		}
+		s.run(ctx, w, r, x, func(ctx context.Context, conn *stream) error {
+			if err := begin(w, conn, out.status, out.xvaHead(string(x.Task))); err != nil {
+				return &clientError{err}
+			}
+			if out.status == http.StatusNotModified {
+				return nil
+			}
+			return out.send(ctx, conn, x)
+		})
 	}
+}
+
+// exportVMRequest collects the parameters of an export.
+func exportVMRequest(r *request, session string, metadata bool) api.VMExportRequest {
+	req := api.VMExportRequest{
+		Session: session, Task: r.auth("task_id"), SubtaskOf: r.auth("subtask_of"), Action: "get_export", Metadata: metadata,
+		Snapshots: r.flag("export_snapshots", metadata),
+		State:     r.flag("preserve_power_state", false),
+	}
+	req.VM, _ = r.param("uuid")
+	if ref, ok := r.param("ref"); ok {
+		req.VM = ref
+	}
+	if metadata {
+		req.Action = "get_export_metadata"
+		req.All, req.Dom0 = r.flag("all", false), r.flag("include_dom0", false)
+	}
+	types, _ := r.param("excluded_device_types")
+	req.Exclude = strings.Split(strings.ToLower(types), ",")
+	return req
+}
+
+// flag returns a parameter that is true or false.
+func (p params) flag(key string, otherwise bool) bool {
+	v, ok := p.param(key)
+	if !ok {
+		return otherwise
+	}
+	on, err := strconv.ParseBool(strings.ToLower(v))
+	return err == nil && on
+}
+
+// xvaEncoding is the compression that a request asks for.
+func xvaEncoding(r *request) (string, error) {
+	switch v, _ := r.param("use_compression"); strings.ToLower(v) {
+	case "", "false", "none":
+		return "", nil
+	case "true", "gzip":
+		return "gzip", nil
+	case "zstd":
+		return "zstd", nil
+	default:
+		return "", badParam("use_compression", v)
+	}
+}
+
+// xvaImage is an XVA whose place of every byte is decided.
+type xvaImage struct {
+	manifest []byte // as it stands in the archive
+	disks    []xvaDisk
+	tag      string
+}
+
+type xvaDisk struct {
+	*download
+	layout *xva.Layout
+}
+
+// planXVA plans the archive of an export and decides what is sent of it.
+func planXVA(ctx context.Context, r *request, x *api.VMExport) (*outgoing, error) {
+	encoding, err := xvaEncoding(r)
+	if err != nil {
+		return nil, err
+	}
+	img := &xvaImage{}
+	if img.manifest, err = xva.File(xva.Manifest, x.Manifest); err != nil {
+		return nil, err
+	}
+	hash := sha256.New()
+	hash.Write(img.manifest)
+	for _, disk := range x.Disks {
+		d := &download{ref: string(disk.Ref), vdi: disk.VDI, volume: disk.Volume}
+		d.extents = func(ctx context.Context) iter.Seq2[storage.Extent, error] {
+			return disk.Volume.Extents(ctx, 0, disk.Volume.Size())
+		}
+		if disk.Volume.Size() > xva.MaxSize {
+			return nil, xapi.NewError(xapi.ErrVDITooLarge, d.ref, strconv.FormatInt(xva.MaxSize, 10))
+		}
+		layout, err := xva.NewLayout(disk.Name+"/", disk.Volume.Size())
+		if err != nil {
+			return nil, err
+		}
+		if err := d.scan(ctx, layout.Add); err != nil {
+			return nil, err
+		}
+		self, base, err := d.origin(ctx)
+		if err != nil {
+			return nil, err
+		}
+		hash.Write([]byte(d.tag("xva 1", self, base)))
+		img.disks = append(img.disks, xvaDisk{d, layout})
+	}
+	img.tag = `"` + hex.EncodeToString(hash.Sum(nil)[:16]) + `"`
+	out := &outgoing{image: img, encoding: encoding, tag: img.tag}
+	out.contentType = "application/octet-stream"
+	length := img.length()
+	if encoding != "" {
+		length = -1
+		out.tag = strings.TrimSuffix(img.tag, `"`) + "-" + encoding + `"`
+	}
+	out.part, err = choosePart(r.Header, out.tag, length)
+	return out, err
+}
+
+// xvaHead is the head of the reply. A compressed archive is a file of its own
+// and no content coding; it ends where the connection does.
+func (o *outgoing) xvaHead(task string) []byte {
+	more := []string{`content-disposition: attachment; filename="export.xva"`, "ETag: " + o.tag}
+	switch {
+	case o.status == http.StatusNotModified:
+	case o.to < 0:
+		more = append(more, "Accept-Ranges: none")
+	default:
+		more = append(more, "Accept-Ranges: bytes", "Content-Length: "+strconv.FormatInt(o.to-o.from, 10))
+		if o.status == http.StatusPartialContent {
+			more = append(more, fmt.Sprintf("Content-Range: bytes %d-%d/%d", o.from, o.to-1, o.length()))
+		}
+	}
+	return head(o.status, task, o.contentType, more...)
+}
+
+func (a *xvaImage) length() int64 {
+	n := int64(len(a.manifest) + len(xva.Trailer()))
+	for _, d := range a.disks {
+		n += d.layout.Length()
+	}
+	return n
+}
+
+func (a *xvaImage) etag() string { return a.tag }
+
+func (a *xvaImage) send(ctx context.Context, w *window, done func(int64)) error {
+	if _, err := w.Write(a.manifest); err != nil {
+		return err
+	}
+	done(w.pos)
+	for _, d := range a.disks {
+		switch n := d.layout.Length(); {
+		case w.pos >= w.to:
+			return nil
+		case !w.needs(w.pos, n):
+			w.skip(n)
+		default:
+			if err := sendTar(ctx, w, done, d.download, d.layout); err != nil {
+				return err
+			}
+		}
+	}
+	if _, err := w.Write(xva.Trailer()); err != nil {
+		return err
+	}
+	done(w.pos)
+	return nil
 }

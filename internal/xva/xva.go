@@ -22,25 +22,33 @@
 // [Layout] knows the exact length of a disk in an archive from the set of
 // chunks that will be sent, before the first byte.
 //
+// # Whole machines
+//
+// An XVA is such an archive of several disks, with a file ova.xml in front of
+// them: an XML-RPC value <value><struct>… with two members. version says who
+// wrote it (hostname, date, product_version, product_brand, build_number,
+// xapi_major, xapi_minor) and in which version of the format (export_vsn, 2).
+// objects is an array of structs of class ("VM", "VBD", "VDI", …), id ("Ref:0",
+// "Ref:1", …) and snapshot, the record of the object with the ids of others
+// for its references and OpaqueRef:NULL for those to objects that are not in
+// the archive. The directory of a disk has the id of its VDI for a name;
+// directories follow in the order of their names. All of it may be compressed
+// as one file, with gzip or zstd.
+//
 // # Reading
 //
-// [Reader] takes one disk. Only plain files with names of this form are
-// accepted, no links, no other directories; a chunk is passed on when its
-// checksum has been verified.
+// [Reader] takes the disks that it was told of, one or, of an XVA, several.
+// Only plain files with names of this form are accepted, no links, no other
+// directories; a chunk is passed on when its checksum has been verified.
 package xva
 
 import (
 	"archive/tar"
 	"bytes"
-	"crypto/sha1"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"iter"
 	"math/bits"
-	"strconv"
-	"strings"
 	"time"
 )
 
@@ -60,8 +68,12 @@ const (
 	trailerSize = 2 * sector
 )
 
-// ErrFormat is matched by every error about the contents of an archive.
-var ErrFormat = errors.New("not a usable archive of a disk")
+// ErrFormat is matched by every error about the contents of an archive,
+// ErrChecksum by those about a chunk with another checksum than its file says.
+var (
+	ErrFormat   = errors.New("not a usable archive of a disk")
+	ErrChecksum = errors.New("wrong checksum")
+)
 
 func malformed(format string, args ...any) error {
 	return fmt.Errorf("%w: %w", ErrFormat, fmt.Errorf(format, args...))
@@ -178,186 +190,11 @@ func putHeader(p []byte, name string, size int64) error {
 	return err
 }
 
+// File returns a plain file as it stands in an archive.
+func File(name string, contents []byte) ([]byte, error) {
+	b := make([]byte, sector+roundUp(int64(len(contents))))
+	copy(b[sector:], contents)
+	return b, putHeader(b, name, int64(len(contents)))
+}
+
 func roundUp(n int64) int64 { return (n + sector - 1) &^ (sector - 1) }
-
-// Reader reads the chunks of one disk. It is not safe for concurrent use.
-type Reader struct {
-	src    *counted
-	tar    *tar.Reader
-	prefix string
-	size   int64 // of the disk in bytes
-	buf    []byte
-	err    error
-}
-
-// counted counts what is read, and the zeros at its end.
-type counted struct {
-	r        io.Reader
-	n, zeros int64
-}
-
-func (c *counted) Read(p []byte) (int, error) {
-	n, err := c.r.Read(p)
-	c.n += int64(n)
-	tail := int64(n - len(bytes.TrimRight(p[:n], "\x00")))
-	if tail == int64(n) {
-		tail += c.zeros
-	}
-	c.zeros = tail
-	return n, err
-}
-
-// NewReader reads the chunks of a disk of size bytes, whose names begin with a
-// prefix, from an archive that holds nothing else.
-func NewReader(src io.Reader, prefix string, size int64) *Reader {
-	c := &counted{r: src}
-	return &Reader{src: c, tar: tar.NewReader(c), prefix: prefix, size: size, buf: make([]byte, ChunkSize)}
-}
-
-// Consumed is how many bytes of the archive have been read.
-func (r *Reader) Consumed() int64 { return r.src.n }
-
-// Next returns the next chunk, verified: where it lies on the disk in bytes,
-// and its contents, which are valid until the next call. The error is io.EOF
-// when the archive is complete.
-func (r *Reader) Next() (off int64, data []byte, err error) {
-	if r.err != nil {
-		return 0, nil, r.err
-	}
-	off, data, err = r.next()
-	if err != nil {
-		r.err = err
-	}
-	return off, data, err
-}
-
-func (r *Reader) next() (int64, []byte, error) {
-	for {
-		h, err := r.header()
-		if err != nil {
-			if err == io.EOF {
-				return 0, nil, r.finish()
-			}
-			return 0, nil, err
-		}
-		number, suffix, err := r.parse(h.Name)
-		if err != nil {
-			return 0, nil, err
-		}
-		if suffix != "" && h.Size > 64 {
-			return 0, nil, malformed("checksum %q has %d bytes", h.Name, h.Size)
-		}
-		if suffix != "" { // of an empty chunk
-			if _, err := r.contents(h); err != nil {
-				return 0, nil, err
-			}
-			continue
-		}
-		off := number * ChunkSize
-		if off > r.size || h.Size > min(ChunkSize, r.size-off) {
-			return 0, nil, malformed("chunk %q of %d bytes does not fit a disk of %d bytes", h.Name, h.Size, r.size)
-		}
-		data, err := r.contents(h)
-		if err != nil {
-			return 0, nil, err
-		}
-		if len(data) == 0 {
-			continue
-		}
-		return off, data, r.verify(h.Name, data)
-	}
-}
-
-// header reads the header of a file and refuses everything that is no plain
-// file.
-func (r *Reader) header() (*tar.Header, error) {
-	h, err := r.tar.Next()
-	switch {
-	case err == io.EOF:
-		return nil, err
-	case errors.Is(err, io.ErrUnexpectedEOF):
-		return nil, fmt.Errorf("xva: archive ends at byte %d: %w", r.src.n, err)
-	case errors.Is(err, tar.ErrHeader):
-		return nil, malformed("at byte %d: %w", r.src.n, err)
-	case err != nil:
-		return nil, err
-	case h.Typeflag != tar.TypeReg:
-		return nil, malformed("%q is no plain file", h.Name)
-	}
-	for key := range h.PAXRecords {
-		if strings.HasPrefix(key, "GNU.sparse.") {
-			return nil, malformed("%q is a sparse file", h.Name)
-		}
-	}
-	return h, nil
-}
-
-// parse takes a name apart.
-func (r *Reader) parse(name string) (number int64, suffix string, err error) {
-	rest, ok := strings.CutPrefix(name, r.prefix)
-	digits, suffix, dot := strings.Cut(rest, ".")
-	if dot {
-		suffix = "." + suffix
-	}
-	n, bad := strconv.ParseUint(digits, 10, 40)
-	if !ok || bad != nil || len(digits) != 8 || suffix != "" && suffix != hashSuffix && suffix != sha1Suffix {
-		return 0, "", malformed("there is a file %q in it", name)
-	}
-	return int64(n), suffix, nil
-}
-
-// contents reads a file, at most a chunk.
-func (r *Reader) contents(h *tar.Header) ([]byte, error) {
-	b := r.buf[:h.Size]
-	if _, err := io.ReadFull(r.tar, b); err != nil {
-		if err == io.EOF || errors.Is(err, io.ErrUnexpectedEOF) {
-			return nil, fmt.Errorf("xva: archive ends at byte %d, in %q: %w", r.src.n, h.Name, io.ErrUnexpectedEOF)
-		}
-		return nil, err
-	}
-	return b, nil
-}
-
-// verify reads the checksum that must follow a chunk.
-func (r *Reader) verify(name string, data []byte) error {
-	h, err := r.header()
-	if err == io.EOF {
-		return malformed("chunk %q has no checksum", name)
-	}
-	if err != nil {
-		return err
-	}
-	suffix, ok := strings.CutPrefix(h.Name, name)
-	var want string
-	switch {
-	case ok && suffix == hashSuffix:
-		want = fmt.Sprintf("%016X", xxh64(data))
-	case ok && suffix == sha1Suffix:
-		sum := sha1.Sum(data)
-		want = hex.EncodeToString(sum[:])
-	default:
-		return malformed("after chunk %q comes %q, not its checksum", name, h.Name)
-	}
-	if h.Size > 64 {
-		return malformed("checksum %q has %d bytes", h.Name, h.Size)
-	}
-	sum := make([]byte, h.Size)
-	if _, err := io.ReadFull(r.tar, sum); err != nil {
-		return fmt.Errorf("xva: archive ends at byte %d, in %q: %w", r.src.n, h.Name, io.ErrUnexpectedEOF)
-	}
-	if got := strings.TrimSpace(string(sum)); !strings.EqualFold(got, want) {
-		return malformed("chunk %q has the checksum %s, its file says %q", name, want, got)
-	}
-	return nil
-}
-
-// finish reads what follows the end of the archive, which is padding.
-func (r *Reader) finish() error {
-	if _, err := io.Copy(io.Discard, r.src); err != nil {
-		return err
-	}
-	if r.src.zeros < trailerSize { // which the tar reader does not insist on
-		return fmt.Errorf("xva: archive ends at byte %d, before its end is marked: %w", r.src.n, io.ErrUnexpectedEOF)
-	}
-	return io.EOF
-}

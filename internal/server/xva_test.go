@@ -1,0 +1,555 @@
+package server
+
+import (
+	"archive/tar"
+	"bytes"
+	"crypto/sha1"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"coppice/internal/rpc"
+	"coppice/internal/xapi"
+)
+
+// yard is a server with a VM: an empty CD drive as 0, two disks as 1 and 2, a
+// network card and, of an earlier state, a snapshot.
+type yard struct {
+	*depot
+	vm, snapshot string
+	network      string
+	disks        []string
+	contents     [][]byte // of the disks
+}
+
+func newYard(t *testing.T) *yard {
+	t.Helper()
+	y := &yard{depot: newDepot(t)}
+	y.contents = [][]byte{
+		random(3*mib+4096, 1, [2]int64{mib, mib + 1000}),
+		random(2*mib, 2, [2]int64{0, 2 * mib}),
+	}
+	none := map[string]any{}
+	args := map[string]any{"name_label": "guest"}
+	for _, f := range xapi.ClassOf[xapi.VM]().Fields {
+		if _, given := args[f.Name]; given || f.HasDefault || f.Qualifier == xapi.DynamicRO {
+			continue
+		}
+		args[f.Name] = map[xapi.Kind]any{
+			xapi.KindInt: int64(1), xapi.KindBool: false, xapi.KindMap: none, xapi.KindRef: xapi.NullRef, xapi.KindString: "",
+		}[f.Type.Kind]
+		if f.Type.Kind == xapi.KindEnum {
+			args[f.Name] = f.Type.Values()[0]
+		}
+	}
+	y.vm = y.do("VM.create", y.session, args).(string)
+	y.do("VM.set_name_description", y.session, y.vm, "serves <pages> & more")
+	y.do("VM.set_tags", y.session, y.vm, []string{"one", "two"})
+	y.do("VM.add_to_other_config", y.session, y.vm, "remark", "OpaqueRef:none")
+	y.do("VM.set_platform", y.session, y.vm, map[string]any{"nx": "true"})
+	vbd := map[string]any{
+		"VM": y.vm, "VDI": xapi.NullRef, "userdevice": "0", "bootable": false, "mode": "RO", "type": "CD", "unpluggable": true, "empty": true,
+		"other_config": none, "qos_algorithm_type": "", "qos_algorithm_params": none,
+	}
+	y.do("VBD.create", y.session, vbd)
+	for i, c := range y.contents {
+		ref, _ := y.filled(c)
+		y.do("VDI.set_name_label", y.session, ref, fmt.Sprintf("disk %d", i))
+		y.do("VDI.add_to_other_config", y.session, ref, "n", fmt.Sprint(i))
+		y.disks = append(y.disks, ref)
+		vbd["VDI"], vbd["userdevice"], vbd["mode"], vbd["type"], vbd["empty"] = ref, fmt.Sprint(i+1), "RW", "Disk", false
+		vbd["other_config"] = map[string]any{"owner": ""}
+		y.do("VBD.create", y.session, vbd)
+	}
+	y.network = y.do("network.create", y.session, map[string]any{"name_label": "net", "other_config": none}).(string)
+	y.do("VIF.create", y.session, map[string]any{
+		"VM": y.vm, "network": y.network, "device": "0", "MAC": "02:00:00:00:00:09", "MTU": int64(1500), "other_config": none,
+		"qos_algorithm_type": "", "qos_algorithm_params": none,
+	})
+	y.snapshot = y.do("VM.snapshot", y.session, y.vm, "before", []string{}).(string)
+	y.contents[0] = bytes.Clone(y.contents[0])
+	copy(y.contents[0][2*mib:], "written after the snapshot")
+	y.upload(y.disks[0], "raw", y.contents[0])
+	return y
+}
+
+// archive is the body of an export that succeeds.
+func (y *yard) archive(path string, args ...string) []byte {
+	y.t.Helper()
+	task := y.task()
+	resp := y.fetch(http.MethodGet, y.url(path, append([]string{"task_id", task}, args...)...))
+	body := readBody(y.t, resp)
+	if resp.StatusCode != http.StatusOK || resp.ContentLength >= 0 && resp.ContentLength != int64(len(body)) {
+		y.t.Fatalf("export: %s, %d bytes: %.500s", resp.Status, len(body), body)
+	}
+	if o := y.settled(task); o[0] != "success" {
+		y.t.Fatalf("export: task says %q", o)
+	}
+	return body
+}
+
+// bring sends an archive and returns what the task says.
+func (y *yard) bring(path string, body []byte, args ...string) []string {
+	y.t.Helper()
+	task := y.task()
+	y.put(y.url(path, append([]string{"task_id", task}, args...)...)+" HTTP/1.1",
+		[]string{"Host: h", fmt.Sprintf("Content-Length: %d", len(body))}, string(body), true)
+	return y.settled(task)
+}
+
+// brought is bring for what succeeds: the VMs.
+func (y *yard) brought(path string, body []byte, args ...string) (vms []string) {
+	y.t.Helper()
+	o := y.bring(path, body, args...)
+	if len(o) != 2 || o[0] != "success" {
+		y.t.Fatalf("import: task says %q", o)
+	}
+	v, err := rpc.ParseXMLValue(o[1])
+	if err != nil {
+		y.t.Fatal(err)
+	}
+	for _, ref := range v.([]any) {
+		vms = append(vms, ref.(string))
+	}
+	return vms
+}
+
+func (y *yard) record(class, ref string) map[string]any {
+	y.t.Helper()
+	return y.do(class+".get_record", y.session, ref).(map[string]any)
+}
+
+// fields is what must be equal of two objects.
+func fields(rec map[string]any, names ...string) map[string]any {
+	out := map[string]any{}
+	for _, n := range names {
+		out[n] = rec[n]
+	}
+	return out
+}
+
+// shape describes a VM with what hangs on it, but for identities.
+func (y *yard) shape(vm string) map[string]any {
+	y.t.Helper()
+	rec := y.record("VM", vm)
+	delete(rec["other_config"].(map[string]any), "mac_seed")
+	out := fields(rec, "name_label", "name_description", "tags", "platform", "other_config", "is_a_template", "is_a_snapshot",
+		"power_state", "memory_static_max", "VCPUs_max", "HVM_boot_params", "actions_after_crash")
+	for _, b := range rec["VBDs"].([]any) {
+		vbd := y.record("VBD", b.(string))
+		part := fields(vbd, "type", "mode", "empty", "bootable", "unpluggable", "other_config")
+		if vdi := vbd["VDI"].(string); vdi != xapi.NullRef {
+			part["VDI"] = fields(y.record("VDI", vdi), "name_label", "virtual_size", "type", "other_config", "is_a_snapshot", "sharable")
+			part["contents"] = string(y.download(vdi, "raw", ""))
+		}
+		out["VBD "+vbd["userdevice"].(string)] = part
+	}
+	for _, v := range rec["VIFs"].([]any) {
+		vif := y.record("VIF", v.(string))
+		out["VIF "+vif["device"].(string)] = fields(vif, "network", "MTU", "locking_mode")
+	}
+	return out
+}
+
+// population is everything that an import could leave behind. A scan finds
+// volumes without records.
+func (y *yard) population() map[string][]any {
+	y.t.Helper()
+	y.do("SR.scan", y.session, y.sr)
+	out := map[string][]any{}
+	for _, class := range []string{"VM", "VBD", "VIF", "VDI", "network", "VM_metrics"} {
+		all := y.do(class+".get_all", y.session).([]any)
+		slices.SortFunc(all, func(a, b any) int { return strings.Compare(a.(string), b.(string)) })
+		out[class] = all
+	}
+	return out
+}
+
+func TestXVARoundTrip(t *testing.T) {
+	y := newYard(t)
+	want := y.shape(y.vm)
+	uuid := y.record("VM", y.vm)["uuid"].(string)
+	for _, compression := range []string{"false", "true", "gzip", "zstd"} {
+		body := y.archive("/export", "uuid", uuid, "use_compression", compression)
+		start := map[string]string{"false": "ova.xml", "true": "\x1f\x8b", "gzip": "\x1f\x8b", "zstd": "\x28\xb5\x2f\xfd"}[compression]
+		if !strings.HasPrefix(string(body), start) {
+			t.Fatalf("%s: begins with %q", compression, body[:8])
+		}
+		vms := y.brought("/import/", body, "sr_id", y.sr)
+		if len(vms) != 1 || vms[0] == y.vm {
+			t.Fatalf("%s: VMs %q", compression, vms)
+		}
+		if diff := cmp.Diff(want, y.shape(vms[0])); diff != "" {
+			t.Errorf("%s: the VM differs (-exported +imported):\n%s", compression, diff)
+		}
+		rec := y.record("VM", vms[0])
+		if rec["uuid"] == uuid || len(rec["snapshots"].([]any)) != 0 {
+			t.Errorf("%s: uuid %v, snapshots %v", compression, rec["uuid"], rec["snapshots"])
+		}
+		vif := y.record("VIF", rec["VIFs"].([]any)[0].(string))
+		if vif["MAC"] == "02:00:00:00:00:09" {
+			t.Errorf("%s: the MAC is that of the original", compression)
+		}
+	}
+	if again := y.archive("/export", "ref", y.vm); !bytes.Equal(again, y.archive("/export", "ref", y.vm)) {
+		t.Error("two exports of the same VM have other bytes")
+	}
+}
+
+// With its snapshots a VM comes back with its snapshots.
+func TestXVAWithSnapshots(t *testing.T) {
+	y := newYard(t)
+	want, old := y.shape(y.vm), y.shape(y.snapshot)
+	was := y.record("VM", y.snapshot)
+	body := y.archive("/export", "ref", y.vm, "export_snapshots", "true")
+	vms := y.brought("/import", body)
+	if len(vms) != 1 {
+		t.Fatalf("VMs %q", vms)
+	}
+	rec := y.record("VM", vms[0])
+	snapshots := rec["snapshots"].([]any)
+	if len(snapshots) != 1 || rec["parent"] != snapshots[0] {
+		t.Fatalf("snapshots %v, parent %v", snapshots, rec["parent"])
+	}
+	if diff := cmp.Diff(want, y.shape(vms[0])); diff != "" {
+		t.Errorf("VM (-exported +imported):\n%s", diff)
+	}
+	snapshot := snapshots[0].(string)
+	if diff := cmp.Diff(old, y.shape(snapshot)); diff != "" {
+		t.Errorf("snapshot (-exported +imported):\n%s", diff)
+	}
+	is := y.record("VM", snapshot)
+	if diff := cmp.Diff(fields(was, "snapshot_time", "snapshot_info", "snapshot_metadata"), fields(is, "snapshot_time", "snapshot_info", "snapshot_metadata")); diff != "" {
+		t.Errorf("snapshot (-exported +imported):\n%s", diff)
+	}
+	y.do("VM.revert", y.session, snapshot)
+	disk := func(vm string) string {
+		for _, b := range y.record("VM", vm)["VBDs"].([]any) {
+			if vbd := y.record("VBD", b.(string)); vbd["userdevice"] == "1" {
+				return string(y.download(vbd["VDI"].(string), "raw", ""))
+			}
+		}
+		return ""
+	}
+	if disk(vms[0]) != disk(y.snapshot) {
+		t.Error("a revert to the imported snapshot brings something else back")
+	}
+}
+
+// A snapshot that is exported for itself comes back as a template; with
+// restore a VM that is gone comes back as itself.
+func TestXVARestore(t *testing.T) {
+	y := newYard(t)
+	vms := y.brought("/import", y.archive("/export", "ref", y.snapshot))
+	if rec := y.record("VM", vms[0]); rec["is_a_snapshot"] != false || rec["is_a_template"] != true || rec["snapshot_of"] != xapi.NullRef {
+		t.Errorf("of a snapshot: %v", rec)
+	}
+	uuid, body := y.record("VM", y.vm)["uuid"], y.archive("/export", "ref", y.vm)
+	before := y.population()
+	if o := y.bring("/import", body, "restore", "true"); !slices.Equal(o, []string{"failure", "DUPLICATE_VM", y.vm}) {
+		t.Errorf("beside the original: %q", o)
+	}
+	if diff := cmp.Diff(before, y.population()); diff != "" {
+		t.Errorf("left behind: %s", diff)
+	}
+	y.do("VM.destroy", y.session, y.vm)
+	rec := y.record("VM", y.brought("/import", body, "restore", "true")[0])
+	vif := y.record("VIF", rec["VIFs"].([]any)[0].(string))
+	if rec["uuid"] != uuid || vif["MAC"] != "02:00:00:00:00:09" {
+		t.Errorf("uuid %v, MAC %v", rec["uuid"], vif["MAC"])
+	}
+}
+
+// Any part of an archive can be had, under its entity tag.
+func TestXVARange(t *testing.T) {
+	y := newYard(t)
+	whole := y.archive("/export", "ref", y.vm)
+	resp := y.fetch(http.MethodHead, y.url("/export", "ref", y.vm))
+	if resp.StatusCode != http.StatusNotImplemented && resp.StatusCode != http.StatusForbidden {
+		t.Errorf("HEAD: %s", resp.Status)
+	}
+	resp = y.fetch(http.MethodGet, y.url("/export", "ref", y.vm))
+	tag := resp.Header.Get("ETag")
+	readBody(t, resp)
+	for _, from := range []int{0, 511, 512, len(whole) / 2, len(whole) - 1024, len(whole) - 1} {
+		to := min(len(whole), from+mib+7)
+		resp := y.fetch(http.MethodGet, y.url("/export", "ref", y.vm), "Range", fmt.Sprintf("bytes=%d-%d", from, to-1), "If-Range", tag)
+		if got := readBody(t, resp); resp.StatusCode != http.StatusPartialContent || !bytes.Equal(got, whole[from:to]) {
+			t.Errorf("from %d: %s, %d bytes", from, resp.Status, len(got))
+		}
+	}
+	resp = y.fetch(http.MethodGet, y.url("/export", "ref", y.vm), "Range", "bytes="+strconv.Itoa(len(whole))+"-")
+	if resp.StatusCode != http.StatusRequestedRangeNotSatisfiable {
+		t.Errorf("behind the end: %s", resp.Status)
+	}
+	resp = y.fetch(http.MethodGet, y.url("/export", "ref", y.vm), "If-None-Match", tag)
+	if resp.StatusCode != http.StatusNotModified {
+		t.Errorf("unchanged: %s", resp.Status)
+	}
+}
+
+type member struct {
+	tar.Header
+	data []byte
+}
+
+// unpack takes an archive apart.
+func unpack(t *testing.T, archive []byte) (all []member) {
+	t.Helper()
+	for r := tar.NewReader(bytes.NewReader(archive)); ; {
+		h, err := r.Next()
+		if err == io.EOF {
+			return all
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		data, err := io.ReadAll(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, member{tar.Header{Name: h.Name, Typeflag: h.Typeflag, Mode: 0o600}, data})
+	}
+}
+
+func pack(t *testing.T, all []member) []byte {
+	t.Helper()
+	var out bytes.Buffer
+	w := tar.NewWriter(&out)
+	for _, m := range all {
+		m.Size = int64(len(m.data))
+		if err := w.WriteHeader(&m.Header); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write(m.data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
+// Archives that are wrong are refused by name, and leave nothing.
+func TestXVAHostile(t *testing.T) {
+	y := newYard(t)
+	good := y.archive("/export", "ref", y.vm)
+	parts := func() []member { return slices.Clone(unpack(t, good)) }
+	edit := func(old, new string) []byte {
+		p := parts()
+		if !bytes.Contains(p[0].data, []byte(old)) {
+			t.Fatalf("no %q in the manifest", old)
+		}
+		p[0].data = bytes.Replace(p[0].data, []byte(old), []byte(new), 1)
+		return pack(t, p)
+	}
+	with := func(name string, kind byte) []byte {
+		p := parts()
+		return pack(t, slices.Insert(p, 3, member{Header: tar.Header{Name: name, Typeflag: kind, Linkname: "/etc/passwd", Mode: 0o600}}))
+	}
+	without := func(n ...int) []byte {
+		p := parts()
+		slices.Sort(n)
+		slices.Reverse(n)
+		for _, i := range n {
+			p = slices.Delete(p, i, i+1)
+		}
+		return pack(t, p)
+	}
+	last := len(parts())
+	size := fmt.Sprintf("<name>virtual_size</name><value>%v</value>", y.record("VDI", y.disks[0])["virtual_size"])
+	corrupt := parts()
+	corrupt[3].data = bytes.Clone(corrupt[3].data)
+	corrupt[3].data[0] ^= 1
+	swapped := parts()
+	swapped[1], swapped[2], swapped[3], swapped[4] = swapped[3], swapped[4], swapped[1], swapped[2]
+	packed := y.archive("/export", "ref", y.vm, "use_compression", "zstd")
+	broken := bytes.Clone(packed)
+	clear(broken[len(broken)/2:][:100])
+	before := y.population()
+	for name, tt := range map[string]struct {
+		body []byte
+		code string
+	}{
+		"nothing":                {nil, "IMPORT_ERROR_PREMATURE_EOF"},
+		"zeros":                  {make([]byte, 10240), "IMPORT_ERROR_PREMATURE_EOF"},
+		"noise":                  {random(mib, 7, [2]int64{0, mib}), "IMPORT_ERROR"},
+		"no manifest":            {without(0), "IMPORT_ERROR_UNEXPECTED_FILE"},
+		"first chunk missing":    {without(1, 2), "IMPORT_ERROR"},
+		"last chunk missing":     {without(last-2, last-1), "IMPORT_ERROR"},
+		"checksum missing":       {without(2), "IMPORT_ERROR"},
+		"wrong checksum":         {pack(t, corrupt), "IMPORT_ERROR_SOME_CHECKSUMS_FAILED"},
+		"out of order":           {pack(t, swapped), "IMPORT_ERROR"},
+		"symbolic link":          {with("Ref:9/00000001", tar.TypeSymlink), "IMPORT_ERROR"},
+		"hard link":              {with("Ref:9/00000001", tar.TypeLink), "IMPORT_ERROR"},
+		"out of the archive":     {with("../../etc/passwd", tar.TypeReg), "IMPORT_ERROR_UNEXPECTED_FILE"},
+		"absolute":               {with("/00000001", tar.TypeReg), "IMPORT_ERROR_UNEXPECTED_FILE"},
+		"a disk nobody has":      {with("Ref:99/00000001", tar.TypeReg), "IMPORT_ERROR_UNEXPECTED_FILE"},
+		"absurd size":            {edit(size, "<name>virtual_size</name><value>9223372036854775807</value>"), "SR_BACKEND_FAILURE_79"},
+		"negative size":          {edit(size, "<name>virtual_size</name><value>-1</value>"), "SR_BACKEND_FAILURE_79"},
+		"no size":                {edit(size, "<name>virtual_size</name><value>0</value>"), "IMPORT_ERROR"},
+		"smaller than its data":  {edit(size, "<name>virtual_size</name><value>4096</value>"), "IMPORT_ERROR"},
+		"size in words":          {edit(size, "<name>virtual_size</name><value>much</value>"), "IMPORT_ERROR"},
+		"newer version":          {edit("<name>export_vsn</name><value>2", "<name>export_vsn</name><value>3"), "IMPORT_INCOMPATIBLE_VERSION"},
+		"no version":             {edit("<name>version</name>", "<name>versions</name>"), "IMPORT_INCOMPATIBLE_VERSION"},
+		"no objects":             {edit("<name>objects</name>", "<name>object</name>"), "IMPORT_ERROR"},
+		"not XML":                {edit("<value><struct>", "<value><struct"), "IMPORT_ERROR"},
+		"a VDI is missing":       {edit("<name>class</name><value>VDI</value>", "<name>class</name><value>Other</value>"), "IMPORT_ERROR_FAILED_TO_FIND_OBJECT"},
+		"a device twice":         {edit("<name>userdevice</name><value>1</value>", "<name>userdevice</name><value>2</value>"), "DEVICE_ALREADY_EXISTS"},
+		"two of a name":          {edit("<name>id</name><value>Ref:1</value>", "<name>id</name><value>Ref:0</value>"), "IMPORT_ERROR"},
+		"memory upside down":     {edit("<name>memory_static_min</name><value>1</value>", "<name>memory_static_min</name><value>2</value>"), "MEMORY_CONSTRAINT_VIOLATION_ORDER"},
+		"damaged and compressed": {broken, "IMPORT_ERROR_SOME_CHECKSUMS_FAILED"},
+		"compression cut short":  {packed[:len(packed)-10], "IMPORT_ERROR_PREMATURE_EOF"},
+		"compressed noise":       {append([]byte{0x1f, 0x8b}, make([]byte, 5000)...), "IMPORT_ERROR"},
+	} {
+		if o := y.bring("/import", tt.body); len(o) < 2 || o[1] != tt.code {
+			t.Errorf("%s: task says %q", name, o)
+		}
+	}
+	if o := y.bring("/import", good, "sr_id", "OpaqueRef:x"); len(o) < 2 || o[1] != "HANDLE_INVALID" {
+		t.Errorf("no SR: %q", o)
+	}
+	if diff := cmp.Diff(before, y.population()); diff != "" {
+		t.Fatalf("left behind: %s", diff)
+	}
+	if o := y.bring("/import", pack(t, corrupt), "force", "true"); o[0] != "success" {
+		t.Errorf("wrong checksum, forced: %q", o)
+	}
+	// What older servers write.
+	old := parts()
+	for i, m := range old {
+		if name, ok := strings.CutSuffix(m.Name, ".xxhash"); ok {
+			sum := sha1.Sum(old[i-1].data)
+			old[i].Name, old[i].data = name+".checksum", []byte(hex.EncodeToString(sum[:]))
+		}
+	}
+	if got := y.shape(y.brought("/import", pack(t, old))[0]); !cmp.Equal(got, y.shape(y.vm)) {
+		t.Error("with SHA-1 checksums another VM comes in")
+	}
+}
+
+// An archive that ends early leaves nothing, wherever it ends.
+func TestXVATruncated(t *testing.T) {
+	y := newYard(t)
+	whole := y.archive("/export", "ref", y.vm)
+	manifest := len(unpack(t, whole)[0].data)
+	before := y.population()
+	cuts := []int{len(whole) - 1024, len(whole) - 1, len(whole) / 2}
+	for cut := 512; cut < 512+(manifest+511)/512*512+4096; cut += 512 {
+		cuts = append(cuts, cut)
+	}
+	for _, cut := range cuts {
+		task := y.task()
+		conn := y.dial(t, "tcp").(*net.TCPConn)
+		fmt.Fprintf(conn, "PUT %s HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n", y.url("/import", "task_id", task), len(whole))
+		y.untilBlank(conn)
+		if _, err := conn.Write(whole[:cut]); err != nil {
+			t.Fatal(err)
+		}
+		if err := conn.CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.Copy(io.Discard, conn)
+		if o := y.settled(task); !slices.Equal(o, []string{"failure", "IMPORT_ERROR_PREMATURE_EOF"}) {
+			t.Fatalf("cut at %d of %d: %q", cut, len(whole), o)
+		}
+		conn.Close()
+	}
+	if diff := cmp.Diff(before, y.population()); diff != "" {
+		t.Errorf("left behind: %s", diff)
+	}
+}
+
+// A cancelled import leaves nothing; a probe does nothing.
+func TestXVACancelAndProbe(t *testing.T) {
+	y := newYard(t)
+	whole := y.archive("/export", "ref", y.vm)
+	before := y.population()
+	task := y.task()
+	conn := y.dial(t, "tcp")
+	fmt.Fprintf(conn, "PUT %s HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n", y.url("/import", "task_id", task), len(whole))
+	y.untilBlank(conn)
+	if _, err := conn.Write(whole[:len(whole)/2]); err != nil {
+		t.Fatal(err)
+	}
+	y.do("task.cancel", y.session, task)
+	if o := y.settled(task); o[0] != "cancelled" {
+		t.Errorf("cancelled: %q", o)
+	}
+	_, _ = io.Copy(io.Discard, conn)
+	reply := y.send(t, "tcp", "PUT "+y.url("/import/", "sr_id", y.sr)+" HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n")
+	if !strings.HasPrefix(reply, "HTTP/1.1 200 OK\r\n") {
+		t.Errorf("probe: %s", reply)
+	}
+	if diff := cmp.Diff(before, y.population()); diff != "" {
+		t.Errorf("left behind: %s", diff)
+	}
+	running := y.fetch(http.MethodGet, y.url("/export", "ref", "OpaqueRef:x", "task_id", y.task()))
+	if running.StatusCode != http.StatusInternalServerError {
+		t.Errorf("no such VM: %s", running.Status)
+	}
+}
+
+// Records travel alone, too: the disks are those that are here.
+func TestXVAMetadata(t *testing.T) {
+	y := newYard(t)
+	uuid := y.record("VM", y.vm)["uuid"].(string)
+	body := y.archive("/export_metadata", "uuid", uuid)
+	if all := unpack(t, body); len(all) != 1 || all[0].Name != "ova.xml" || !bytes.Contains(all[0].data, []byte("before")) {
+		t.Fatalf("%d files", len(all))
+	}
+	if all := unpack(t, y.archive("/export_metadata", "all", "true", "excluded_device_types", "vif,vbd")); bytes.Contains(all[0].data, []byte("<value>VBD</value>")) {
+		t.Error("VBDs in spite of excluded_device_types")
+	}
+	before := y.population()
+	if vms := y.brought("/import_metadata", body, "dry_run", "true"); len(vms) != 0 {
+		t.Errorf("dry run: %q", vms)
+	}
+	if diff := cmp.Diff(before, y.population()); diff != "" {
+		t.Errorf("left behind: %s", diff)
+	}
+	if o := y.bring("/import_metadata", body, "dry_run", "true", "restore", "true"); len(o) < 2 || o[1] != "DUPLICATE_VM" {
+		t.Errorf("dry run of what cannot be: %q", o)
+	}
+	if o := y.bring("/import_metadata", y.archive("/export", "ref", y.vm)); len(o) < 2 || o[1] != "IMPORT_ERROR_UNEXPECTED_FILE" {
+		t.Errorf("with disks: %q", o)
+	}
+	got := y.record("VM", y.brought("/import_metadata", body)[0])
+	if len(got["snapshots"].([]any)) != 1 {
+		t.Errorf("snapshots %v", got["snapshots"])
+	}
+	vdis := func(rec map[string]any) map[string]any {
+		out := map[string]any{}
+		for _, b := range rec["VBDs"].([]any) {
+			vbd := y.record("VBD", b.(string))
+			out[vbd["userdevice"].(string)] = vbd["VDI"]
+		}
+		return out
+	}
+	if diff := cmp.Diff(vdis(y.record("VM", y.vm)), vdis(got)); diff != "" {
+		t.Errorf("disks (-exported +imported): %s", diff)
+	}
+	// A disk that is gone, and one that stands for it.
+	other, otherUUID := y.disk(mib)
+	_, goneUUID := y.disks[1], y.record("VDI", y.disks[1])["uuid"].(string)
+	body = bytes.ReplaceAll(body, []byte(goneUUID), []byte("00000000-0000-0000-0000-00000000dead"))
+	if o := y.bring("/import_metadata", body); len(o) < 2 || o[1] != "IMPORT_ERROR_ATTACHED_DISKS_NOT_FOUND" {
+		t.Errorf("a disk is gone: %q", o)
+	}
+	if n := len(y.record("VM", y.brought("/import_metadata", body, "force", "true")[0])["VBDs"].([]any)); n != 2 {
+		t.Errorf("forced: %d VBDs", n)
+	}
+	got = y.record("VM", y.brought("/import_metadata", body, "vdi:00000000-0000-0000-0000-00000000dead", otherUUID)[0])
+	if vdis(got)["2"] != other {
+		t.Errorf("with a disk in its place: %v", vdis(got))
+	}
+}
