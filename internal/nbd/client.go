@@ -10,6 +10,7 @@ import (
 	"net"
 	"sync"
 	"syscall"
+	"syscall"
 
 	"coppice/internal/storage"
 )
@@ -189,8 +190,10 @@ func (c *Client) Close() error {
 func (c *Client) Abort() error {
 	err := c.nc.Close()
 	c.reader.Wait()
-	if errors.Is(err, net.ErrClosed) { // the server was first
-		return nil
+	for _, first := range []error{net.ErrClosed, syscall.EPIPE, syscall.ECONNRESET} {
+		if errors.Is(err, first) { // the server was first
+			return nil
+		}
 	}
 	return err
 }
