@@ -63,7 +63,7 @@ func (a *API) open(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], how dis
 		}
 	}()
 	mode := storage.Pinned
-	if how == writing {
+	if how != reading {
 		mode = storage.Live
 	}
 	_, err = c.ClaimWithin(ctx, transferPatience, func(tx *db.Tx) (err error) {

@@ -343,19 +343,19 @@ func (a *API) nbdOpen(ctx context.Context, o Origin, d *nbdDisk, x nbdAccess) er
 	case nbdReadOnly:
 		d.disk, err = a.openReader(ctx, c, x.vdi, nil)
 	case nbdReadWrite:
-		d.disk, err = a.open(ctx, c, x.vdi, writing, func(tx *db.Tx) error { return a.nbdWritable(tx, x.vdi) })
+		d.disk, err = a.open(ctx, c, x.vdi, lending, func(tx *db.Tx) error { return a.nbdWritable(tx, x.vdi) })
 	case nbdCopyOnWrite:
 		err = a.nbdOpenClone(ctx, c, d, x)
 	}
 	return c.finish(Result{}, err)
 }
 
-// nbdWritable is vdiWritable for NBD: a sharable disk may have several
-// writers.
+// nbdWritable is vdiWritable for NBD: a sharable disk may have several clients
+// that write, but none while the server itself writes to it.
 func (a *API) nbdWritable(tx *db.Tx, ref xapi.Ref[xapi.VDI]) error {
 	err := a.vdiWritable(tx, ref, "nbd")
 	if e, ok := errors.AsType[*xapi.Error](err); ok && e.Code == xapi.ErrVDIInUse {
-		if v, gone := db.Get(tx, ref); gone == nil && v.Sharable {
+		if v, gone := db.Get(tx, ref); gone == nil && v.Sharable && a.repos.uses.count(ref, writing) == 0 {
 			return nil
 		}
 	}

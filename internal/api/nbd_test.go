@@ -153,8 +153,21 @@ func TestNBDSharable(t *testing.T) {
 	args["sharable"] = true
 	id := record(r.core, r.call("VDI.create", args).(vdiRef)).UUID
 	a, b := r.attach(local("1"), "rw/"+id), r.attach(local("2"), "rw/"+id)
+	in := TransferRequest{Session: string(r.root), Action: "put_import_raw_vdi", VDI: id, Length: 4 << 20}
+	if _, err := r.Import(r.t.Context(), trusted, in); code(err) != xapi.ErrVDIInUse {
+		t.Errorf("import under clients that write: %v", err)
+	}
 	a.Close()
 	b.Close()
+	x, err := r.Import(r.t.Context(), trusted, in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.wantNotAttached("VDI_IN_USE", local("1"), "rw/"+id)
+	if err := x.Finish(nil); err != nil {
+		t.Fatal(err)
+	}
+	r.attach(local("1"), "rw/"+id).Close()
 }
 
 // Sessions and their roles decide who may attach, and the end of a session is

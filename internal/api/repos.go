@@ -242,12 +242,16 @@ func (t *repoTable) closeAll() error {
 }
 
 // diskUse says what the server itself does with a disk it has open: a copy
-// or an export reads a pinned version, an import or a copy into it writes.
+// or an export reads a pinned version, an import or a copy into it writes. What
+// a client of NBD writes is told apart, because a sharable disk bears several
+// of those, but nobody beside an import.
 type diskUse int
 
 const (
 	reading diskUse = iota
 	writing
+	lending // to a client that writes
+	diskUseKinds
 )
 
 // diskUses counts the disks the server has open. Writers count as attached
@@ -255,7 +259,7 @@ const (
 // except that their SR cannot be detached. The zero value is empty.
 type diskUses struct {
 	mu sync.Mutex // guards n
-	n  map[xapi.Ref[xapi.VDI]][2]int
+	n  map[xapi.Ref[xapi.VDI]][diskUseKinds]int
 }
 
 // add notes a use; drop takes it back.
@@ -263,7 +267,7 @@ func (u *diskUses) add(v xapi.Ref[xapi.VDI], how diskUse) (drop func()) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.n == nil {
-		u.n = map[xapi.Ref[xapi.VDI]][2]int{}
+		u.n = map[xapi.Ref[xapi.VDI]][diskUseKinds]int{}
 	}
 	n := u.n[v]
 	n[how]++
@@ -272,12 +276,17 @@ func (u *diskUses) add(v xapi.Ref[xapi.VDI], how diskUse) (drop func()) {
 		u.mu.Lock()
 		defer u.mu.Unlock()
 		n := u.n[v]
-		if n[how]--; n == [2]int{} {
+		if n[how]--; n == [diskUseKinds]int{} {
 			delete(u.n, v)
 		} else {
 			u.n[v] = n
 		}
 	})
+}
+
+// written says whether a disk is open for writing, by whomever.
+func (u *diskUses) written(v xapi.Ref[xapi.VDI]) bool {
+	return u.count(v, writing) > 0 || u.count(v, lending) > 0
 }
 
 // count returns how many uses of a kind a disk has now.

@@ -126,7 +126,7 @@ func (a *API) srUnused(tx *db.Tx, ref xapi.Ref[xapi.SR]) error {
 			continue
 		}
 		busy := len(vdi.CurrentOperations) > 0 ||
-			a.repos.uses.count(v, reading) > 0 || a.repos.uses.count(v, writing) > 0
+			a.repos.uses.count(v, reading) > 0 || a.repos.uses.written(v)
 		for _, b := range vdi.VBDs {
 			vbd, err := db.Get(tx, b)
 			busy = busy || err == nil && (vbd.CurrentlyAttached || vbd.Reserved)

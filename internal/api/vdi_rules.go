@@ -107,7 +107,7 @@ func (a *API) diskFacts(tx *db.Tx, ref xapi.Ref[xapi.VDI], beside xapi.Ref[xapi.
 			break
 		}
 	}
-	f.inUse = a.repos.uses.count(ref, writing) > 0
+	f.inUse = a.repos.uses.written(ref)
 	f.inUseRW, f.onlySnapshots = f.inUse, !f.inUse
 	for _, b := range v.VBDs {
 		vbd, err := db.Get(tx, b)
@@ -273,7 +273,7 @@ func (a *API) vdiWritable(tx *db.Tx, ref xapi.Ref[xapi.VDI], what string) error 
 	if !srAttached(tx, v.SR) {
 		return xapi.NewError(xapi.ErrSRHasNoPBDs, string(v.SR))
 	}
-	if a.repos.uses.count(ref, writing) > 0 {
+	if a.repos.uses.written(ref) {
 		return xapi.NewError(xapi.ErrVDIInUse, string(ref), what)
 	}
 	for _, b := range v.VBDs {
