@@ -58,11 +58,13 @@ func (x *NBDAttachment) Close() { x.release() }
 
 // nbdKey names what connections share: several connections of one client to one
 // disk are one attachment, so that they see the same contents and are not in
-// each other's way.
+// each other's way. Clones that become different disks, or none, are different
+// attachments.
 type nbdKey struct {
 	client string
 	vdi    xapi.Ref[xapi.VDI]
 	mode   nbdMode
+	keep   string
 }
 
 // nbdTable holds what is attached by NBD.
@@ -279,7 +281,7 @@ func (a *API) NBDAttach(ctx context.Context, o NBDClient, name string) (*NBDAtta
 // nbdShare returns the attachment that x asks for, a new one or one that
 // another connection of the same client has. nbdLeave gives it back.
 func (a *API) nbdShare(ctx context.Context, o Origin, x nbdAccess) (*nbdDisk, error) {
-	key := nbdKey{x.client, x.vdi, x.mode}
+	key := nbdKey{x.client, x.vdi, x.mode, x.name.keep}
 	t := &a.nbd
 	if x.mode == nbdReadWrite && !x.rec.Sharable {
 		a.nbdSettle(ctx, nbdWritten(x.vdi, x.client))

@@ -238,6 +238,15 @@ func TestNBDCopyOnWrite(t *testing.T) {
 	if _, err := k.Volume.WriteAt([]byte("kept"), 0); err != nil {
 		t.Fatal(err)
 	}
+	same, apart := r.attach(local("1"), "cow/"+id+"?keep=kept"), r.attach(local("1"), "cow/"+id)
+	if _, err := same.Volume.ReadAt(got, 0); err != nil || string(got) != "kept" {
+		t.Errorf("another connection to the clone reads %q, %v", got, err)
+	}
+	if _, err := apart.Volume.ReadAt(got, 0); err != nil || !bytes.Equal(got, want[:4]) {
+		t.Errorf("a clone that is not to be kept begins with %q, %v", got, err)
+	}
+	apart.Close()
+	same.Close()
 	r.call("VDI.destroy", snap) // what is derived from it stays
 	k.Close()
 	kept := r.call("VDI.get_by_name_label", "kept").([]string)
