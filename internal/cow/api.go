@@ -58,6 +58,21 @@ type Options struct {
 	FirstFit bool
 }
 
+// validate reports what cannot be meant.
+func (o Options) validate() error {
+	l := o.Limits
+	for name, n := range map[string]int64{
+		"MaxBytes": o.MaxBytes, "LogBytes": o.LogBytes, "CheckpointAfter": int64(o.CheckpointAfter),
+		"Buffers": l.Buffers, "Entries": l.Entries, "PageCache": l.PageCache, "DirectMin": l.DirectMin,
+		"Chain": int64(l.Chain), "ReapPages": int64(l.ReapPages),
+	} {
+		if n < 0 {
+			return fmt.Errorf("%w: %s is %d", ErrInvalid, name, n)
+		}
+	}
+	return nil
+}
+
 // Limits bounds the memory of an open store. At half of a limit a checkpoint
 // starts; at the full limit writers wait for it.
 type Limits struct {

@@ -98,3 +98,33 @@ func TestCreateAfterCrash(t *testing.T) {
 		t.Errorf("%d of %d crashes left a store", stores, len(crashed))
 	}
 }
+
+// TestOptionsBelowZero expects options that cannot be meant to be refused by
+// all who take them, before anything is touched.
+func TestOptionsBelowZero(t *testing.T) {
+	ctx := context.Background()
+	m := vfs.NewMem(0)
+	for name, spoil := range map[string]func(*Options){
+		"MaxBytes":        func(o *Options) { o.MaxBytes = -1 },
+		"LogBytes":        func(o *Options) { o.LogBytes = -int64(tiny.UnitSize) },
+		"CheckpointAfter": func(o *Options) { o.CheckpointAfter = -1 },
+		"Buffers":         func(o *Options) { o.Limits.Buffers = -1 },
+		"Entries":         func(o *Options) { o.Limits.Entries = -1 },
+		"PageCache":       func(o *Options) { o.Limits.PageCache = -1 },
+		"DirectMin":       func(o *Options) { o.Limits.DirectMin = -1 },
+		"Chain":           func(o *Options) { o.Limits.Chain = -1 },
+		"ReapPages":       func(o *Options) { o.Limits.ReapPages = -1 },
+	} {
+		o := tinyOptions()
+		spoil(&o)
+		if _, err := Create(ctx, m, o); !errors.Is(err, ErrInvalid) {
+			t.Errorf("create with %s: %v", name, err)
+		}
+		if _, err := Open(ctx, m, o); !errors.Is(err, ErrInvalid) {
+			t.Errorf("open with %s: %v", name, err)
+		}
+	}
+	if names, err := m.List(); err != nil || len(names) > 0 {
+		t.Errorf("there are %v, %v", names, err)
+	}
+}

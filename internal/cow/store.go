@@ -98,6 +98,9 @@ type failure struct{ err error }
 // reserve. A creation that did not end leaves nothing that a second one
 // minds.
 func Create(ctx context.Context, dir vfs.FS, o Options) (*Store, error) {
+	if err := o.validate(); err != nil {
+		return nil, err
+	}
 	if o.Geometry == (Geometry{}) {
 		o.Geometry = DefaultGeometry()
 	}
@@ -187,10 +190,13 @@ func withLock(dir vfs.FS, f func(io.Closer) (*Store, error)) (*Store, error) {
 }
 
 // Open opens the store in a directory and recovers it. It fails with
-// [ErrNoStore], [vfs.ErrLocked], an *[UnsupportedError] or a *CorruptError. A
+// [ErrInvalid], [ErrNoStore], [vfs.ErrLocked], an *[UnsupportedError] or a *CorruptError. A
 // store that this version can read but must not write is open read-only, and
 // [Store.Failed] says so.
 func Open(ctx context.Context, dir vfs.FS, o Options) (*Store, error) {
+	if err := o.validate(); err != nil {
+		return nil, err
+	}
 	return withLock(dir, func(lock io.Closer) (*Store, error) {
 		s, err := open(ctx, dir, o, lock)
 		if err != nil {
