@@ -10,7 +10,6 @@ import (
 	"net"
 	"sync"
 	"syscall"
-	"syscall"
 
 	"coppice/internal/storage"
 )
