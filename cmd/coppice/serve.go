@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"syscall"
@@ -30,6 +31,9 @@ import (
 // operation that blocks occupies one of them until the runtime notices, and
 // on a small machine that would hold up everybody else.
 const minProcs = 4
+
+// startGCPercent is the garbage collector's percentage, as in GOGC, while the server starts.
+const startGCPercent = 400
 
 // The values of --revert.
 const (
@@ -118,7 +122,11 @@ func serve(ctx context.Context, e env, args []string) (err error) {
 		return err
 	}
 	log := slog.New(slog.NewTextHandler(e.stderr, &slog.HandlerOptions{Level: o.logLevel, ReplaceAttr: server.RedactAttr}))
+	// Nearly all that a start makes is there to stay: to collect garbage in it as often as later costs much and finds
+	// little.
+	usual := debug.SetGCPercent(startGCPercent)
 	inst, err := start(ctx, data, o, log)
+	debug.SetGCPercent(usual)
 	if err != nil {
 		return err
 	}

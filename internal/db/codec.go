@@ -22,6 +22,8 @@ type codec struct {
 
 	// preset are the maps whose default has members. encoding/json adds to a map that is there.
 	preset []*xapi.Field
+
+	model any // a record without anything in it, never changed; see quick
 }
 
 func newCodec(c *xapi.Class) *codec {
@@ -42,6 +44,7 @@ func newCodec(c *xapi.Class) *codec {
 		}
 	}
 	k.shape = reflect.StructOf(shape)
+	k.model = k.blank()
 	return k
 }
 
@@ -72,8 +75,17 @@ func (k *codec) encode(o *object) ([]byte, error) {
 }
 
 // decode reads what encode wrote. Fields that are missing get their default; those that the model does not
-// know are returned beside the record.
-func (k *codec) decode(row Row) (rec any, unknown map[string]json.RawMessage, err error) {
+// know are returned beside the record. previous may be another record of the class, with which the texts that are the
+// same are shared.
+func (k *codec) decode(row Row, previous any) (rec any, unknown map[string]json.RawMessage, err error) {
+	if rec, ok := k.quick(row.Data, previous); ok {
+		return k.defaults(rec), nil, nil
+	}
+	return k.decodeAny(row)
+}
+
+// decodeAny reads a row that somebody else may have written.
+func (k *codec) decodeAny(row Row) (rec any, unknown map[string]json.RawMessage, err error) {
 	rec = k.blank()
 	d := json.NewDecoder(bytes.NewReader(row.Data))
 	d.DisallowUnknownFields()

@@ -65,10 +65,16 @@ func (tx *Tx) decoded(m *xapi.Model, rows iter.Seq2[Row, error]) iter.Seq[loaded
 					return false
 				}
 				wg.Go(func() {
+					var previous loaded
 					for i := range b {
-						if l := &b[i]; l.err == nil {
-							l.rec, l.unknown, l.err = l.codec.decode(l.row)
+						l := &b[i]
+						if l.codec != previous.codec {
+							previous.rec = nil
 						}
+						if l.err == nil {
+							l.rec, l.unknown, l.err = l.codec.decode(l.row, previous.rec)
+						}
+						previous = *l
 					}
 					out <- b
 				})
