@@ -19,13 +19,14 @@ type image struct {
 	space  *space
 
 	slots    *slots
-	superErr error // why super may not be the newest
-	tableErr error // of the region table, when it is damaged and need not be read
+	superErr error    // why super may not be the newest
+	tableErr error    // of the region table, when it is damaged and need not be read
+	made     []string // files of the region table that were gone
 }
 
 // readImage reads superblock and region table.
 func readImage(dir vfs.FS, o Options) (*image, error) {
-	im, err := readDamaged(dir, o)
+	im, err := readDamaged(dir, o, false)
 	if err != nil {
 		return nil, err
 	}
@@ -37,11 +38,12 @@ func readImage(dir vfs.FS, o Options) (*image, error) {
 
 // readDamaged is readImage for a store whose region table, which says nothing
 // that the trees do not, may be damaged, and whose newest superblock may be
-// lost with both of its slots. Everything is synced before it
+// lost with both of its slots. With mend a file of the region table that is gone
+// is made anew, without the table. Everything is synced before it
 // is read: after a crash of the process, but not of the host, the page cache
 // may show a state that the device does not have, and nothing may be built
 // on that.
-func readDamaged(dir vfs.FS, o Options) (_ *image, err error) {
+func readDamaged(dir vfs.FS, o Options, mend bool) (_ *image, err error) {
 	im := &image{}
 	defer func() {
 		if err != nil {
@@ -75,7 +77,15 @@ func readDamaged(dir vfs.FS, o Options) (_ *image, err error) {
 	}
 	for i := range im.space.table.file {
 		name := regionsName(uint64(i))
-		if im.space.table.file[i], err = dir.Open(name); err != nil {
+		im.space.table.file[i], err = dir.Open(name)
+		if mend && errors.Is(err, fs.ErrNotExist) && im.super.writable() == nil {
+			if im.space.table.file[i], err = dir.Create(name); err == nil {
+				pages := (int64(im.super.regions) + tablePageRecords - 1) / tablePageRecords
+				err = errors.Join(im.space.table.file[i].Allocate(0, pages*tablePageSize), dir.SyncDir())
+			}
+			im.made = append(im.made, name)
+		}
+		if err != nil {
 			return nil, &CorruptError{Detail: "opening " + name, Cause: err}
 		}
 		if err = settle(im.space.table.file[i], name); err != nil {

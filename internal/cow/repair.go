@@ -48,7 +48,7 @@ func repairStore(ctx context.Context, dir vfs.FS, o RepairOptions, yield func(Pr
 		return err
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
-	im, err := readDamaged(dir, Options{})
+	im, err := readDamaged(dir, Options{}, true)
 	if err != nil {
 		return err
 	}
@@ -96,8 +96,19 @@ func (r *repair) lose() {
 }
 
 func (r *repair) run() error {
-	for _, step := range []func() error{r.mendSlots, r.table, r.volumes, r.reapQueue, r.log, r.counters} {
+	for _, step := range []func() error{r.missing, r.mendSlots, r.table, r.volumes, r.reapQueue, r.log, r.counters} {
 		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// missing reports the files that reading the image has made anew.
+func (r *repair) missing() error {
+	for _, name := range r.made {
+		r.changed = true // the new generation has the table
+		if err := r.report(Problem{Detail: name + " is missing", Done: "made anew"}); err != nil {
 			return err
 		}
 	}

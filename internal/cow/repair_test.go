@@ -233,6 +233,31 @@ func TestLogCutShort(t *testing.T) {
 	}
 }
 
+// TestRepairOfAMissingTable takes either file of the region table away, which
+// says nothing that the trees do not.
+func TestRepairOfAMissingTable(t *testing.T) {
+	ctx := context.Background()
+	m, data := sample(t)
+	for gen := range uint64(2) {
+		c := m.Kill()
+		if err := errors.Join(c.Remove(regionsName(gen)), c.SyncDir()); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open(ctx, c, tinyOptions()); !errors.Is(err, ErrCorrupt) {
+			t.Fatalf("open without %s: %v", regionsName(gen), err)
+		}
+		list, err := repaired(c, RepairOptions{})
+		want := Problem{Detail: regionsName(gen) + " is missing", Done: "made anew"}
+		if err != nil || !slices.Contains(list, want) || slices.ContainsFunc(list, func(p Problem) bool { return p.Done == "" }) {
+			t.Errorf("repair: %v, %v", list, err)
+		}
+		c = c.Crash(func(int) int { return 0 })
+		if err := errors.Join(checkClean(c), usable(c, data)); err != nil {
+			t.Errorf("after the repair: %v", err)
+		}
+	}
+}
+
 // TestCheckOfTheLog damages a unit that nothing but the log refers to, in a file
 // that no checkpoint has recorded.
 func TestCheckOfTheLog(t *testing.T) {
