@@ -74,20 +74,20 @@ func user(_ context.Context, e env, args []string) error {
 	case "add":
 		return addUser(e, file, names[0], o)
 	case "passwd":
-		err = changeUser(file, names[0], func(u *users.User) error {
+		err = changeUser(file, names[0], func() (func(*users.User), error) {
 			password, err := askPassword(e, o.passwordFile)
-			if err == nil {
-				u.Verifier = api.HashPassword(password)
+			if err != nil {
+				return nil, err
 			}
-			return err
+			verifier := api.HashPassword(password)
+			return func(u *users.User) { u.Verifier = verifier }, nil
 		})
 	case "role":
 		if len(o.roles) == 0 {
 			return &hinted{errors.New("role needs a role"), "coppice user role NAME --role ROLE"}
 		}
-		err = changeUser(file, names[0], func(u *users.User) error {
-			u.Roles = o.roles
-			return nil
+		err = changeUser(file, names[0], func() (func(*users.User), error) {
+			return func(u *users.User) { u.Roles = o.roles }, nil
 		})
 	case "remove":
 		err = file.Remove(names[0])
@@ -137,22 +137,22 @@ func addUser(e env, file *users.File, name string, o userOptions) error {
 	return file.Add(users.User{Name: name, UUID: uuid.NewString(), Roles: o.roles, Verifier: api.HashPassword(password)})
 }
 
-// changeUser changes a user. What change asks for is asked before the file is locked.
-func changeUser(file *users.File, name string, change func(*users.User) error) error {
+// changeUser changes a user. ask, which may take its time, is called before the file is locked, and what it returns
+// changes the user as it is by then.
+func changeUser(file *users.File, name string, ask func() (func(*users.User), error)) error {
 	list, _, err := file.Load()
 	if err != nil {
 		return err
 	}
-	i := slices.IndexFunc(list, func(u users.User) bool { return u.Name == name })
-	if i < 0 {
+	if !slices.ContainsFunc(list, func(u users.User) bool { return u.Name == name }) {
 		return &hinted{fmt.Errorf("%w: %q", users.ErrNotFound, name), "coppice user list shows them. The password of root is set with --admin-password-file, or by session.change_password."}
 	}
-	changed := list[i]
-	if err := change(&changed); err != nil {
+	change, err := ask()
+	if err != nil {
 		return err
 	}
 	return file.Change(name, func(u *users.User) error {
-		u.Roles, u.Verifier = changed.Roles, changed.Verifier
+		change(u)
 		return nil
 	})
 }

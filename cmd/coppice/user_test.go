@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -62,5 +63,23 @@ func TestUserCommand(t *testing.T) {
 	}
 	if got := runCommand(t, "user", "list", "--data", filepath.Join(data, "nowhere")); got.code != exitUnusable || !strings.Contains(got.stderr, `"coppice serve" makes it`) {
 		t.Errorf("no data directory: %+v", got)
+	}
+}
+
+// Roles that are taken away while somebody still types a password stay away.
+func TestPasswordLeavesRoles(t *testing.T) {
+	file := users.At(filepath.Join(t.TempDir(), "users.json"))
+	if err := file.Add(users.User{Name: "alice", Roles: []string{"pool-admin"}}); err != nil {
+		t.Fatal(err)
+	}
+	err := changeUser(file, "alice", func() (func(*users.User), error) {
+		return func(u *users.User) { u.Verifier = "v" }, file.Change("alice", func(u *users.User) error {
+			u.Roles = []string{"read-only"}
+			return nil
+		})
+	})
+	list, _, loadErr := file.Load()
+	if err != nil || loadErr != nil || len(list) != 1 || list[0].Verifier != "v" || !slices.Equal(list[0].Roles, []string{"read-only"}) {
+		t.Errorf("users %+v, %v, %v", list, err, loadErr)
 	}
 }
