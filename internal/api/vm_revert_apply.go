@@ -117,8 +117,11 @@ func (r *vmRevertWork) applyFields(tx *db.Tx) error {
 		for name, v := range fields {
 			class.Field(name).Set(vm, v)
 		}
+		if vm.OtherConfig = maps.Clone(vm.OtherConfig); vm.OtherConfig == nil {
+			vm.OtherConfig = map[string]string{}
+		}
+		delete(vm.OtherConfig, holdKey) // a hold is what it is now, not what it was then
 		if held {
-			vm.OtherConfig = maps.Clone(vm.OtherConfig)
 			vm.OtherConfig[holdKey] = why
 		}
 		vm.HAAlwaysRun, vm.GenerationID, vm.Parent = false, newGenerationID(), parent

@@ -515,3 +515,26 @@ func TestVMRevertGone(t *testing.T) {
 	r.call("VM.revert", second) // and it can be reverted like any other
 	r.wantConsistent()
 }
+
+// A hold is as it is now, whatever the snapshot says of it.
+func TestRevertKeepsHolds(t *testing.T) {
+	r := newRig(t)
+	vm, _ := r.guest("guest")
+	free := r.call("VM.snapshot", vm, "free").(vmRef)
+	r.call("VM.add_to_other_config", vm, holdKey, "audit")
+	held := r.call("VM.snapshot", vm, "held").(vmRef)
+	r.call("VM.revert", free)
+	if why := record(r.core, vm).OtherConfig[holdKey]; why != "audit" {
+		t.Errorf("a revert has changed the hold to %q", why)
+	}
+	r.call("VM.remove_from_other_config", vm, holdKey)
+	r.call("VM.revert", held)
+	if why, ok := record(r.core, vm).OtherConfig[holdKey]; ok {
+		t.Errorf("a revert has brought back the hold %q", why)
+	}
+	r.call("VM.destroy", vm)
+	r.call("VM.revert", held)
+	if why, ok := record(r.core, record(r.core, held).SnapshotOf).OtherConfig[holdKey]; ok {
+		t.Errorf("a VM came back with the hold %q", why)
+	}
+}
