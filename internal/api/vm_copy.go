@@ -88,8 +88,9 @@ var errPartsChanged = errors.New("the VM has changed")
 // diskOps are the operations that making a VM of another one performs on each
 // disk and on its SR.
 type diskOps struct {
-	vdi xapi.VDIOperations
-	sr  xapi.StorageOperations // "" for none
+	vdi    xapi.VDIOperations
+	sr     xapi.StorageOperations // "" for none
+	beside xapi.Ref[xapi.VM]      // whose VBDs do not count as attached, "" for none
 }
 
 // claimVM claims op on a VM and the operations ops on its disks and their SRs,
@@ -125,7 +126,7 @@ func (a *API) claimVM(ctx context.Context, c *Call, op xapi.VMOperations, ops di
 			}
 			p = now
 			for _, ref := range p.disks {
-				if err := a.vdiAllows(tx, ref, ops.vdi); err != nil {
+				if err := a.vdiAllowsBeside(tx, ref, ops.vdi, ops.beside); err != nil {
 					return err
 				}
 			}
@@ -299,7 +300,7 @@ func copyOfVIF(src *xapi.VIF, vm xapi.Ref[xapi.VM]) *xapi.VIF {
 // in one commit, or nothing does.
 func (a *API) vmClone(ctx context.Context, c *Call, ref xapi.Ref[xapi.VM], name string) (xapi.Ref[xapi.VM], error) {
 	p, release, err := a.claimVM(ctx, c, xapi.VMOperationsClone,
-		diskOps{xapi.VDIOperationsClone, xapi.StorageOperationsVDIClone},
+		diskOps{vdi: xapi.VDIOperationsClone, sr: xapi.StorageOperationsVDIClone},
 		func(tx *db.Tx) (vmParts, error) {
 			vm, err := db.Get(tx, ref)
 			if err != nil {

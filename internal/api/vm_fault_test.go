@@ -2,6 +2,7 @@ package api
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"hash/crc32"
 	"slices"
@@ -169,6 +170,12 @@ var vmFaultCases = map[string]vmFaultCase{
 			return vm
 		},
 		invoke("VM.provision"),
+	},
+	"prune": {
+		func(r *rig) vmRef { _, snap := r.changed(); return snap },
+		func(r *rig, on vmRef) error {
+			return r.scheduler.do(r.ctx, "prune", func(ctx context.Context, c *Call) error { return r.destroySnapshot(ctx, c, on) })
+		},
 	},
 	"revert":       {func(r *rig) vmRef { _, snap := r.changed(); return snap }, invoke("VM.revert")},
 	"revert clone": {func(r *rig) vmRef { _, snap := r.changed(); r.choose("coppice:revert", "clone"); return snap }, invoke("VM.revert")},

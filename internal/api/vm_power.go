@@ -73,7 +73,7 @@ func (a *API) powerOpOn(ref xapi.Ref[xapi.VM], host xapi.Ref[xapi.Host], op xapi
 // leaves a volume that start-up reclaims.
 func (a *API) vmHardShutdown(ctx context.Context, c *Call, ref xapi.Ref[xapi.VM]) error {
 	p, release, err := a.claimVM(ctx, c, xapi.VMOperationsHardShutdown,
-		diskOps{xapi.VDIOperationsDestroy, xapi.StorageOperationsVDIDestroy},
+		diskOps{vdi: xapi.VDIOperationsDestroy, sr: xapi.StorageOperationsVDIDestroy},
 		func(tx *db.Tx) (p vmParts, err error) {
 			p = vmParts{ref: ref, recs: map[xapi.Ref[xapi.VDI]]*xapi.VDI{}}
 			if p.vm, err = db.Get(tx, ref); err != nil {

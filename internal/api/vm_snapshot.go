@@ -34,7 +34,7 @@ func (a *API) snapshotVM(ctx context.Context, c *Call, ref xapi.Ref[xapi.VM], o 
 	if o.checkpoint {
 		op, alert = xapi.VMOperationsCheckpoint, "VM_CHECKPOINTED"
 	}
-	p, release, err := a.claimVM(ctx, c, op, diskOps{xapi.VDIOperationsSnapshot, xapi.StorageOperationsVDISnapshot},
+	p, release, err := a.claimVM(ctx, c, op, diskOps{vdi: xapi.VDIOperationsSnapshot, sr: xapi.StorageOperationsVDISnapshot},
 		func(tx *db.Tx) (vmParts, error) { return partsOf(tx, ref, o.ignore, o.checkpoint) })
 	if err != nil {
 		return "", err

@@ -12,6 +12,7 @@ import (
 
 	"coppice/internal/db"
 	"coppice/internal/schedule"
+	"coppice/internal/storage"
 	"coppice/internal/xapi"
 )
 
@@ -74,7 +75,7 @@ func holdOf(tx *db.Tx, snap *xapi.VM) string {
 }
 
 // disksOf returns the disks that exist for a snapshot alone: those of its disk VBDs that are snapshots themselves and
-// that no other VM has, and its memory.
+// that no other VM has, and its memory. A control domain has disks only for a time, so that does not count.
 func disksOf(tx *db.Tx, snap *xapi.VM) []xapi.Ref[xapi.VDI] {
 	var disks []xapi.Ref[xapi.VDI]
 	for _, b := range snap.VBDs {
@@ -83,7 +84,7 @@ func disksOf(tx *db.Tx, snap *xapi.VM) []xapi.Ref[xapi.VDI] {
 			continue
 		}
 		vdi, err := db.Get(tx, vbd.VDI)
-		if err == nil && vdi.IsASnapshot && len(vdi.VBDs) == 1 {
+		if err == nil && vdi.IsASnapshot && !slices.ContainsFunc(vdi.VBDs, func(b xapi.Ref[xapi.VBD]) bool { return othersVBD(tx, b, snap) }) {
 			disks = append(disks, vbd.VDI)
 		}
 	}
@@ -95,8 +96,18 @@ func disksOf(tx *db.Tx, snap *xapi.VM) []xapi.Ref[xapi.VDI] {
 	return disks
 }
 
-// prune destroys the scheduled snapshots of a VM that its schedule does not keep. The disks go first: what a crash
-// or a refusal leaves is a snapshot that the next run finds again.
+// othersVBD reports whether a VBD is that of a VM other than vm and the control domains.
+func othersVBD(tx *db.Tx, ref xapi.Ref[xapi.VBD], vm *xapi.VM) bool {
+	vbd, err := db.Get(tx, ref)
+	if err != nil {
+		return false
+	}
+	owner, err := db.Get(tx, vbd.VM)
+	return err == nil && owner.UUID != vm.UUID && !owner.IsControlDomain
+}
+
+// prune destroys the scheduled snapshots of a VM that its schedule does not keep. A snapshot that cannot go is
+// reported and found again by the next run.
 func (s *scheduler) prune(ctx context.Context, ref xapi.Ref[xapi.VMSS], vm xapi.Ref[xapi.VM]) {
 	if !s.enter(s.mu.pruning, vm) {
 		return // the run that is at it sees the newest snapshot too, or the next one does
@@ -125,7 +136,7 @@ func (s *scheduler) prune(ctx context.Context, ref xapi.Ref[xapi.VMSS], vm xapi.
 	}
 	for _, r := range slices.Backward(going) {
 		err := s.do(ctx, "Pruning of "+r.name, func(ctx context.Context, c *Call) error { return a.destroySnapshot(ctx, c, r.ref) })
-		if err == nil || a.ctx.Err() != nil {
+		if err == nil || gone(err) || a.ctx.Err() != nil {
 			continue
 		}
 		body := fmt.Sprintf("The snapshot %s (%s) is due to go, but: %s", r.name, r.uuid, strings.Join(a.apiError(err).Description(), " "))
@@ -136,30 +147,54 @@ func (s *scheduler) prune(ctx context.Context, ref xapi.Ref[xapi.VMSS], vm xapi.
 	}
 }
 
-// destroySnapshot destroys a snapshot of a VM with its disks.
+// destroySnapshot destroys a snapshot of a VM with its disks: all of its records in one commit, then the volumes. It
+// is found whole or not at all, so that nobody reverts a VM to what is left of it; the volumes that a crash leaves
+// are reclaimed by the next start.
 func (a *API) destroySnapshot(ctx context.Context, c *Call, ref xapi.Ref[xapi.VM]) error {
-	var disks []xapi.Ref[xapi.VDI]
-	err := a.db.View(func(tx *db.Tx) error {
+	ops := diskOps{vdi: xapi.VDIOperationsDestroy, sr: xapi.StorageOperationsVDIDestroy, beside: ref}
+	p, release, err := a.claimVM(ctx, c, xapi.VMOperationsDestroy, ops, func(tx *db.Tx) (vmParts, error) {
 		snap, err := db.Get(tx, ref)
+		if err != nil {
+			return vmParts{}, err
+		}
+		p := vmParts{ref: ref, vm: snap, disks: disksOf(tx, snap), recs: map[xapi.Ref[xapi.VDI]]*xapi.VDI{}}
+		for _, disk := range p.disks {
+			if p.recs[disk], err = db.Get(tx, disk); err != nil {
+				return vmParts{}, err
+			}
+		}
+		return p, nil
+	})
+	if err != nil {
+		return err
+	}
+	defer release()
+	for _, rec := range p.recs {
+		repo, err := a.repos.get(rec.SR)
 		if err != nil {
 			return err
 		}
-		if why := holdOf(tx, snap); why != "" {
-			return xapi.NewError(xapi.ErrOperationBlocked, string(ref), holdKey+": "+why)
-		}
-		disks = disksOf(tx, snap)
-		return a.vmAllows(tx, ref, xapi.VMOperationsDestroy)
-	})
-	if busy, ok := errors.AsType[*xapi.Error](err); err != nil && !(ok && busy.Code == xapi.ErrOtherOperationInProgress) {
-		return err
+		defer repo.reserve(storage.ID(rec.UUID))() // until its volume is gone, too
 	}
-	for _, disk := range disks {
-		if err := a.vdiDestroy(ctx, c, disk); err != nil && !gone(err) {
+	err = a.db.Update(ctx, func(tx *db.Tx) error {
+		if err := a.removeVM(tx, ref); err != nil {
 			return err
 		}
-	}
-	if err := a.vmDestroy(ctx, c, ref); err != nil && !gone(err) {
+		for _, disk := range p.disks {
+			if err := a.removeDiskRecord(tx, disk); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
 		return err
+	}
+	a.repos.used()
+	for _, disk := range p.disks {
+		if repo, err := a.repos.get(p.recs[disk].SR); err == nil {
+			a.discard(context.WithoutCancel(ctx), repo, storage.ID(p.recs[disk].UUID))
+		}
 	}
 	return nil
 }

@@ -404,6 +404,47 @@ func TestHoldAndPreview(t *testing.T) {
 	})
 }
 
+// A snapshot goes with its disks or stays with them.
+func TestPruneIsWhole(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		vm := r.vmWithDisk("vm")
+		args := vmssArgs("hourly", nil)
+		args["retained_snapshots"] = int64(1)
+		ref := r.vmss(args, vm)
+		time.Sleep(61 * time.Minute)
+		disk := r.disksOfVM(r.scheduled(vm)["01 01:00"])[0]
+
+		// Somebody reads the disk: the snapshot has to wait for the next slot.
+		reader := r.vbd(r.dom0, disk, "autodetect", "RO")
+		set(r, reader, func(b *xapi.VBD) { b.CurrentlyAttached = true })
+		time.Sleep(time.Hour)
+		r.wantScheduled(vm, "01 01:00", "01 02:00")
+		if got := r.disksOfVM(r.scheduled(vm)["01 01:00"]); !slices.Equal(got, []xapi.Ref[xapi.VDI]{disk}) {
+			t.Errorf("the snapshot has the disks %q", got)
+		}
+		if got := r.alerts("VMSS", r.vmssRecord(ref).UUID); !slices.Contains(got, "VMSS_SNAPSHOT_FAILED") {
+			t.Errorf("alerts %q", got)
+		}
+		set(r, reader, func(b *xapi.VBD) { b.CurrentlyAttached = false })
+		time.Sleep(time.Hour)
+		r.wantScheduled(vm, "01 03:00")
+		if _, err := r.try(r.root, "VDI.get_uuid", disk); code(err) != "HANDLE_INVALID" {
+			t.Errorf("the disk of a pruned snapshot: %v", err)
+		}
+
+		// What a checkpoint says of its own devices is not in the way.
+		r.call("VMSS.set_type", ref, "checkpoint")
+		r.suspend(vm)
+		for _, b := range record(r.core, vm).VBDs {
+			set(r, b, func(b *xapi.VBD) { b.CurrentlyAttached = true })
+		}
+		time.Sleep(2 * time.Hour)
+		r.wantScheduled(vm, "01 05:00")
+		r.wantConsistent()
+	})
+}
+
 // disksOfVM returns the disks of a VM.
 func (r *rig) disksOfVM(vm xapi.Ref[xapi.VM]) (disks []xapi.Ref[xapi.VDI]) {
 	r.t.Helper()
