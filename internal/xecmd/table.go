@@ -78,6 +78,7 @@ func commandTable() *table {
 	add(vmCommands())
 	add(vmInstallCommands())
 	add(vmDiskCommands())
+	add(vmTransferCommands())
 	add(snapshotCommands())
 	add(otherCommands())
 	add(operatorCommands())

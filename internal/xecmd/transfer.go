@@ -34,13 +34,18 @@ func vdiImport(ctx context.Context, r *run) error {
 	return r.transferVDI(ctx, "VDI import", "/import_raw_vdi", r.query("format"), r.conn.HTTPPut)
 }
 
-// query returns a parameter as a part of a URL. What cannot stand in a request
-// line, or would end the parameter, is escaped.
+// query returns a parameter as a part of a URL.
 func (r *run) query(param string) string {
 	v, ok := r.args.lookup(param)
 	if !ok {
 		return ""
 	}
+	return "&" + param + "=" + escaped(v)
+}
+
+// escaped is a value as it can stand in a URL: what cannot stand in a request
+// line, or would end the parameter, is escaped.
+func escaped(v string) string {
 	const hex = "0123456789ABCDEF"
 	var b strings.Builder
 	for _, c := range []byte(v) {
@@ -50,28 +55,40 @@ func (r *run) query(param string) string {
 			b.WriteByte(c)
 		}
 	}
-	return "&" + param + "=" + b.String()
+	return b.String()
 }
 
-// transferVDI makes the client move the contents of a VDI over a connection of
-// its own, under a task made for the purpose, and waits for both of them.
-//
-// The command ends when the task and the client have said how it went, or
-// when the client is gone. A transfer that is still going on then is cancelled.
+// transferVDI makes the client move the contents of a VDI.
 func (r *run) transferVDI(ctx context.Context, label, path, query string, start func(file, url string) error) error {
-	progress, err := r.args.boolean("progress", false)
-	if err != nil {
-		return err
-	}
 	vdi, err := r.ref(ctx, "VDI", "uuid")
 	if err != nil {
 		return err
 	}
-	task, err := r.callText(ctx, "task.create", label, "")
+	_, err = r.transfer(ctx, label, path, "&vdi="+vdi+query, start)
+	return err
+}
+
+// transfer makes the client move the file that it names over a connection of
+// its own, under a task made for the purpose or given by task-uuid, and waits
+// for both of them. It returns the result of the task.
+//
+// The command ends when the task and the client have said how it went, or
+// when the client is gone. A transfer that is still going on then is cancelled.
+func (r *run) transfer(ctx context.Context, label, path, query string, start func(file, url string) error) (result string, err error) {
+	progress, err := r.args.boolean("progress", false)
 	if err != nil {
-		return err
+		return "", err
 	}
-	w := &watch{r: r, task: task, ended: make(chan struct{})}
+	w := &watch{r: r, ended: make(chan struct{})}
+	if r.cmd.declares("task-uuid") && r.args.str("task-uuid") != "" {
+		w.theirs = true
+		w.task, err = r.ref(ctx, "task", "task-uuid")
+	} else {
+		w.task, err = r.callText(ctx, "task.create", label, "")
+	}
+	if err != nil {
+		return "", err
+	}
 	if progress {
 		w.bar = &bar{started: time.Now()}
 	}
@@ -83,22 +100,28 @@ func (r *run) transferVDI(ctx context.Context, label, path, query string, start 
 		w.dispose(ctx)
 	}()
 	wg.Go(func() { w.run(watching) })
-	url := path + "?session_id=" + string(r.session) + "&task_id=" + task + "&vdi=" + vdi + query
+	url := path + "?session_id=" + string(r.session) + "&task_id=" + w.task + query
 	if err := start(r.args.str("filename"), url); err != nil {
-		return err
+		return "", err
 	}
-	return w.settle(ctx)
+	if err := w.settle(ctx); err != nil {
+		return "", err
+	}
+	return w.result, nil
 }
 
 // watch follows a task to its end.
 type watch struct {
-	r     *run
-	task  string
-	bar   *bar          // nil for none
-	ended chan struct{} // closed when nothing more will come
+	r      *run
+	task   string
+	theirs bool          // the task is the user's, who removes it
+	bar    *bar          // nil for none
+	ended  chan struct{} // closed when nothing more will come
 
-	done bool  // the task has ended, or is gone
-	err  error // how: nil for success. Both are valid once ended is closed
+	// Valid once ended is closed:
+	done   bool   // the task has ended, or is gone
+	err    error  // how: nil for success
+	result string // of the task
 }
 
 // run waits for the task to leave pending. It prints progress as long as the
@@ -125,7 +148,7 @@ func (w *watch) run(ctx context.Context) {
 				w.print(task.Progress)
 				continue
 			}
-			w.done, w.err = true, outcome(task)
+			w.done, w.err, w.result = true, outcome(task), task.Result
 			if seen && w.bar != nil {
 				if w.err == nil {
 					w.print(1)
@@ -225,5 +248,7 @@ func (w *watch) dispose(ctx context.Context) {
 	if !w.done {
 		_ = w.r.do(ctx, "task.cancel", w.task)
 	}
-	_ = w.r.do(ctx, "task.destroy", w.task)
+	if !w.theirs {
+		_ = w.r.do(ctx, "task.destroy", w.task)
+	}
 }

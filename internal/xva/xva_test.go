@@ -230,3 +230,39 @@ func FuzzReader(f *testing.F) {
 		}
 	})
 }
+
+// FuzzArchive feeds anything to the reader of whole machines: chunks lie on
+// the disks that were expected, and ascend.
+func FuzzArchive(f *testing.F) {
+	manifest := file{name: Manifest, data: "<value/>"}
+	sum := file{name: "Ref:7/00000000.checksum", data: sha1Of("d")}
+	f.Add(archive(f, manifest, file{name: "Ref:7/00000000", data: "d"}, sum), uint32(1))
+	f.Add(archive(f, manifest), uint32(5000))
+	f.Add(archive(f, manifest, file{name: "../x", kind: tar.TypeSymlink, link: "/"}), uint32(5000))
+	f.Fuzz(func(t *testing.T, b []byte, size uint32) {
+		r, text, err := NewArchive(bytes.NewReader(b))
+		if err != nil {
+			if !errors.Is(err, ErrFormat) && !errors.Is(err, io.ErrUnexpectedEOF) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if len(text) > len(b) {
+			t.Fatalf("a manifest of %d bytes in %d", len(text), len(b))
+		}
+		r.Expect(map[string]int64{"Ref:7/": int64(size) + 1}, false)
+		for last := int64(-1); ; {
+			off, data, err := r.Next()
+			if err != nil {
+				if err != io.EOF && !errors.Is(err, ErrFormat) && !errors.Is(err, io.ErrUnexpectedEOF) {
+					t.Fatal(err)
+				}
+				return
+			}
+			if off <= last || r.Disk() != "Ref:7/" || off+int64(len(data)) > int64(size)+1 {
+				t.Fatalf("%d bytes at %d of %s after %d", len(data), off, r.Disk(), last)
+			}
+			last = off
+		}
+	})
+}
