@@ -38,6 +38,11 @@ type ReaderOptions struct {
 	// Spool is called when scratch space is needed, once. Offsets in it are
 	// those of the image. Without it an image that needs one is refused.
 	Spool func() (Spool, error)
+
+	// Check, unless nil, is asked before each table that is read from the
+	// scratch space, of which a small image can have millions: an error ends
+	// the reading.
+	Check func() error
 }
 
 // Reader reads an image forward. It is not safe for concurrent use.
@@ -66,6 +71,7 @@ type Reader struct {
 	pending int64 // L2 tables ahead
 
 	spool   spool
+	check   func() error
 	inflate inflater
 
 	run  Run       // the current one
@@ -103,7 +109,7 @@ func NewReader(src io.Reader, o ReaderOptions) (*Reader, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &Reader{h: h, length: o.Length, spool: spool{open: o.Spool}}
+	r := &Reader{h: h, length: o.Length, spool: spool{open: o.Spool}, check: o.Check}
 	// A compressed cluster is looked at as a whole: it may share a sector
 	// with the next one, and take up two clusters at most.
 	r.src = bufio.NewReaderSize(first, int(max(64<<10, 2*h.clusterSize()+SectorSize)))
@@ -333,6 +339,11 @@ func (r *Reader) crowded() bool {
 
 // loadBehind reads the next table that lies in the spool.
 func (r *Reader) loadBehind() error {
+	if r.check != nil {
+		if err := r.check(); err != nil {
+			return err
+		}
+	}
 	ref := r.behind[0]
 	r.behind = r.behind[1:]
 	if r.crowded() {

@@ -19,7 +19,9 @@ func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) err
 		}
 		return u.scratch(size)
 	}
-	r, err := qcow2.NewReader(body, qcow2.ReaderOptions{Length: length, Spool: scratch})
+	r, err := qcow2.NewReader(body, qcow2.ReaderOptions{
+		Length: length, Spool: scratch, Check: func() error { return context.Cause(ctx) },
+	})
 	if err != nil {
 		return &bodyError{err}
 	}
