@@ -68,7 +68,10 @@ func attrsOf(tx *db.Tx, v *xapi.VDI) diskAttrs {
 // does not tell any more: which disk a snapshot was taken of, once that disk is
 // gone.
 func (at diskAttrs) inherit(old []byte) diskAttrs {
-	if was, ok := decodeAttrs(old); ok && at.Snapshot && at.SnapshotOf == "" {
+	if !at.Snapshot || at.SnapshotOf != "" {
+		return at
+	}
+	if was, ok := decodeAttrs(old); ok {
 		at.SnapshotOf = was.SnapshotOf
 	}
 	return at
