@@ -11,6 +11,8 @@ import (
 	"net/textproto"
 	"strconv"
 	"strings"
+
+	"coppice/internal/xapi"
 )
 
 // window passes the part of a stream on that somebody wants, the bytes from
@@ -102,7 +104,7 @@ type part struct {
 func choosePart(h http.Header, tag string, length int64) (part, error) {
 	all := part{http.StatusOK, 0, length}
 	if m := h.Get("If-Match"); m != "" && !tagMatches(m, tag, false) {
-		return part{}, &statusError{http.StatusPreconditionFailed, fmt.Errorf("the entity tag is %s", tag)}
+		return part{}, &statusError{http.StatusPreconditionFailed, xapi.NewError(xapi.ErrInvalidValue, "If-Match", m)}
 	}
 	if m := h.Get("If-None-Match"); m != "" && tagMatches(m, tag, true) {
 		return part{http.StatusNotModified, 0, 0}, nil

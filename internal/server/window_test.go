@@ -143,6 +143,9 @@ func TestConditions(t *testing.T) {
 			if failed := o[0] == "failure"; failed != (tt.status > 400) {
 				t.Errorf("task says %q", o)
 			}
+			if failed := len(o) > 1 && o[0] == "failure"; failed && o[1] != "INVALID_VALUE" {
+				t.Errorf("the task failed with %q, which is not the client's fault", o)
+			}
 			if tt.status == 416 && resp.Header.Get("Content-Range") != "bytes */2097152" {
 				t.Errorf("Content-Range %q", resp.Header.Get("Content-Range"))
 			}
