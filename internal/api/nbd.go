@@ -345,7 +345,12 @@ func (a *API) nbdOpen(ctx context.Context, o Origin, d *nbdDisk, x nbdAccess) er
 	case nbdReadOnly:
 		d.disk, err = a.openReader(ctx, c, x.vdi, nil)
 	case nbdReadWrite:
-		d.disk, err = a.open(ctx, c, x.vdi, lending, func(tx *db.Tx) error { return a.nbdWritable(tx, x.vdi) })
+		d.disk, err = a.open(ctx, c, x.vdi, lending, func(tx *db.Tx) error {
+			if err := a.nbdWritable(tx, x.vdi); err != nil {
+				return err
+			}
+			return forgetReceived(tx, x.vdi)
+		})
 	case nbdCopyOnWrite:
 		err = a.nbdOpenClone(ctx, c, d, x)
 	}

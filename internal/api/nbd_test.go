@@ -3,6 +3,7 @@ package api
 import (
 	"bytes"
 	"context"
+	"errors"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -164,10 +165,13 @@ func TestNBDSharable(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.wantNotAttached("VDI_IN_USE", local("1"), "rw/"+id)
-	if err := x.Finish(nil); err != nil {
+	if err := errors.Join(x.Keep(4096), x.Finish(nil)); err != nil {
 		t.Fatal(err)
 	}
 	r.attach(local("1"), "rw/"+id).Close()
+	if n, err := r.Received(r.t.Context(), trusted, in); err != nil || n != 0 {
+		t.Errorf("after a client that may write the disk has %d bytes of an upload, %v", n, err)
+	}
 }
 
 // Sessions and their roles decide who may attach, and the end of a session is

@@ -188,6 +188,16 @@ func received(v *xapi.VDI) int64 {
 	return n
 }
 
+// forgetReceived forgets that a disk holds a part of an upload, when something
+// else than the upload's continuation changes the disk.
+func forgetReceived(tx *db.Tx, ref xapi.Ref[xapi.VDI]) error {
+	v, err := db.Get(tx, ref)
+	if err != nil || received(v) == 0 {
+		return err
+	}
+	return db.Modify(tx, ref, func(v *xapi.VDI) { delete(v.OtherConfig, receivedKey) })
+}
+
 // Received returns how much of an interrupted upload the disk of a request
 // holds, durably, in bytes. It checks session and role like an import.
 func (a *API) Received(ctx context.Context, o Origin, r TransferRequest) (int64, error) {

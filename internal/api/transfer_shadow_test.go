@@ -172,6 +172,24 @@ func TestImportKeep(t *testing.T) {
 	if n, err := r.Received(t.Context(), trusted, q); err != nil || n != 0 {
 		t.Errorf("Received after the end: %d, %v", n, err)
 	}
+	snap := r.call("VDI.snapshot", disk).(vdiRef)
+	for what, change := range map[string]func(){
+		"a revert": func() { r.call("VDI.revert", snap) },
+		"a copy":   func() { r.call("VDI.copy", r.disk(4<<20), xapi.NullRef, xapi.NullRef, disk) },
+	} {
+		q, _ := r.importRequest(string(disk))
+		x, err := r.Import(t.Context(), trusted, q)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(x.Keep(8192), x.Finish(storage.ErrClosed)); !errors.Is(err, storage.ErrClosed) {
+			t.Fatal(err)
+		}
+		change()
+		if got := record(r.core, disk).OtherConfig[receivedKey]; got != "" {
+			t.Errorf("after %s the disk has %s bytes of the upload", what, got)
+		}
+	}
 	q.VDI = "none"
 	if _, err := r.Received(t.Context(), trusted, q); err == nil || !strings.Contains(err.Error(), xapi.ErrUUIDInvalid) {
 		t.Errorf("of no disk: %v", err)

@@ -68,6 +68,9 @@ func (a *API) copyInto(ctx context.Context, c *Call, job copyJob, into xapi.Ref[
 	if dst.Size() < job.src.Size() {
 		return xapi.NewError(xapi.ErrVDITooSmall, string(into), strconv.FormatInt(job.src.Size(), 10))
 	}
+	if err := a.db.Update(ctx, func(tx *db.Tx) error { return forgetReceived(tx, into) }); err != nil {
+		return err
+	}
 	over := storage.NewOverlay(dst.Volume)
 	job.sectors = job.base != nil
 	err = job.run(ctx, func(p []byte, off int64) error { return over.WriteAt(ctx, p, off) },

@@ -55,6 +55,7 @@ func derivedDisk(src *xapi.VDI) *xapi.VDI {
 	rec.Sharable, rec.OnBoot, rec.AllowCaching = src.Sharable, src.OnBoot, src.AllowCaching
 	rec.OtherConfig, rec.XenstoreData = maps.Clone(src.OtherConfig), maps.Clone(src.XenstoreData)
 	delete(rec.OtherConfig, holdKey) // it was meant for src
+	delete(rec.OtherConfig, receivedKey)
 	rec.Tags = slices.Clone(src.Tags)
 	delete(rec.OtherConfig, recoveredKey)
 	if z, ok := src.SMConfig[zeroedKey]; ok { // it is about the contents
@@ -100,7 +101,7 @@ func (a *API) vdiRevert(ctx context.Context, c *Call, snapshot xapi.Ref[xapi.VDI
 		if disk.SR != snap.SR {
 			return xapi.NewError(xapi.ErrSROperationNotSupported, string(snap.SR))
 		}
-		return nil
+		return forgetReceived(tx, ref)
 	}, claimOn(snapshot, xapi.VDIOperationsRevertTo), claimOn(ref, xapi.VDIOperationsRevertFrom),
 		claimOn(disk.SR, xapi.StorageOperationsVDIRevert))
 	if err != nil {
