@@ -12,6 +12,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/cespare/xxhash/v2"
 )
 
 // Reader reads the chunks of the disks of an archive. It is not safe for
@@ -245,7 +247,7 @@ func (r *Reader) verify(name string, data []byte) error {
 	var want string
 	switch {
 	case ok && suffix == hashSuffix:
-		want = fmt.Sprintf("%016X", xxh64(data))
+		want = fmt.Sprintf("%016X", xxhash.Sum64(data))
 	case ok && suffix == sha1Suffix:
 		sum := sha1.Sum(data)
 		want = hex.EncodeToString(sum[:])

@@ -50,6 +50,8 @@ import (
 	"iter"
 	"math/bits"
 	"time"
+
+	"github.com/cespare/xxhash/v2"
 )
 
 const (
@@ -176,7 +178,7 @@ func (l *Layout) Seal(e *Entry, chunk int64) ([]byte, error) {
 	if err := putHeader(sum, name+hashSuffix, 16); err != nil {
 		return nil, err
 	}
-	copy(sum[sector:], fmt.Sprintf("%016X", xxh64(e.buf[sector:sector+e.n])))
+	copy(sum[sector:], fmt.Sprintf("%016X", xxhash.Sum64(e.buf[sector:sector+e.n])))
 	return e.buf[:at+2*sector], nil
 }
 
