@@ -168,7 +168,16 @@ func (ar *archive) disk(tx *db.Tx, ref xapi.Ref[xapi.VDI], contents bool) {
 		vdi.IsASnapshot, vdi.SnapshotOf, vdi.SnapshotTime = false, xapi.NullRef, time.Unix(0, 0).UTC()
 	}
 	put(ar, ref, vdi)
-	sr := putIf(tx, ar, vdi.SR)
+	sr, err := db.Get(tx, vdi.SR)
+	if err == nil {
+		// How large and how full an SR is says nothing about the VM, and would
+		// give every archive of it another tag.
+		still := xapi.ClassOf[xapi.SR]().Clone(sr).(*xapi.SR)
+		still.PhysicalSize, still.PhysicalUtilisation, still.VirtualAllocation = 0, 0, 0
+		put(ar, vdi.SR, still)
+	} else {
+		sr = nil
+	}
 	if contents && !ar.filled[ref] && (sr == nil || sr.ContentType != isoContent) {
 		ar.filled[ref] = true
 		ar.disks = append(ar.disks, archivedDisk{ar.ids[string(ref)], ref})
