@@ -24,7 +24,7 @@ test: ## install the test tools, run every test
 	go test -timeout 20m $(PKGS)
 
 race: ## every test under the race detector, with the self-checks of the invariants tag
-	go test -race -tags invariants -timeout 30m $(PKGS)
+	go test -race -tags invariants -timeout 45m $(PKGS)
 
 lint: ## vet, staticcheck, errcheck, gofumpt, modernizers
 	go vet $(PKGS)

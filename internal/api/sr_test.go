@@ -331,12 +331,13 @@ func TestRefreshUsage(t *testing.T) {
 	if got := record(r.core, r.sr).PhysicalUtilisation; got < 1<<20 {
 		t.Errorf("physical_utilisation %d", got)
 	}
-	after := r.API.db.Revision()
+	after, size := r.API.db.Revision(), record(r.core, r.sr).PhysicalSize
 	if err := r.refreshUsage(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if r.API.db.Revision() != after || after == before {
-		t.Errorf("revisions %d, %d, %d: want one change", before, after, r.API.db.Revision())
+	// The size follows the free memory of the host, which others use, too.
+	if again := r.API.db.Revision(); after == before || again != after && record(r.core, r.sr).PhysicalSize == size {
+		t.Errorf("revisions %d, %d, %d: want one change", before, after, again)
 	}
 }
 
