@@ -291,6 +291,43 @@ func TestSlaveLogin(t *testing.T) {
 	})
 }
 
+// What happens between the check of a password and the opening of the session
+// ends the login if it concerns the user, and only then.
+func TestUsersChangeInLogin(t *testing.T) {
+	verifier := func(text string) func(*users.User) error {
+		return func(u *users.User) error { u.Verifier = text; return nil }
+	}
+	for name, c := range map[string]struct {
+		change func(*users.File) error
+		code   string
+	}{
+		"another user":   {func(f *users.File) error { return f.Add(users.User{Name: "bob", UUID: "bob-uuid"}) }, ""},
+		"the same again": {func(f *users.File) error { return f.Change("alice", verifier(cheapVerifier("secret"))) }, ""},
+		"the password":   {func(f *users.File) error { return f.Change("alice", verifier(cheapVerifier("other"))) }, xapi.ErrSessionAuthenticationFailed},
+		"the roles": {func(f *users.File) error {
+			return f.Change("alice", func(u *users.User) error { u.Roles = []string{"pool-admin"}; return nil })
+		}, xapi.ErrSessionAuthenticationFailed},
+		"the user": {func(f *users.File) error { return f.Remove("alice") }, xapi.ErrSessionAuthenticationFailed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a, file := withUsers(t)
+			s, err := a.authenticate(t.Context(), Origin{Peer: "test"}, "alice", "secret")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(c.change(file), a.ReloadUsers(t.Context())); err != nil {
+				t.Fatal(err)
+			}
+			if err := a.openSession(s); code(err) != c.code || (err == nil) != (c.code == "") {
+				t.Errorf("open the session: %v, want %q", err, c.code)
+			}
+			if _, err := a.try(s.ref, "VDI.get_all"); (err == nil) != (c.code == "") {
+				t.Errorf("use the session: %v", err)
+			}
+		})
+	}
+}
+
 // Changes by several at once lose nothing.
 func TestUsersRace(t *testing.T) {
 	c, file := withUsers(t)
@@ -320,8 +357,7 @@ func TestUsersRace(t *testing.T) {
 			if err == nil {
 				_, err = c.try(s, "VDI.get_all")
 			}
-			// A password that changes while it is verified is not taken.
-			if c := code(err); err != nil && c != xapi.ErrSessionInvalid && c != xapi.ErrSessionAuthenticationFailed {
+			if err != nil && code(err) != xapi.ErrSessionInvalid {
 				done <- err
 				return
 			}

@@ -137,6 +137,7 @@ func (a *API) login(ctx context.Context, o Origin, user, password string) (*sess
 // right to. It is not open yet.
 func (a *API) authenticate(ctx context.Context, o Origin, user, password string) (*session, error) {
 	a.followUsers(ctx)
+	acc := a.accounts.get(user) // before the password is checked: openSession sees what changes later
 	if !o.Trusted {
 		ok, err := a.password.verify(ctx, user, password)
 		if err != nil {
@@ -151,13 +152,13 @@ func (a *API) authenticate(ctx context.Context, o Origin, user, password string)
 		ref: xapi.NewRef[xapi.Session](), user: user, role: a.model.Roles[0], superuser: true,
 		originator: o.Originator, created: a.now(),
 	}
-	if acc := a.accounts.get(user); acc != nil {
+	if acc != nil {
 		if acc.role == "" {
 			return nil, xapi.NewError(xapi.ErrSessionAuthorizationFailed, user, "The user has no role")
 		}
 		s.account, s.role, s.superuser = acc, acc.role, false
 	} else if !o.Trusted && user != rootUser {
-		return nil, errAuthentication(user) // removed while the password was checked
+		return nil, errAuthentication(user) // added while the password was checked
 	}
 	s.ctx, s.end = context.WithCancelCause(a.ctx)
 	s.active.Store(s.created.UnixNano())
@@ -195,7 +196,8 @@ func (a *API) openSession(s *session) error {
 	a.sessions.byRef[s.ref] = s
 	crowded := len(a.sessions.byRef) > sessionTrimThreshold
 	a.sessions.mu.Unlock()
-	if s.account != nil && a.accounts.get(s.user) != s.account { // changed since it was checked
+	if now := a.accounts.get(s.user); s.account != nil && (!s.account.same(now) || s.account.Verifier != now.Verifier) {
+		// Changed since it was checked; whoever ended the sessions did not see this one.
 		return cmpErr(a.logout(s.ref), errAuthentication(s.user))
 	}
 	if crowded {
