@@ -120,37 +120,9 @@ func (r *repo) past(ctx context.Context, from storage.ID, to viewer) (contents, 
 // c.
 func (c contents) since(ctx context.Context, old *ghost, off int64) iter.Seq2[storage.Extent, error] {
 	return func(yield func(storage.Extent, error) bool) {
-		j := joiner{next: off, end: c.size}
 		a := old.pages.Iter()
-		aok := a.Seek(off / storage.Unit)
-		b, bok := c.seek(off / storage.Unit)
-		for {
-			if ctx.Err() != nil {
-				yield(storage.Extent{}, context.Cause(ctx))
-				return
-			}
-			aok = aok && a.Key()*storage.Unit < c.size
-			goOn := true
-			switch {
-			case !aok && !bok:
-				j.finish(yield)
-				return
-			case !bok || aok && a.Key() < b.Key():
-				goOn = j.add(a.Key(), true, yield)
-				aok = a.Next()
-			case !aok || b.Key() < a.Key():
-				goOn = j.add(b.Key(), false, yield)
-				bok = b.Next()
-			default:
-				if a.Value() != weak.Make(b.Value()) {
-					goOn = j.add(b.Key(), false, yield)
-				}
-				aok, bok = a.Next(), b.Next()
-			}
-			if !goOn {
-				return
-			}
-		}
+		ok := a.Seek(off / storage.Unit)
+		differ(ctx, c, off, &a, ok, func(was weak.Pointer[page], is *page) bool { return was == weak.Make(is) }, yield)
 	}
 }
 

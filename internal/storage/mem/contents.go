@@ -144,35 +144,44 @@ func (c contents) extents(ctx context.Context, off, n int64) iter.Seq2[storage.E
 // diff yields where c differs from from. Nobody else uses the two.
 func (c contents) diff(ctx context.Context, from contents, off int64) iter.Seq2[storage.Extent, error] {
 	return func(yield func(storage.Extent, error) bool) {
-		j := joiner{next: off, end: c.size}
-		a, aok := from.seek(off / storage.Unit)
-		b, bok := c.seek(off / storage.Unit)
-		for {
-			if ctx.Err() != nil {
-				yield(storage.Extent{}, context.Cause(ctx))
-				return
+		a, ok := from.seek(off / storage.Unit)
+		differ(ctx, c, off, &a, ok, func(was, is *page) bool { return was == is }, yield)
+	}
+}
+
+// differ yields where c, from off on, differs from what was there, given by an
+// iterator at the first page from off on, if there is one. same says whether a
+// page is as it was.
+func differ[P any](ctx context.Context, c contents, off int64, was *btree.MapIter[int64, P], ok bool,
+	same func(was P, is *page) bool, yield func(storage.Extent, error) bool,
+) {
+	j := joiner{next: off, end: c.size}
+	is, isOK := c.seek(off / storage.Unit)
+	for {
+		if ctx.Err() != nil {
+			yield(storage.Extent{}, context.Cause(ctx))
+			return
+		}
+		ok = ok && was.Key()*storage.Unit < c.size
+		goOn := true
+		switch {
+		case !ok && !isOK:
+			j.finish(yield)
+			return
+		case !isOK || ok && was.Key() < is.Key():
+			goOn = j.add(was.Key(), true, yield)
+			ok = was.Next()
+		case !ok || is.Key() < was.Key():
+			goOn = j.add(is.Key(), false, yield)
+			isOK = is.Next()
+		default:
+			if !same(was.Value(), is.Value()) {
+				goOn = j.add(is.Key(), false, yield)
 			}
-			aok = aok && a.Key()*storage.Unit < c.size
-			goOn := true
-			switch {
-			case !aok && !bok:
-				j.finish(yield)
-				return
-			case !bok || aok && a.Key() < b.Key():
-				goOn = j.add(a.Key(), true, yield)
-				aok = a.Next()
-			case !aok || b.Key() < a.Key():
-				goOn = j.add(b.Key(), false, yield)
-				bok = b.Next()
-			default:
-				if a.Value() != b.Value() {
-					goOn = j.add(b.Key(), false, yield)
-				}
-				aok, bok = a.Next(), b.Next()
-			}
-			if !goOn {
-				return
-			}
+			ok, isOK = was.Next(), is.Next()
+		}
+		if !goOn {
+			return
 		}
 	}
 }
