@@ -168,16 +168,7 @@ func (ar *archive) disk(tx *db.Tx, ref xapi.Ref[xapi.VDI], contents bool) {
 		vdi.IsASnapshot, vdi.SnapshotOf, vdi.SnapshotTime = false, xapi.NullRef, time.Unix(0, 0).UTC()
 	}
 	put(ar, ref, vdi)
-	sr, err := db.Get(tx, vdi.SR)
-	if err == nil {
-		// How large and how full an SR is says nothing about the VM, and would
-		// give every archive of it another tag.
-		still := xapi.ClassOf[xapi.SR]().Clone(sr).(*xapi.SR)
-		still.PhysicalSize, still.PhysicalUtilisation, still.VirtualAllocation = 0, 0, 0
-		put(ar, vdi.SR, still)
-	} else {
-		sr = nil
-	}
+	sr := putIf(tx, ar, vdi.SR)
 	if contents && !ar.filled[ref] && (sr == nil || sr.ContentType != isoContent) {
 		ar.filled[ref] = true
 		ar.disks = append(ar.disks, archivedDisk{ar.ids[string(ref)], ref})
@@ -228,6 +219,10 @@ func (ar *archive) manifest(host *xapi.Host) ([]byte, error) {
 	return []byte(text), err
 }
 
+// fillOfSR are the fields of an SR that change with what others do on it. They
+// say nothing about a VM, and would give each of its archives another tag.
+var fillOfSR = []string{"physical_size", "physical_utilisation", "virtual_allocation"}
+
 // record writes a record with the references that mean something in the
 // archive, and without what goes on at the moment.
 func (ar *archive) record(e rpc.Encoder, o archivedObject) error {
@@ -244,6 +239,8 @@ func (ar *archive) record(e rpc.Encoder, o archivedObject) error {
 		case f.Name == "current_operations", f.Type.Kind == xapi.KindMap && (f.Type.Key.Kind == xapi.KindRef || f.Type.Elem.Kind == xapi.KindRef):
 			e.BeginStruct()
 			e.EndStruct()
+		case o.class.Name == "SR" && slices.Contains(fillOfSR, f.Name):
+			e.Int(0)
 		case f.Type.Kind == xapi.KindRef:
 			id := xapi.NullRef
 			for _, ref := range f.AppendRefs(nil, o.rec) {
