@@ -295,19 +295,25 @@ func copyOfVIF(src *xapi.VIF, vm xapi.Ref[xapi.VM]) *xapi.VIF {
 	return vif
 }
 
+// partsToCopy are the parts of a VM that its clones and copies get: those of a
+// checkpoint are halted and have no memory.
+func partsToCopy(ref xapi.Ref[xapi.VM]) func(*db.Tx) (vmParts, error) {
+	return func(tx *db.Tx) (vmParts, error) {
+		vm, err := db.Get(tx, ref)
+		if err != nil {
+			return vmParts{}, err
+		}
+		return partsOf(tx, ref, nil, !vm.IsASnapshot)
+	}
+}
+
 // vmClone makes a VM, or of a template a template, with clones of the disks.
 // It takes the same time whatever their size. Both the VM and its disks appear
 // in one commit, or nothing does.
 func (a *API) vmClone(ctx context.Context, c *Call, ref xapi.Ref[xapi.VM], name string) (xapi.Ref[xapi.VM], error) {
 	p, release, err := a.claimVM(ctx, c, xapi.VMOperationsClone,
 		diskOps{vdi: xapi.VDIOperationsClone, sr: xapi.StorageOperationsVDIClone},
-		func(tx *db.Tx) (vmParts, error) {
-			vm, err := db.Get(tx, ref)
-			if err != nil {
-				return vmParts{}, err
-			}
-			return partsOf(tx, ref, nil, !vm.IsASnapshot) // a clone of a checkpoint is halted
-		})
+		partsToCopy(ref))
 	if err != nil {
 		return "", err
 	}
@@ -369,13 +375,7 @@ func (a *API) vmCopy(ctx context.Context, c *Call, ref xapi.Ref[xapi.VM], name s
 		return "", err
 	}
 	p, release, err := a.claimVM(ctx, c, xapi.VMOperationsCopy, diskOps{vdi: xapi.VDIOperationsCopy},
-		func(tx *db.Tx) (vmParts, error) {
-			vm, err := db.Get(tx, ref)
-			if err != nil {
-				return vmParts{}, err
-			}
-			return partsOf(tx, ref, nil, !vm.IsASnapshot)
-		})
+		partsToCopy(ref))
 	if err != nil {
 		return "", err
 	}

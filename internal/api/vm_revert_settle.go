@@ -45,26 +45,19 @@ func (m *revertMark) incomplete(tx *db.Tx) bool {
 func (a *API) settleReverts(ctx context.Context, inv *inventory) error {
 	marks := map[storage.ID]*revertMark{}
 	pending := map[storage.ID]bool{}
-	for id, info := range inv.volumes {
-		if at, ok := decodeAttrs(info.Attrs); ok && at.Revert != nil {
-			marks[id] = at.Revert
-		}
-	}
-	if len(marks) == 0 {
-		return nil
-	}
 	err := a.db.View(func(tx *db.Tx) error {
-		for id, m := range marks {
-			_, _, recorded := db.ByUUID[xapi.VDI](tx, string(id))
-			_, _, unknown := db.ByUUID[xapi.VDI](tx, m.Disk)
-			_, there := inv.volumes[storage.ID(m.Disk)]
-			switch {
-			case recorded == nil: // the undo snapshot of a completed revert
-				delete(marks, id)
-			case unknown != nil && there:
-				delete(marks, id)
-			default:
-				pending[id] = there && m.incomplete(tx)
+		for id, info := range inv.volumes {
+			if _, _, err := db.ByUUID[xapi.VDI](tx, string(id)); err == nil {
+				continue // a disk, perhaps the undo snapshot of a completed revert
+			}
+			at, ok := decodeAttrs(info.Attrs)
+			if !ok || at.Revert == nil {
+				continue
+			}
+			_, _, unknown := db.ByUUID[xapi.VDI](tx, at.Revert.Disk)
+			_, there := inv.volumes[storage.ID(at.Revert.Disk)]
+			if unknown == nil || !there {
+				marks[id], pending[id] = at.Revert, there && at.Revert.incomplete(tx)
 			}
 		}
 		return nil
