@@ -128,43 +128,23 @@ func uninstallVM(ctx context.Context, r *run, vm string) error {
 // template returns the template that the command line names, by uuid or by
 // name.
 func (r *run) template(ctx context.Context) (string, error) {
-	var wanted []string
-	byUUID := false
 	for _, param := range []string{"template-uuid", "template-name", "template-name-label", "template"} {
-		if v, ok := r.args.lookup(param); ok {
-			wanted, byUUID = []string{v}, param == "template-uuid"
-			break
+		wanted, ok := r.args.lookup(param)
+		if !ok {
+			continue
 		}
-	}
-	if wanted == nil {
-		return "", missing("template")
-	}
-	if byUUID {
-		vm, err := r.byUUID(ctx, "VM", wanted[0])
-		if err != nil {
-			return "", failf("Cannot find template")
-		}
-		return vm, nil
-	}
-	var found []string
-	err := r.read(func(v view) error {
-		for ref, rec := range v.Each(xapi.ClassOf[xapi.VM]()) {
-			vm := rec.(*xapi.VM)
-			if vm.IsATemplate && (vm.NameLabel == wanted[0] || r.args.has("template") && vm.UUID == wanted[0]) {
-				found = append(found, ref)
+		if param == "template-uuid" {
+			vm, err := r.byUUID(ctx, "VM", wanted)
+			if err != nil {
+				return "", failf("Cannot find template")
 			}
+			return vm, nil
 		}
-		return nil
-	})
-	switch {
-	case err != nil:
-		return "", err
-	case len(found) == 0:
-		return "", failf("No templates matched")
-	case len(found) > 1:
-		return "", failf("More than one matching template found")
+		return single(r, func(vm *xapi.VM) bool {
+			return vm.IsATemplate && (vm.NameLabel == wanted || r.args.has("template") && vm.UUID == wanted)
+		}, "No templates matched", "More than one matching template found")
 	}
-	return found[0], nil
+	return "", missing("template")
 }
 
 // namedSR returns the SR that the command line names, by uuid or by name, or
@@ -174,10 +154,17 @@ func (r *run) namedSR(ctx context.Context) (string, error) {
 	if !ok || r.args.has("sr-uuid") {
 		return r.optionalRef(ctx, "SR", "sr-uuid")
 	}
+	return single(r, func(sr *xapi.SR) bool { return sr.NameLabel == name },
+		"No SR with that name-label found", "Multiple SRs with that name-label found")
+}
+
+// single returns the only object that match takes; none and many are what is
+// said when there is no such object, or more than one.
+func single[T any](r *run, match func(*T) bool, none, many string) (string, error) {
 	var found []string
 	err := r.read(func(v view) error {
-		for ref, rec := range v.Each(xapi.ClassOf[xapi.SR]()) {
-			if rec.(*xapi.SR).NameLabel == name {
+		for ref, rec := range v.Each(xapi.ClassOf[T]()) {
+			if match(rec.(*T)) {
 				found = append(found, ref)
 			}
 		}
@@ -187,9 +174,9 @@ func (r *run) namedSR(ctx context.Context) (string, error) {
 	case err != nil:
 		return "", err
 	case len(found) == 0:
-		return "", failf("No SR with that name-label found")
+		return "", failf("%s", none)
 	case len(found) > 1:
-		return "", failf("Multiple SRs with that name-label found")
+		return "", failf("%s", many)
 	}
 	return found[0], nil
 }
