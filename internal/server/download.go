@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"io"
 	"iter"
+	"strconv"
 	"time"
 
 	"coppice/internal/storage"
@@ -37,6 +38,18 @@ type download struct {
 	// Filled in by scan:
 	bytes  int64    // of data
 	layout [32]byte // a hash of where it is
+}
+
+// newDownload is everything of a disk.
+func newDownload(ref xapi.Ref[xapi.VDI], vdi *xapi.VDI, v storage.Volume) *download {
+	return &download{ref: string(ref), vdi: vdi, volume: v, extents: func(ctx context.Context) iter.Seq2[storage.Extent, error] {
+		return v.Extents(ctx, 0, v.Size())
+	}}
+}
+
+// tooLarge says that a format holds at most limit bytes.
+func (d *download) tooLarge(limit int64) error {
+	return xapi.NewError(xapi.ErrVDITooLarge, d.ref, strconv.FormatInt(limit, 10))
 }
 
 // identity is what an image says about where it comes from.

@@ -2,10 +2,8 @@ package server
 
 import (
 	"context"
-	"strconv"
 
 	"coppice/internal/qcow2"
-	"coppice/internal/xapi"
 )
 
 // qcow2Image is a qcow2 image, with a base one that names it as its backing
@@ -20,7 +18,7 @@ type qcow2Image struct {
 func planQcow2(ctx context.Context, d *download) (image, error) {
 	size := d.volume.Size()
 	if size > qcow2.MaxSize {
-		return nil, xapi.NewError(xapi.ErrVDITooLarge, d.ref, strconv.FormatInt(qcow2.MaxSize, 10))
+		return nil, d.tooLarge(qcow2.MaxSize)
 	}
 	self, base, err := d.origin(ctx)
 	if err != nil {

@@ -2,9 +2,7 @@ package server
 
 import (
 	"context"
-	"strconv"
 
-	"coppice/internal/xapi"
 	"coppice/internal/xva"
 )
 
@@ -19,22 +17,30 @@ type tarImage struct {
 }
 
 func planTar(ctx context.Context, d *download) (image, error) {
-	size := d.volume.Size()
-	if size > xva.MaxSize {
-		return nil, xapi.NewError(xapi.ErrVDITooLarge, d.ref, strconv.FormatInt(xva.MaxSize, 10))
+	l, tag, err := layTar(ctx, d, tarPrefix, "tar 1")
+	if err != nil {
+		return nil, err
+	}
+	return tarImage{d, l, tag}, nil
+}
+
+// layTar decides where the chunks of a disk stand in an archive; codec is what
+// their tag begins with.
+func layTar(ctx context.Context, d *download, prefix, codec string) (l *xva.Layout, tag string, err error) {
+	if d.volume.Size() > xva.MaxSize {
+		return nil, "", d.tooLarge(xva.MaxSize)
 	}
 	self, base, err := d.origin(ctx)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	l, err := xva.NewLayout(tarPrefix, size)
-	if err != nil {
-		return nil, err
+	if l, err = xva.NewLayout(prefix, d.volume.Size()); err != nil {
+		return nil, "", err
 	}
 	if err := d.scan(ctx, l.Add); err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	return tarImage{d, l, d.tag("tar 1", self, base)}, nil
+	return l, d.tag(codec, self, base), nil
 }
 
 func (a tarImage) length() int64 { return a.l.Length() + int64(len(xva.Trailer())) }

@@ -2,10 +2,8 @@ package server
 
 import (
 	"context"
-	"strconv"
 
 	"coppice/internal/vhd"
-	"coppice/internal/xapi"
 )
 
 // vhdImage is a dynamic image, or with a base a differencing one.
@@ -18,7 +16,7 @@ type vhdImage struct {
 func planVHD(ctx context.Context, d *download) (image, error) {
 	size := d.volume.Size()
 	if size > vhd.MaxSize {
-		return nil, xapi.NewError(xapi.ErrVDITooLarge, d.ref, strconv.FormatInt(vhd.MaxSize, 10))
+		return nil, d.tooLarge(vhd.MaxSize)
 	}
 	self, base, err := d.origin(ctx)
 	if err != nil {

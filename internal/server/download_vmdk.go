@@ -4,10 +4,8 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"strconv"
 
 	"coppice/internal/vmdk"
-	"coppice/internal/xapi"
 )
 
 // vmdkImage is a streamOptimized VMDK. It is compressed, so that its length
@@ -21,7 +19,7 @@ type vmdkImage struct {
 func planVMDK(ctx context.Context, d *download) (image, error) {
 	size := d.volume.Size()
 	if size > vmdk.MaxSize {
-		return nil, xapi.NewError(xapi.ErrVDITooLarge, d.ref, strconv.FormatInt(vmdk.MaxSize, 10))
+		return nil, d.tooLarge(vmdk.MaxSize)
 	}
 	self, base, err := d.origin(ctx)
 	if err != nil {
@@ -37,7 +35,7 @@ func planVMDK(ctx context.Context, d *download) (image, error) {
 		return nil, err
 	}
 	if grains*vmdk.GrainSize > vmdk.MaxData { // its room, not the size of the disk
-		return nil, xapi.NewError(xapi.ErrVDITooLarge, d.ref, strconv.FormatInt(vmdk.MaxData, 10))
+		return nil, d.tooLarge(vmdk.MaxData)
 	}
 	// The two highest values mean something else.
 	cid := binary.BigEndian.Uint32(self.uuid[:]) &^ (1 << 31)

@@ -44,18 +44,28 @@ func (s *Server) exportRawVDI(w http.ResponseWriter, r *request) {
 	defer done()
 	out, err := planExport(ctx, r, req.Format, x)
 	if err != nil {
-		if e, ok := errors.AsType[*rangeError](err); ok {
-			w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", e.length))
-			err = &statusError{http.StatusRequestedRangeNotSatisfiable, xapi.NewError(xapi.ErrInvalidValue, "Range", e.spec)}
-		}
-		s.refuse(w, r, x, err)
+		s.refuseExport(w, r, x, err)
 		return
 	}
+	s.deliver(ctx, w, r, x, out, out.head(string(x.Task), x.VDI.UUID))
+}
+
+// refuseExport refuses an export that cannot be planned.
+func (s *Server) refuseExport(w http.ResponseWriter, r *request, x transfer, err error) {
+	if e, ok := errors.AsType[*rangeError](err); ok {
+		w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", e.length))
+		err = &statusError{http.StatusRequestedRangeNotSatisfiable, xapi.NewError(xapi.ErrInvalidValue, "Range", e.spec)}
+	}
+	s.refuse(w, r, x, err)
+}
+
+// deliver sends what has been planned, unless only the head is wanted.
+func (s *Server) deliver(ctx context.Context, w http.ResponseWriter, r *request, x described, out *outgoing, head []byte) {
 	s.run(ctx, w, r, x, func(ctx context.Context, conn *stream) error {
-		if err := begin(w, conn, out.part.status, out.head(string(x.Task), x.VDI.UUID)); err != nil {
+		if err := begin(w, conn, out.status, head); err != nil {
 			return &clientError{err}
 		}
-		if r.Method == http.MethodHead || out.part.status == http.StatusNotModified {
+		if r.Method == http.MethodHead || out.status == http.StatusNotModified {
 			return nil
 		}
 		return out.send(ctx, conn, x)
@@ -83,11 +93,8 @@ func planExport(ctx context.Context, r *request, name string, x *api.Export) (*o
 	if f.encode == nil {
 		return nil, notBuilt("export", f)
 	}
-	d := &download{ref: string(x.Ref), vdi: x.VDI, volume: x.Volume, baseVDI: x.BaseVDI, base: x.Base}
-	d.extents = func(ctx context.Context) iter.Seq2[storage.Extent, error] {
-		return x.Volume.Extents(ctx, 0, x.Volume.Size())
-	}
-	if d.base != nil {
+	d := newDownload(x.Ref, x.VDI, x.Volume)
+	if x.Base != nil {
 		if f.fullOnly {
 			return nil, &statusError{http.StatusNotImplemented, xapi.NewError(xapi.ErrNotImplemented, "export with a base in format "+f.name)}
 		}
@@ -95,6 +102,7 @@ func planExport(ctx context.Context, r *request, name string, x *api.Export) (*o
 		if !ok {
 			return nil, xapi.NewError(xapi.ErrSROperationNotSupported, string(x.VDI.SR))
 		}
+		d.baseVDI, d.base = x.BaseVDI, x.Base
 		d.extents = func(ctx context.Context) iter.Seq2[storage.Extent, error] {
 			return differ.Diff(ctx, x.Base, x.Volume, 0)
 		}
@@ -108,12 +116,17 @@ func planExport(ctx context.Context, r *request, name string, x *api.Export) (*o
 	if f.name == "raw" {
 		if out.encoding = acceptedEncoding(r.Request); out.encoding != "" {
 			length = -1
-			out.tag = strings.TrimSuffix(out.tag, `"`) + "-" + out.encoding + `"`
+			out.tag = encodedTag(out.tag, out.encoding)
 		}
 	}
 	out.chunked = length < 0 && r.ProtoAtLeast(1, 1)
 	out.part, err = choosePart(r.Header, out.tag, length)
 	return out, err
+}
+
+// encodedTag is the tag of what the coding makes of an image with that tag.
+func encodedTag(tag, coding string) string {
+	return strings.TrimSuffix(tag, `"`) + "-" + coding + `"`
 }
 
 // head is the head of the reply.
@@ -138,17 +151,24 @@ func (o *outgoing) head(task, uuid string) []byte {
 			more = append(more, "Transfer-Encoding: chunked", "Trailer: Content-Digest")
 		}
 	default:
-		more = append(more, "Accept-Ranges: bytes", "Content-Length: "+strconv.FormatInt(o.to-o.from, 10))
-		if o.status == http.StatusPartialContent {
-			more = append(more, fmt.Sprintf("Content-Range: bytes %d-%d/%d", o.from, o.to-1, o.length()))
-		}
+		more = append(more, o.place()...)
 	}
 	return head(o.status, task, o.contentType, more...)
 }
 
-// described is what the sending of a body tells the task.
+// place are the lines of the head that say which bytes are sent, of a reply
+// with a length.
+func (o *outgoing) place() []string {
+	lines := []string{"Accept-Ranges: bytes", "Content-Length: " + strconv.FormatInt(o.to-o.from, 10)}
+	if o.status == http.StatusPartialContent {
+		lines = append(lines, fmt.Sprintf("Content-Range: bytes %d-%d/%d", o.from, o.to-1, o.length()))
+	}
+	return lines
+}
+
+// described is a transfer whose task takes notes.
 type described interface {
-	Progress(done, total int64)
+	transfer
 	Describe(key, value string)
 }
 

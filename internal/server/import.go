@@ -29,18 +29,13 @@ func (s *Server) importRawVDI(w http.ResponseWriter, r *request) {
 	defer release()
 	req := transferRequest(r, "put_import_raw_vdi", session)
 	req.Length = bodyLength(r)
-	for _, key := range []string{"sr_id", "sr_uuid"} {
-		if sr, ok := r.param(key); ok && req.SR == "" {
-			req.SR = sr
-		}
-	}
+	req.SR = r.namedSR()
 	if req.Length == 0 && req.Task == "" {
 		if err := s.api.CheckImport(r.Context(), r.origin, req); err != nil {
 			s.fail(w, r, err)
 			return
 		}
-		w.Header().Set("Connection", "close")
-		w.WriteHeader(http.StatusOK)
+		answerProbe(w)
 		return
 	}
 	// Not the request's context: a client may close its sending side and wait.
@@ -231,6 +226,12 @@ func accept(w http.ResponseWriter, r *request, conn *stream, task string) error 
 		}
 	}
 	return begin(w, conn, http.StatusOK, head(http.StatusOK, task, "application/octet-stream"))
+}
+
+// answerProbe answers a request that asks only whether there could be one.
+func answerProbe(w http.ResponseWriter) {
+	w.Header().Set("Connection", "close")
+	w.WriteHeader(http.StatusOK)
 }
 
 // keepEvery is how much of a resumable upload may have to be sent again after

@@ -36,6 +36,16 @@ func transferRequest(r *request, action, session string) api.TransferRequest {
 	}
 }
 
+// namedSR returns the SR that an import names, "" when it names none.
+func (p params) namedSR() string {
+	for _, key := range []string{"sr_id", "sr_uuid"} {
+		if sr, _ := p.param(key); sr != "" {
+			return sr
+		}
+	}
+	return ""
+}
+
 // head is the reply that begins a transfer. The version is 1.1 whatever the
 // client speaks: that is what all of them have always got. task is "" when
 // there is none yet.

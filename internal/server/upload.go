@@ -3,6 +3,7 @@ package server
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -64,6 +65,22 @@ func (u *upload) bodyError(err error) error {
 		return err
 	}
 	return &bodyError{err}
+}
+
+// holds checks that an image of a disk of size bytes fits.
+func (u *upload) holds(size int64) error {
+	if size > u.size {
+		return badBody("the image is of a disk of %d bytes, this one has %d", size, u.size)
+	}
+	return nil
+}
+
+// whole checks that an image that is no delta may come.
+func (u *upload) whole() error {
+	if u.parent != "" {
+		return badBody("the image is no delta to %s", u.parent)
+	}
+	return nil
 }
 
 func badBody(format string, args ...any) error { return &bodyError{fmt.Errorf(format, args...)} }
@@ -213,11 +230,8 @@ func readFixedVHD(ctx context.Context, body io.Reader, length int64, u *upload) 
 	if err != nil {
 		return &bodyError{err}
 	}
-	if r.Size() > u.size {
-		return badBody("the image is of a disk of %d bytes, this one has %d", r.Size(), u.size)
-	}
-	if u.parent != "" {
-		return badBody("the image is no delta to %s", u.parent)
+	if err := cmp.Or(u.holds(r.Size()), u.whole()); err != nil {
+		return err
 	}
 	if err := u.atomic(); err != nil {
 		return err

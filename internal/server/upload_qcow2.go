@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"io"
 
@@ -25,11 +26,11 @@ func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) err
 	if err != nil {
 		return &bodyError{err}
 	}
-	if u.parent != "" && !r.Delta() {
-		return badBody("the image is no delta to %s", u.parent)
+	if !r.Delta() {
+		err = u.whole()
 	}
-	if r.Size() > u.size {
-		return badBody("the image is of a disk of %d bytes, this one has %d", r.Size(), u.size)
+	if err := cmp.Or(err, u.holds(r.Size())); err != nil {
+		return err
 	}
 	total := length
 	if length < 0 {

@@ -10,8 +10,8 @@ import (
 // readTar writes the chunks of a disk that a tar archive holds, each when its
 // checksum has been verified, and leaves all else as it is.
 func readTar(ctx context.Context, body io.Reader, length int64, u *upload) error {
-	if u.parent != "" {
-		return badBody("the image is no delta to %s", u.parent)
+	if err := u.whole(); err != nil {
+		return err
 	}
 	if length >= 0 {
 		body = io.LimitReader(body, length)

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"io"
 
@@ -14,11 +15,8 @@ func readVMDK(ctx context.Context, body io.Reader, length int64, u *upload) erro
 	if err != nil {
 		return &bodyError{err}
 	}
-	if r.Size() > u.size {
-		return badBody("the image is of a disk of %d bytes, this one has %d", r.Size(), u.size)
-	}
-	if u.parent != "" {
-		return badBody("the image is no delta to %s", u.parent)
+	if err := cmp.Or(u.holds(r.Size()), u.whole()); err != nil {
+		return err
 	}
 	total := length
 	if length < 0 {

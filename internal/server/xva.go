@@ -4,16 +4,11 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
-	"fmt"
-	"iter"
 	"net/http"
 	"strconv"
 	"strings"
 
 	"coppice/internal/api"
-	"coppice/internal/storage"
-	"coppice/internal/xapi"
 	"coppice/internal/xva"
 )
 
@@ -39,22 +34,10 @@ func exportVM(metadata bool) handler {
 		defer done()
 		out, err := planXVA(ctx, r, x)
 		if err != nil {
-			if e, ok := errors.AsType[*rangeError](err); ok {
-				w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", e.length))
-				err = &statusError{http.StatusRequestedRangeNotSatisfiable, xapi.NewError(xapi.ErrInvalidValue, "Range", e.spec)}
-			}
-			s.refuse(w, r, x, err)
+			s.refuseExport(w, r, x, err)
 			return
 		}
-		s.run(ctx, w, r, x, func(ctx context.Context, conn *stream) error {
-			if err := begin(w, conn, out.status, out.xvaHead(string(x.Task))); err != nil {
-				return &clientError{err}
-			}
-			if out.status == http.StatusNotModified {
-				return nil
-			}
-			return out.send(ctx, conn, x)
-		})
+		s.deliver(ctx, w, r, x, out, out.xvaHead(string(x.Task)))
 	}
 }
 
@@ -127,25 +110,12 @@ func planXVA(ctx context.Context, r *request, x *api.VMExport) (*outgoing, error
 	hash := sha256.New()
 	hash.Write(img.manifest)
 	for _, disk := range x.Disks {
-		d := &download{ref: string(disk.Ref), vdi: disk.VDI, volume: disk.Volume}
-		d.extents = func(ctx context.Context) iter.Seq2[storage.Extent, error] {
-			return disk.Volume.Extents(ctx, 0, disk.Volume.Size())
-		}
-		if disk.Volume.Size() > xva.MaxSize {
-			return nil, xapi.NewError(xapi.ErrVDITooLarge, d.ref, strconv.FormatInt(xva.MaxSize, 10))
-		}
-		layout, err := xva.NewLayout(disk.Name+"/", disk.Volume.Size())
+		d := newDownload(disk.Ref, disk.VDI, disk.Volume)
+		layout, tag, err := layTar(ctx, d, disk.Name+"/", "xva 1")
 		if err != nil {
 			return nil, err
 		}
-		if err := d.scan(ctx, layout.Add); err != nil {
-			return nil, err
-		}
-		self, base, err := d.origin(ctx)
-		if err != nil {
-			return nil, err
-		}
-		hash.Write([]byte(d.tag("xva 1", self, base)))
+		hash.Write([]byte(tag))
 		img.disks = append(img.disks, xvaDisk{d, layout})
 	}
 	img.tag = `"` + hex.EncodeToString(hash.Sum(nil)[:16]) + `"`
@@ -154,7 +124,7 @@ func planXVA(ctx context.Context, r *request, x *api.VMExport) (*outgoing, error
 	length := img.length()
 	if encoding != "" {
 		length = -1
-		out.tag = strings.TrimSuffix(img.tag, `"`) + "-" + encoding + `"`
+		out.tag = encodedTag(out.tag, encoding)
 	}
 	out.part, err = choosePart(r.Header, out.tag, length)
 	return out, err
@@ -169,10 +139,7 @@ func (o *outgoing) xvaHead(task string) []byte {
 	case o.to < 0:
 		more = append(more, "Accept-Ranges: none")
 	default:
-		more = append(more, "Accept-Ranges: bytes", "Content-Length: "+strconv.FormatInt(o.to-o.from, 10))
-		if o.status == http.StatusPartialContent {
-			more = append(more, fmt.Sprintf("Content-Range: bytes %d-%d/%d", o.from, o.to-1, o.length()))
-		}
+		more = append(more, o.place()...)
 	}
 	return head(o.status, task, o.contentType, more...)
 }

@@ -33,8 +33,7 @@ func importVM(metadata bool) handler {
 				s.fail(w, r, err)
 				return
 			}
-			w.Header().Set("Connection", "close")
-			w.WriteHeader(http.StatusOK)
+			answerProbe(w)
 			return
 		}
 		// Not the request's context: a client may close its sending side and wait.
@@ -66,11 +65,7 @@ func importVMRequest(r *request, session string, metadata bool) api.VMImportRequ
 		Session: session, Task: r.auth("task_id"), SubtaskOf: r.auth("subtask_of"), Action: "put_import", Metadata: metadata,
 		Restore: r.flag("restore", false), Force: r.flag("force", false), VDIs: map[string]string{},
 	}
-	for _, key := range []string{"sr_id", "sr_uuid"} {
-		if sr, ok := r.param(key); ok && req.SR == "" {
-			req.SR = sr
-		}
-	}
+	req.SR = r.namedSR()
 	if metadata {
 		req.Action, req.DryRun = "put_import_metadata", r.flag("dry_run", false)
 		for key, other := range r.query {
