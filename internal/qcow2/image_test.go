@@ -6,35 +6,8 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"os"
-	"os/exec"
-	"path/filepath"
-	"strings"
 	"testing"
 )
-
-// tool returns the path of a program. Without it the test is skipped, except
-// where the tools are part of the environment.
-func tool(t *testing.T, name, pkg string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatalf("%s is not installed; CI needs it", name)
-		}
-		t.Skipf("%s is not installed (Debian package %s)", name, pkg)
-	}
-	return path
-}
-
-func run(t *testing.T, name string, args ...string) string {
-	t.Helper()
-	out, err := exec.Command(name, args...).CombinedOutput()
-	if err != nil {
-		t.Fatalf("%s %s: %v\n%s", filepath.Base(name), strings.Join(args, " "), err, out)
-	}
-	return string(out)
-}
 
 // disk returns size bytes of which only the given ranges are not zero.
 func disk(size int64, seed byte, ranges ...[2]int64) []byte {

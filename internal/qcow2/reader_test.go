@@ -10,11 +10,13 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"coppice/internal/peertest"
 )
 
 // Images of qemu-img with every option that changes how they look.
 func TestReaderTakesQemuImages(t *testing.T) {
-	qemu := tool(t, "qemu-img", "qemu-utils")
+	qemu := peertest.Tool(t, "qemu-img", "qemu-utils")
 	dir := t.TempDir()
 	const size = 9*mib + 1536
 	contents := disk(size, 1, [2]int64{0, 700}, [2]int64{mib + 3000, 300 << 10}, [2]int64{6 * mib, 3*mib + 1536})
@@ -56,7 +58,7 @@ func TestReaderTakesQemuImages(t *testing.T) {
 	} {
 		t.Run(tt.options+strings.Join(tt.more, ""), func(t *testing.T) {
 			file := filepath.Join(t.TempDir(), "disk.qcow2")
-			run(t, qemu, append(append([]string{"convert", "-f", "raw", "-O", "qcow2", "-o", tt.options}, tt.more...), raw, file)...)
+			peertest.Run(t, qemu, append(append([]string{"convert", "-f", "raw", "-O", "qcow2", "-o", tt.options}, tt.more...), raw, file)...)
 			image, err := os.ReadFile(file)
 			if err != nil {
 				t.Fatal(err)
@@ -75,14 +77,14 @@ func TestReaderTakesQemuImages(t *testing.T) {
 // Images that were written after they were made: in any order, with holes made
 // again, grown, with snapshots.
 func TestReaderTakesUsedImages(t *testing.T) {
-	qemu, qio := tool(t, "qemu-img", "qemu-utils"), tool(t, "qemu-io", "qemu-utils")
+	qemu, qio := peertest.Tool(t, "qemu-img", "qemu-utils"), peertest.Tool(t, "qemu-io", "qemu-utils")
 	for _, options := range []string{
 		"cluster_size=65536", "cluster_size=512", "cluster_size=4096,compat=0.10", "extended_l2=on", "cluster_size=2097152", "cluster_size=65536,preallocation=metadata",
 	} {
 		t.Run(options, func(t *testing.T) {
 			dir := t.TempDir()
 			file, raw := filepath.Join(dir, "disk.qcow2"), filepath.Join(dir, "disk.raw")
-			run(t, qemu, "create", "-f", "qcow2", "-o", options, file, "5M")
+			peertest.Run(t, qemu, "create", "-f", "qcow2", "-o", options, file, "5M")
 			commands := []string{
 				"write -P 1 4M 200k", "write -P 2 0 1M", "write -P 3 2M 70k", "write -z 64k 128k", "write -P 4 3000k 512",
 				"discard 512k 256k", "write -P 5 2100k 90k", "write -z -u 4M 64k", "write -P 6 1M 3k",
@@ -91,12 +93,12 @@ func TestReaderTakesUsedImages(t *testing.T) {
 			for _, c := range commands {
 				args = append(args, "-c", c)
 			}
-			run(t, qio, append(args, file)...)
+			peertest.Run(t, qio, append(args, file)...)
 			if !strings.Contains(options, "preallocation") {
-				run(t, qemu, "snapshot", "-c", "before", file)
+				peertest.Run(t, qemu, "snapshot", "-c", "before", file)
 			}
-			run(t, qio, "-f", "qcow2", "-c", "write -P 7 100k 2M", "-c", "write -P 8 4500k 10k", file)
-			run(t, qemu, "convert", "-f", "qcow2", "-O", "raw", file, raw)
+			peertest.Run(t, qio, "-f", "qcow2", "-c", "write -P 7 100k 2M", "-c", "write -P 8 4500k 10k", file)
+			peertest.Run(t, qemu, "convert", "-f", "qcow2", "-O", "raw", file, raw)
 			want, err := os.ReadFile(raw)
 			if err != nil {
 				t.Fatal(err)

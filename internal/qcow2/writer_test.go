@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"coppice/internal/peertest"
 )
 
 const mib = 1 << 20
@@ -21,7 +23,7 @@ var sizes = []int64{
 }
 
 func TestQemuReadsImages(t *testing.T) {
-	qemu := tool(t, "qemu-img", "qemu-utils")
+	qemu := peertest.Tool(t, "qemu-img", "qemu-utils")
 	dir := t.TempDir()
 	for _, size := range sizes {
 		base := disk(size, 1, [2]int64{0, 300}, [2]int64{mib, 70 << 10}, [2]int64{5*mib + 100, 2 * mib}, [2]int64{size - 512, 512})
@@ -38,14 +40,14 @@ func TestQemuReadsImages(t *testing.T) {
 		}
 		at := func(name string) string { return filepath.Join(dir, name) }
 		for _, pair := range [][2]string{{"full.qcow2", "base.raw"}, {"delta.qcow2", "target.raw"}} {
-			if out := run(t, qemu, "check", at(pair[0])); !strings.Contains(out, "No errors were found") {
+			if out := peertest.Run(t, qemu, "check", at(pair[0])); !strings.Contains(out, "No errors were found") {
 				t.Errorf("%d: %s", size, out)
 			}
-			run(t, qemu, "compare", at(pair[0]), "-F", "raw", at(pair[1]))
+			peertest.Run(t, qemu, "compare", at(pair[0]), "-F", "raw", at(pair[1]))
 			var info struct {
 				Size int64 `json:"virtual-size"`
 			}
-			if err := json.Unmarshal([]byte(run(t, qemu, "info", "--output=json", at(pair[0]))), &info); err != nil || info.Size != size {
+			if err := json.Unmarshal([]byte(peertest.Run(t, qemu, "info", "--output=json", at(pair[0]))), &info); err != nil || info.Size != size {
 				t.Errorf("%d: qemu-img says %d, %v", size, info.Size, err)
 			}
 		}
@@ -61,7 +63,7 @@ func TestQemuReadsImages(t *testing.T) {
 
 // A delta can be moved to another base, and merged into its base.
 func TestQemuRebasesAndCommits(t *testing.T) {
-	qemu := tool(t, "qemu-img", "qemu-utils")
+	qemu := peertest.Tool(t, "qemu-img", "qemu-utils")
 	dir := t.TempDir()
 	const size = 20 * mib
 	base := disk(size, 1, [2]int64{0, 12 * mib})
@@ -79,12 +81,12 @@ func TestQemuRebasesAndCommits(t *testing.T) {
 		}
 	}
 	for _, to := range [][2]string{{"base.raw", "raw"}, {"full.qcow2", "qcow2"}} {
-		run(t, qemu, "rebase", "-u", "-b", to[0], "-F", to[1], at("delta.qcow2"))
-		run(t, qemu, "compare", at("delta.qcow2"), "-F", "raw", at("target.raw"))
+		peertest.Run(t, qemu, "rebase", "-u", "-b", to[0], "-F", to[1], at("delta.qcow2"))
+		peertest.Run(t, qemu, "compare", at("delta.qcow2"), "-F", "raw", at("target.raw"))
 	}
-	run(t, qemu, "commit", "-d", at("delta.qcow2"))
-	run(t, qemu, "compare", at("full.qcow2"), "-F", "raw", at("target.raw"))
-	run(t, qemu, "check", at("full.qcow2"))
+	peertest.Run(t, qemu, "commit", "-d", at("delta.qcow2"))
+	peertest.Run(t, qemu, "compare", at("full.qcow2"), "-F", "raw", at("target.raw"))
+	peertest.Run(t, qemu, "check", at("full.qcow2"))
 }
 
 // The figures of the largest disks follow from the set alone.
@@ -111,7 +113,7 @@ func TestLayoutOfLargeDisks(t *testing.T) {
 }
 
 func TestQemuOpensLargestDisk(t *testing.T) {
-	qemu := tool(t, "qemu-img", "qemu-utils")
+	qemu := peertest.Tool(t, "qemu-img", "qemu-utils")
 	set := NewClusterSet(MaxSize)
 	set.Add(MaxSize-1, 1)
 	l, err := NewLayout(Options{Size: MaxSize, Clusters: set})
@@ -130,7 +132,7 @@ func TestQemuOpensLargestDisk(t *testing.T) {
 	if err := f.Truncate(l.Length()); err != nil {
 		t.Fatal(err)
 	}
-	if out := run(t, qemu, "check", file); !strings.Contains(out, "No errors were found") {
+	if out := peertest.Run(t, qemu, "check", file); !strings.Contains(out, "No errors were found") {
 		t.Error(out)
 	}
 }

@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"coppice/internal/peertest"
 )
 
 func TestExportForms(t *testing.T) {
@@ -171,13 +173,7 @@ func TestExportIsOneInstant(t *testing.T) {
 
 // What the wide-spread tool makes of our images.
 func TestQemuReadsExports(t *testing.T) {
-	qemu, err := exec.LookPath("qemu-img")
-	if err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatal("qemu-img is not installed; CI needs it")
-		}
-		t.Skip("qemu-img is not installed (Debian package qemu-utils)")
-	}
+	qemu := peertest.Tool(t, "qemu-img", "qemu-utils")
 	d := newDepot(t)
 	contents := random(9*mib, 1, [2]int64{0, 3 * mib}, [2]int64{8 * mib, mib})
 	ref, _ := d.filled(contents)

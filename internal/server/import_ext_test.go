@@ -15,6 +15,7 @@ import (
 	"strings"
 	"testing"
 
+	"coppice/internal/peertest"
 	"coppice/internal/qcow2"
 	"coppice/internal/storage"
 
@@ -167,7 +168,7 @@ func TestImportOntoBase(t *testing.T) {
 }
 
 func TestImportFixedVHD(t *testing.T) {
-	qemu := tool(t, "qemu-img", "qemu-utils")
+	qemu := peertest.Tool(t, "qemu-img", "qemu-utils")
 	d := newDepot(t)
 	contents := random(4*mib, 1, [2]int64{0, 3 * mib})
 	dir := t.TempDir()
@@ -202,7 +203,7 @@ func TestImportFixedVHD(t *testing.T) {
 }
 
 func TestImportQcow2(t *testing.T) {
-	qemu := tool(t, "qemu-img", "qemu-utils")
+	qemu := peertest.Tool(t, "qemu-img", "qemu-utils")
 	d := newDepot(t)
 	contents := random(10*mib, 1, [2]int64{0, 3 * mib}, [2]int64{7 * mib, 3 * mib})
 	dir := t.TempDir()

@@ -5,11 +5,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+
+	"coppice/internal/peertest"
 )
 
 // Both directions of VMDK, against the wide-spread tool.
 func TestVMDK(t *testing.T) {
-	qemu := tool(t, "qemu-img", "qemu-utils")
+	qemu := peertest.Tool(t, "qemu-img", "qemu-utils")
 	d := newDepot(t)
 	contents := random(72*mib, 1, [2]int64{0, 3 * mib}, [2]int64{5*mib + 4096, 4096}, [2]int64{40 * mib, 70 << 10}, [2]int64{71 * mib, mib})
 	ref, _ := d.filled(contents)

@@ -18,6 +18,8 @@ import (
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+
+	"coppice/internal/peertest"
 )
 
 // fetch sends a request for an export with headers.
@@ -166,7 +168,7 @@ func TestConditions(t *testing.T) {
 
 // What curl makes of an interrupted download.
 func TestCurlResumes(t *testing.T) {
-	curl := tool(t, "curl", "curl")
+	curl := peertest.Tool(t, "curl", "curl")
 	d := newDepot(t)
 	ref, _ := d.filled(random(9*mib, 1, [2]int64{0, 5 * mib}))
 	for _, format := range []string{"raw", "vhd", "qcow2", "tar"} {

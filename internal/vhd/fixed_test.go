@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"coppice/internal/peertest"
 )
 
 // fixed is a fixed image of a disk.
@@ -73,14 +75,14 @@ func TestFixedReader(t *testing.T) {
 }
 
 func TestFixedReaderTakesQemuImages(t *testing.T) {
-	qemu := tool(t, "qemu-img", "qemu-utils")
+	qemu := peertest.Tool(t, "qemu-img", "qemu-utils")
 	raw, image := filepath.Join(t.TempDir(), "raw"), filepath.Join(t.TempDir(), "vhd")
 	contents := make([]byte, 3<<20)
 	fill(contents, 5)
 	if err := os.WriteFile(raw, contents, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	run(t, qemu, "convert", "-O", "vpc", "-o", "subformat=fixed,force_size=on", raw, image)
+	peertest.Run(t, qemu, "convert", "-O", "vpc", "-o", "subformat=fixed,force_size=on", raw, image)
 	b, err := os.ReadFile(image)
 	if err != nil {
 		t.Fatal(err)

@@ -4,34 +4,12 @@ import (
 	"bytes"
 	"encoding/json"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"coppice/internal/peertest"
 )
-
-// tool returns the path of a program. Without it the test is skipped, except
-// where the tools are part of the environment.
-func tool(t *testing.T, name, pkg string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatalf("%s is not installed; CI needs it", name)
-		}
-		t.Skipf("%s is not installed (Debian package %s)", name, pkg)
-	}
-	return path
-}
-
-func run(t *testing.T, name string, args ...string) string {
-	t.Helper()
-	out, err := exec.Command(name, args...).CombinedOutput()
-	if err != nil {
-		t.Fatalf("%s %s: %v\n%s", filepath.Base(name), strings.Join(args, " "), err, out)
-	}
-	return string(out)
-}
 
 // sparse is a disk of any size whose few blocks carry their index.
 func sparse(t *testing.T, path string, size int64, parent *Parent, indexes ...int64) {
@@ -70,7 +48,7 @@ func sparse(t *testing.T, path string, size int64, parent *Parent, indexes ...in
 }
 
 func TestQemuReadsSize(t *testing.T) {
-	qemu := tool(t, "qemu-img", "qemu-utils")
+	qemu := peertest.Tool(t, "qemu-img", "qemu-utils")
 	parent := &Parent{UUID: idBase, Name: nameBase, Timestamp: stampBase}
 	for _, size := range []int64{512, 1 << 20, 2 << 20, 2<<20 + 512, 9<<20 + 512, 1 << 30, 24 << 30, 127 << 30, 128 << 30, 500 << 30, MaxSize} {
 		for name, p := range map[string]*Parent{"full": nil, "delta": parent} {
@@ -80,7 +58,7 @@ func TestQemuReadsSize(t *testing.T) {
 				Format string `json:"format"`
 				Size   int64  `json:"virtual-size"`
 			}
-			if err := json.Unmarshal([]byte(run(t, qemu, "info", "--output=json", file)), &info); err != nil {
+			if err := json.Unmarshal([]byte(peertest.Run(t, qemu, "info", "--output=json", file)), &info); err != nil {
 				t.Fatal(err)
 			}
 			if info.Format != "vpc" || info.Size != size {
@@ -91,7 +69,7 @@ func TestQemuReadsSize(t *testing.T) {
 }
 
 func TestQemuReadsContents(t *testing.T) {
-	qemu := tool(t, "qemu-img", "qemu-utils")
+	qemu := peertest.Tool(t, "qemu-img", "qemu-utils")
 	dir := t.TempDir()
 	s := fullSource()
 	var out bytes.Buffer
@@ -102,8 +80,8 @@ func TestQemuReadsContents(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	run(t, qemu, "compare", "-f", "vpc", "-F", "raw", vhd, raw)
-	run(t, qemu, "convert", "-f", "vpc", "-O", "raw", vhd, back)
+	peertest.Run(t, qemu, "compare", "-f", "vpc", "-F", "raw", vhd, raw)
+	peertest.Run(t, qemu, "convert", "-f", "vpc", "-O", "raw", vhd, back)
 	got, err := os.ReadFile(back)
 	if err != nil {
 		t.Fatal(err)
@@ -115,7 +93,7 @@ func TestQemuReadsContents(t *testing.T) {
 }
 
 func TestReadsQemu(t *testing.T) {
-	qemu := tool(t, "qemu-img", "qemu-utils")
+	qemu := peertest.Tool(t, "qemu-img", "qemu-utils")
 	for _, size := range []int64{512, 3 << 20, 9<<20 + 512, 40 << 20} {
 		for _, options := range []string{"subformat=dynamic", "subformat=dynamic,force_size=on"} {
 			dir := t.TempDir()
@@ -126,7 +104,7 @@ func TestReadsQemu(t *testing.T) {
 			if err := os.WriteFile(raw, data, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			run(t, qemu, "convert", "-f", "raw", "-O", "vpc", "-o", options, raw, vhd)
+			peertest.Run(t, qemu, "convert", "-f", "raw", "-O", "vpc", "-o", options, raw, vhd)
 			b, err := os.ReadFile(vhd)
 			if err != nil {
 				t.Fatal(err)
@@ -158,9 +136,9 @@ func TestReadsQemu(t *testing.T) {
 }
 
 func TestRefusesFixedOfQemu(t *testing.T) {
-	qemu := tool(t, "qemu-img", "qemu-utils")
+	qemu := peertest.Tool(t, "qemu-img", "qemu-utils")
 	file := filepath.Join(t.TempDir(), "fixed.vhd")
-	run(t, qemu, "create", "-f", "vpc", "-o", "subformat=fixed", file, "4M")
+	peertest.Run(t, qemu, "create", "-f", "vpc", "-o", "subformat=fixed", file, "4M")
 	b, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
@@ -171,7 +149,7 @@ func TestRefusesFixedOfQemu(t *testing.T) {
 }
 
 func TestLibvhdiReads(t *testing.T) {
-	info := tool(t, "vhdiinfo", "libvhdi-utils")
+	info := peertest.Tool(t, "vhdiinfo", "libvhdi-utils")
 	dir := t.TempDir()
 	for _, tt := range []struct {
 		name   string
@@ -189,7 +167,7 @@ func TestLibvhdiReads(t *testing.T) {
 	} {
 		file := filepath.Join(dir, tt.name+".vhd")
 		sparse(t, file, tt.size, tt.parent, 0, 7, (tt.size-1)/BlockSize)
-		out := run(t, info, file)
+		out := peertest.Run(t, info, file)
 		for _, want := range tt.want {
 			if !strings.Contains(out, want) {
 				t.Errorf("%s: vhdiinfo does not say %q:\n%s", tt.name, want, out)

@@ -9,34 +9,14 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"coppice/internal/peertest"
 )
 
 const mib = 1 << 20
-
-func tool(t *testing.T, name, pkg string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatalf("%s is not installed; CI needs it", name)
-		}
-		t.Skipf("%s is not installed (Debian package %s)", name, pkg)
-	}
-	return path
-}
-
-func run(t *testing.T, name string, args ...string) string {
-	t.Helper()
-	out, err := exec.Command(name, args...).CombinedOutput()
-	if err != nil {
-		t.Fatalf("%s %s: %v\n%s", filepath.Base(name), strings.Join(args, " "), err, out)
-	}
-	return string(out)
-}
 
 // disk returns size bytes of which only the given ranges are not zero. Every
 // other range compresses well.
@@ -111,7 +91,7 @@ var sizes = []int64{
 }
 
 func TestQemuReadsImages(t *testing.T) {
-	qemu := tool(t, "qemu-img", "qemu-utils")
+	qemu := peertest.Tool(t, "qemu-img", "qemu-utils")
 	for _, size := range sizes {
 		contents := disk(size, [2]int64{0, 100}, [2]int64{mib, 300 << 10}, [2]int64{33 * mib, 2 * mib}, [2]int64{size - 512, 512})
 		image := write(t, contents)
@@ -124,12 +104,12 @@ func TestQemuReadsImages(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		run(t, qemu, "compare", "-F", "raw", file, raw)
-		run(t, qemu, "check", file)
+		peertest.Run(t, qemu, "compare", "-F", "raw", file, raw)
+		peertest.Run(t, qemu, "check", file)
 		var info struct {
 			Size int64 `json:"virtual-size"`
 		}
-		if err := json.Unmarshal([]byte(run(t, qemu, "info", "--output=json", file)), &info); err != nil || info.Size != size {
+		if err := json.Unmarshal([]byte(peertest.Run(t, qemu, "info", "--output=json", file)), &info); err != nil || info.Size != size {
 			t.Errorf("%d: qemu-img says %d, %v", size, info.Size, err)
 		}
 		for _, length := range []int64{-1, int64(len(image))} {
@@ -139,7 +119,7 @@ func TestQemuReadsImages(t *testing.T) {
 			}
 		}
 		theirs := filepath.Join(t.TempDir(), "theirs")
-		run(t, qemu, "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", raw, theirs)
+		peertest.Run(t, qemu, "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", raw, theirs)
 		b, err := os.ReadFile(theirs)
 		if err != nil {
 			t.Fatal(err)
@@ -153,13 +133,13 @@ func TestQemuReadsImages(t *testing.T) {
 
 // An image that ends too early is told from a whole one wherever it ends.
 func TestReaderNoticesTheEnd(t *testing.T) {
-	qemu := tool(t, "qemu-img", "qemu-utils")
+	qemu := peertest.Tool(t, "qemu-img", "qemu-utils")
 	contents := disk(mib+512, [2]int64{0, 200 << 10}, [2]int64{300 << 10, 100 << 10}, [2]int64{mib, 512})
 	raw, theirs := filepath.Join(t.TempDir(), "raw"), filepath.Join(t.TempDir(), "theirs")
 	if err := os.WriteFile(raw, contents, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	run(t, qemu, "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", raw, theirs)
+	peertest.Run(t, qemu, "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", raw, theirs)
 	b, err := os.ReadFile(theirs)
 	if err != nil {
 		t.Fatal(err)
