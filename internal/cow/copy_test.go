@@ -248,14 +248,7 @@ func TestFeatures(t *testing.T) {
 	with := func(change func(*super)) *vfs.Mem {
 		t.Helper()
 		m := r.mem.Kill()
-		f, err := m.Open(superName)
-		if err != nil {
-			t.Fatal(err)
-		}
-		sb, err := newestSuper(f)
-		if err != nil {
-			t.Fatal(err)
-		}
+		f, sb := storedSuper(t, m)
 		change(sb)
 		if err := errors.Join(writeSuper(f, sb), f.Close()); err != nil {
 			t.Fatal(err)

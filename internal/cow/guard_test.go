@@ -342,14 +342,7 @@ func TestSuperblockIsVerified(t *testing.T) {
 // TestRegionTableIsVerified damages the region table.
 func TestRegionTableIsVerified(t *testing.T) {
 	m, _ := sample(t)
-	f, err := m.Open(superName)
-	if err != nil {
-		t.Fatal(err)
-	}
-	sb, err := newestSuper(f)
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, sb := storedSuper(t, m)
 	for off := int64(0); off < tablePageSize; off += 7 {
 		c := m.Kill()
 		if err := flip(c, regionsName(sb.gen), off, 1<<(off%8)); err != nil {

@@ -174,6 +174,20 @@ func TestBitRot(t *testing.T) {
 	t.Logf("%d of %d flips hit something in use", found, flips)
 }
 
+// storedSuper returns the newest superblock of a store, and the file that has it.
+func storedSuper(t *testing.T, m *vfs.Mem) (vfs.File, *super) {
+	t.Helper()
+	f, err := m.Open(superName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sb, err := newestSuper(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f, sb
+}
+
 // newestSuper returns the newest superblock of a file.
 func newestSuper(f vfs.File) (*super, error) {
 	sl, err := readSlots(f)
@@ -187,14 +201,7 @@ func newestSuper(f vfs.File) (*super, error) {
 // medium that cannot be read there; the other one must do.
 func TestSuperSlots(t *testing.T) {
 	m, data := sample(t)
-	f, err := m.Open(superName)
-	if err != nil {
-		t.Fatal(err)
-	}
-	sb, err := newestSuper(f)
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, sb := storedSuper(t, m)
 	for i := range uint64(2) {
 		c := m.Kill()
 		off := int64(sb.gen%2+2*i) * slotSize
@@ -244,14 +251,7 @@ func TestSuperSlotsOfAGeneration(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	f, err := m.Open(superName)
-	if err != nil {
-		t.Fatal(err)
-	}
-	sb, err := newestSuper(f)
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, sb := storedSuper(t, m)
 	clobber := func(c *vfs.Mem, parity int64, b []byte) {
 		t.Helper()
 		f, err := c.Open(superName)
