@@ -136,8 +136,7 @@ func TestVMSnapshotTree(t *testing.T) {
 	if parent(vm) != c || parent(c) != a || parent(b) != a {
 		t.Errorf("parents %s, %s, %s", parent(vm), parent(c), parent(b))
 	}
-	children := record(r.core, a).Children
-	slices.Sort(children)
+	children := slices.Sorted(slices.Values(record(r.core, a).Children))
 	if want := slices.Sorted(slices.Values([]vmRef{b, c})); !slices.Equal(children, want) {
 		t.Errorf("children %q, want %q", children, want)
 	}
