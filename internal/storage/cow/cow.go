@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"path/filepath"
 	"sync"
@@ -24,14 +25,48 @@ import (
 // Driver returns the driver. Its one configuration key is location, the path
 // of the directory; Open and Destroy want an absolute one.
 func Driver() storage.Driver {
+	d := DriverIn(hostDir, engine.Options{})
+	destroy := d.Destroy
+	d.Destroy = func(ctx context.Context, config map[string]string) error {
+		if err := destroy(ctx, config); err != nil {
+			return err
+		}
+		return vfs.RemoveDir(config["location"])
+	}
+	return d
+}
+
+// Dir is a directory with a store, or for one. Closing it ends what it takes
+// to have it open.
+type Dir interface {
+	vfs.FS
+	io.Closer
+}
+
+// DriverIn is Driver with options other than those of ordinary use and with
+// directories that find opens, or, with create, makes if need be: in memory, or
+// with faults.
+func DriverIn(find func(path string, create bool) (Dir, error), o engine.Options) storage.Driver {
 	return storage.Driver{
 		Type:        "cow",
 		Description: "Copy-on-write store in a directory of the host",
 		Config:      map[string]string{"location": "directory that holds the store; a relative path starts at the data directory"},
-		Open:        openDir,
-		Destroy:     destroyDir,
-		Features:    storage.Features(&repo{}),
+		Open: func(ctx context.Context, config map[string]string, create bool) (storage.Repo, error) {
+			return openDir(ctx, config, create, find, o)
+		},
+		Destroy: func(ctx context.Context, config map[string]string) error {
+			return destroyDir(ctx, config, find)
+		},
+		Features: storage.Features(&repo{}),
 	}
+}
+
+// hostDir finds directories of the host.
+func hostDir(path string, create bool) (Dir, error) {
+	if create {
+		return vfs.CreateDir(path)
+	}
+	return vfs.OpenDir(path)
 }
 
 // location returns the directory that a configuration names.
@@ -43,20 +78,16 @@ func location(config map[string]string) (string, error) {
 	return path, nil
 }
 
-func openDir(ctx context.Context, config map[string]string, create bool) (storage.Repo, error) {
+func openDir(ctx context.Context, config map[string]string, create bool, find func(string, bool) (Dir, error), o engine.Options) (storage.Repo, error) {
 	path, err := location(config)
 	if err != nil {
 		return nil, err
 	}
-	open := vfs.OpenDir
-	if create {
-		open = vfs.CreateDir
-	}
-	dir, err := open(path)
+	dir, err := find(path, create)
 	if err != nil {
 		return nil, translate("open store in "+path, "", err)
 	}
-	r, err := openStore(ctx, dir, engine.Options{}, create)
+	r, err := openStore(ctx, dir, o, create)
 	if err != nil {
 		return nil, errors.Join(translate("open store in "+path, "", err), dir.Close())
 	}
@@ -82,9 +113,9 @@ func openStore(ctx context.Context, dir vfs.FS, o engine.Options, create bool) (
 	return &repo{s: s, dir: dir}, nil
 }
 
-// destroyDir removes a store and, if nothing else is in it, its directory. The
-// superblock goes first: what is left after a crash is no store.
-func destroyDir(ctx context.Context, config map[string]string) error {
+// destroyDir removes a store, and nothing else of its directory. The superblock
+// goes first: what is left after a crash is no store.
+func destroyDir(ctx context.Context, config map[string]string, find func(string, bool) (Dir, error)) error {
 	path, err := location(config)
 	if err != nil {
 		return err
@@ -92,17 +123,14 @@ func destroyDir(ctx context.Context, config map[string]string) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	dir, err := vfs.OpenDir(path)
+	dir, err := find(path, false)
 	if err == nil {
 		if err = engine.Destroy(dir); err == nil {
 			err = removeLabel(dir)
 		}
 		err = errors.Join(err, dir.Close())
 	}
-	if err != nil {
-		return translate("destroy store in "+path, "", err)
-	}
-	return vfs.RemoveDir(path)
+	return translate("destroy store in "+path, "", err)
 }
 
 // repo is an open store.
