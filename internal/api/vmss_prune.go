@@ -22,6 +22,7 @@ type retained struct {
 	uuid string
 	name string
 	at   time.Time
+	age  int      // how many snapshots it descends from: that of two from the same second is newer which has more
 	why  []string // the rules that keep it
 	hold string   // why it is on hold, "" when it is not
 }
@@ -38,6 +39,7 @@ func retention(tx *db.Tx, vm *xapi.VM, plan schedule.Schedule) []retained {
 			continue
 		}
 		r := retained{ref: ref, uuid: snap.UUID, name: snap.NameLabel, at: snap.SnapshotTime, hold: holdOf(tx, snap)}
+		r.age = ancestors(tx, snap, len(vm.Snapshots))
 		if why, ok := vm.OtherConfig[holdKey]; ok {
 			r.hold = cmp.Or(r.hold, "the VM: "+why)
 		}
@@ -47,6 +49,10 @@ func retention(tx *db.Tx, vm *xapi.VM, plan schedule.Schedule) []retained {
 			counted = append(counted, r)
 		}
 	}
+	newestFirst := func(x, y retained) int {
+		return cmp.Or(y.at.Compare(x.at), cmp.Compare(y.age, x.age), cmp.Compare(x.ref, y.ref))
+	}
+	slices.SortFunc(counted, newestFirst)
 	times := make([]time.Time, len(counted))
 	for i, r := range counted {
 		times[i] = r.at
@@ -55,8 +61,20 @@ func retention(tx *db.Tx, vm *xapi.VM, plan schedule.Schedule) []retained {
 		counted[i].why = why
 	}
 	all = append(all, counted...)
-	slices.SortFunc(all, func(x, y retained) int { return cmp.Or(y.at.Compare(x.at), cmp.Compare(x.ref, y.ref)) })
+	slices.SortFunc(all, newestFirst)
 	return all
+}
+
+// ancestors counts the snapshots that one descends from, up to most.
+func ancestors(tx *db.Tx, snap *xapi.VM, most int) (n int) {
+	for ; n < most; n++ {
+		parent, err := db.Get(tx, snap.Parent)
+		if err != nil {
+			break
+		}
+		snap = parent
+	}
+	return n
 }
 
 // holdOf returns why a snapshot, or one of its disks, is on hold; "" when none is.

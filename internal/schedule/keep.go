@@ -42,7 +42,8 @@ type rule struct {
 }
 
 // Why returns for each of the results, given by when they were taken, the rules that keep it: none for one that
-// goes. Periods begin and end as the calendar of zone says. The order of times does not matter.
+// goes. Periods begin and end as the calendar of zone says. The order of times matters to equal ones only: the first
+// counts as the newest.
 func (k Keep) Why(times []time.Time, zone *time.Location) [][]string {
 	order := make([]int, len(times)) // newest first
 	for i := range order {

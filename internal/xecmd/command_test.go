@@ -113,6 +113,7 @@ func (s *shell) must(args ...string) string {
 var (
 	uuids   = regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}`)
 	dates   = regexp.MustCompile(`20[0-9]{6}T[0-9:]{8}Z`)
+	slots   = regexp.MustCompile(`20[0-9]{2}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}`)
 	allowed = regexp.MustCompile(`(allowed-operations \(SRO\)): .*`)
 )
 
@@ -125,6 +126,7 @@ func (s *shell) settle(text string) string {
 	}
 	text = strings.ReplaceAll(text, "OpaqueRef:", "ref:")
 	text = uuids.ReplaceAllString(text, "<uuid>")
+	text = slots.ReplaceAllString(text, "<slot>")
 	text = allowed.ReplaceAllString(text, "$1: <operations>")
 	return dates.ReplaceAllString(text, "<date>")
 }

@@ -18,8 +18,8 @@
 // others. The remaining commands are entries of one table, spread over the
 // files that hold their functions: commandTable in table.go lists them.
 //
-// Two things are ours and not the stock server's: vdi-revert, and lists that
-// are sorted by name.
+// Beside the stock server's there are commands of our own, whose help calls
+// them extensions, and lists are sorted by name.
 //
 // Commands act only through messages of the API, as their user; lists read
 // objects directly, from one consistent state.
