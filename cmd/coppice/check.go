@@ -77,30 +77,30 @@ func (e env) eachStore(ctx context.Context, dataFlag string, stores []string, do
 		total += n
 	}
 	if total > 0 {
-		return badNews{fmt.Errorf("%d problems found", total)}
+		return badNews{fmt.Errorf("%s found", problems(total))}
 	}
 	return nil
 }
 
 // checkStore checks the store in one directory and returns the number of
 // problems, all of them printed.
-func checkStore(ctx context.Context, e env, path string) (problems int, err error) {
+func checkStore(ctx context.Context, e env, path string) (found int, err error) {
 	dir, err := vfs.OpenDir(path)
 	if err != nil {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, dir.Close()) }()
-	for p, err := range cow.Check(ctx, dir) {
+	for p, err := range ranges(cow.Check(ctx, dir)) {
 		if err != nil {
-			return problems, err
+			return found, err
 		}
-		problems++
+		found++
 		fmt.Fprintf(e.stdout, "%s: %s\n", path, p)
 	}
-	if problems == 0 {
+	if found == 0 {
 		fmt.Fprintf(e.stdout, "%s: no problems\n", path)
 	}
-	return problems, nil
+	return found, nil
 }
 
 // repairStore repairs the store in one directory and returns the number of
@@ -112,7 +112,7 @@ func repairStore(ctx context.Context, e env, path string, o cow.RepairOptions) (
 	}
 	defer func() { err = errors.Join(err, dir.Close()) }()
 	found := 0
-	for p, err := range cow.Repair(ctx, dir, o) {
+	for p, err := range ranges(cow.Repair(ctx, dir, o)) {
 		if err != nil {
 			return left, err
 		}
@@ -122,7 +122,7 @@ func repairStore(ctx context.Context, e env, path string, o cow.RepairOptions) (
 		}
 		fmt.Fprintf(e.stdout, "%s: %s\n", path, p)
 	}
-	fmt.Fprintf(e.stdout, "%s: %d problems, %d put right or given up\n", path, found, found-left)
+	fmt.Fprintf(e.stdout, "%s: %s, %d put right or given up\n", path, problems(found), found-left)
 	return left, nil
 }
 

@@ -291,7 +291,7 @@ func (f *findings) contents(ctx context.Context, e env, data dataDir) {
 		case err != nil:
 			f.add(trouble, "", "store %s: %v", path, err)
 		case n > 0:
-			f.add(trouble, "\"coppice check\" lists them.", "store %s: %d problems", path, n)
+			f.add(trouble, "\"coppice check\" lists them.", "store %s: %s", path, problems(n))
 		default:
 			f.add(fine, "", "store %s: no problems", path)
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -59,6 +60,9 @@ func explainStore(path string, err error) error {
 	err = fmt.Errorf("store %s: %w", filepath.Clean(path), err)
 	if errors.Is(err, vfs.ErrLocked) {
 		return &hinted{err, "A coppice server is using it. Stop it first."}
+	}
+	if errors.Is(err, cow.ErrCorrupt) && errors.Is(err, fs.ErrNotExist) {
+		return &hinted{err, "Put the file back from a copy, or run \"coppice check --repair\", with --accept-loss if what was in it may be given up."}
 	}
 	return err
 }

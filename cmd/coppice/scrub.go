@@ -33,7 +33,7 @@ func scrub(ctx context.Context, e env, args []string) error {
 		return fmt.Errorf("--rate %v is not a number of MiB/s", *rate)
 	}
 	return e.eachStore(ctx, *dataFlag, flags.Args(), func(ctx context.Context, path string) (int, error) {
-		return scrubStore(ctx, e, path, int64(*rate*(1<<20)))
+		return scrubStore(ctx, e, path, int64(math.Ceil(*rate*(1<<20))))
 	})
 }
 
@@ -51,30 +51,16 @@ func scrubStore(ctx context.Context, e env, path string, rate int64) (damaged in
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
 	bar := newProgress(e.stderr, path)
-	var last cow.Problem // the range that the next problem may continue
-	flush := func() {
-		if last.Detail != "" {
-			bar.clear()
-			fmt.Fprintf(e.stdout, "%s: %s\n", path, last)
-		}
-		last = cow.Problem{}
-	}
-	for p, err := range store.Scrub(ctx, cow.ScrubOptions{BytesPerSecond: rate, Progress: bar.show}) {
+	for p, err := range ranges(store.Scrub(ctx, cow.ScrubOptions{BytesPerSecond: rate, Progress: bar.show})) {
 		if err != nil {
-			flush()
 			return damaged, err
 		}
-		if p.Len > 0 && last.Len > 0 && p.Volume == last.Volume && p.Detail == last.Detail && p.Off == last.Off+last.Len {
-			last.Len += p.Len
-			continue
-		}
-		flush()
-		last = p
+		bar.clear()
+		fmt.Fprintf(e.stdout, "%s: %s\n", path, p)
 		if p.Done == "" {
 			damaged++
 		}
 	}
-	flush()
 	bar.clear()
 	if damaged == 0 {
 		fmt.Fprintf(e.stdout, "%s: all of it can be read\n", path)

@@ -77,8 +77,8 @@ func TestScrubAndRepair(t *testing.T) {
 	damage(mark(1))
 	where := "volume 01000000-0000-0000-0000-000000000002, "
 	expect(exitBadNews, where+"8192 bytes from 8388608: unit ", "scrub")
-	expect(exitBadNews, where+"4096 bytes from 8392704: unit ", "check")
-	expect(exitBadNews, "2 problems, 0 put right", "check", "--repair", "--accept-loss")
+	expect(exitBadNews, where+"8192 bytes from 8388608: unit ", "check")
+	expect(exitBadNews, "1 problem, 0 put right", "check", "--repair", "--accept-loss")
 
 	// All of the volume table is there twice: damage
 	// the record of the volume in one of its two copies.
@@ -96,5 +96,14 @@ func TestScrubAndRepair(t *testing.T) {
 	}
 	expect(exitBadNews, "its copy is whole", "check")
 	expect(exitBadNews, "its copy is whole: restored", "scrub")
-	expect(exitBadNews, "2 problems found", "check")
+	expect(exitBadNews, "1 problem found", "check")
+
+	if err := os.Remove(filepath.Join(path, "log")); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"check"}, {"check", "--repair"}, {"scrub"}} {
+		expect(exitUnusable, "--accept-loss if what was in it may be given up", args...)
+	}
+	expect(exitBadNews, "log is missing: given up", "check", "--repair", "--accept-loss")
+	expect(exitBadNews, "1 problem found", "check")
 }

@@ -34,7 +34,7 @@ func spaceName(i int) string { return fmt.Sprintf("space-%04d", i) }
 func openSpace(dir vfs.FS, g Geometry, regions int) (*spaceFiles, error) {
 	sf := &spaceFiles{geo: g, dir: dir}
 	var list []*spaceFile
-	for i := range (regions + g.RegionsPerFile - 1) / g.RegionsPerFile {
+	for i := range g.spaceFiles(regions) {
 		f, err := dir.Open(spaceName(i))
 		if err != nil {
 			sf.files.Store(&list)

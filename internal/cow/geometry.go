@@ -56,6 +56,11 @@ func (g Geometry) regionBytes() int64 { return int64(g.regionUnits()) * int64(g.
 // maxRegions is how many regions 40 bits of address can name.
 func (g Geometry) maxRegions() int { return int(maxAddr / uint64(g.regionUnits())) }
 
+// spaceFiles is how many files hold the given number of regions.
+func (g Geometry) spaceFiles(regions int) int {
+	return (regions + g.RegionsPerFile - 1) / g.RegionsPerFile
+}
+
 // copyOf is where the copy of a unit is that has one: at the same place of
 // the next region, so that a stretch of the medium that goes bad takes one of
 // the two.

@@ -21,12 +21,12 @@ type image struct {
 	slots    *slots
 	superErr error    // why super may not be the newest
 	tableErr error    // of the region table, when it is damaged and need not be read
-	made     []string // files of the region table that were gone
+	made     []string // files that were gone
 }
 
 // readImage reads superblock and region table.
 func readImage(dir vfs.FS, o Options) (*image, error) {
-	im, err := readDamaged(dir, o, false)
+	im, err := readDamaged(dir, o, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -38,12 +38,11 @@ func readImage(dir vfs.FS, o Options) (*image, error) {
 
 // readDamaged is readImage for a store whose region table, which says nothing
 // that the trees do not, may be damaged, and whose newest superblock may be
-// lost with both of its slots. With mend a file of the region table that is gone
-// is made anew, without the table. Everything is synced before it
-// is read: after a crash of the process, but not of the host, the page cache
+// lost with both of its slots. Files that are gone and whose names remake
+// approves of are made anew, empty. Everything is synced before it is read: after a crash of the process, but not of the host, the page cache
 // may show a state that the device does not have, and nothing may be built
 // on that.
-func readDamaged(dir vfs.FS, o Options, mend bool) (_ *image, err error) {
+func readDamaged(dir vfs.FS, o Options, remake func(name string) bool) (_ *image, err error) {
 	im := &image{}
 	defer func() {
 		if err != nil {
@@ -65,6 +64,11 @@ func readDamaged(dir vfs.FS, o Options, mend bool) (_ *image, err error) {
 		return nil, err
 	}
 	im.superErr = im.slots.certain()
+	if remake != nil && im.super.writable() == nil {
+		if err = im.remake(dir, remake); err != nil {
+			return nil, err
+		}
+	}
 	files, err := openSpace(dir, im.super.geo, int(im.super.regions))
 	if err != nil {
 		return nil, err
@@ -77,15 +81,7 @@ func readDamaged(dir vfs.FS, o Options, mend bool) (_ *image, err error) {
 	}
 	for i := range im.space.table.file {
 		name := regionsName(uint64(i))
-		im.space.table.file[i], err = dir.Open(name)
-		if mend && errors.Is(err, fs.ErrNotExist) && im.super.writable() == nil {
-			if im.space.table.file[i], err = dir.Create(name); err == nil {
-				pages := (int64(im.super.regions) + tablePageRecords - 1) / tablePageRecords
-				err = errors.Join(im.space.table.file[i].Allocate(0, pages*tablePageSize), dir.SyncDir())
-			}
-			im.made = append(im.made, name)
-		}
-		if err != nil {
+		if im.space.table.file[i], err = dir.Open(name); err != nil {
 			return nil, &CorruptError{Detail: "opening " + name, Cause: err}
 		}
 		if err = settle(im.space.table.file[i], name); err != nil {
@@ -107,6 +103,34 @@ func readDamaged(dir vfs.FS, o Options, mend bool) (_ *image, err error) {
 	}
 	im.space.load(recs)
 	return im, nil
+}
+
+// remake creates the files of the store that are gone and that want approves of.
+func (im *image) remake(dir vfs.FS, want func(name string) bool) error {
+	names := []string{regionsName(0), regionsName(1), logName}
+	for i := range im.super.geo.spaceFiles(int(im.super.regions)) {
+		names = append(names, spaceName(i))
+	}
+	for _, name := range names {
+		f, err := dir.Open(name)
+		if errors.Is(err, fs.ErrNotExist) && want(name) {
+			im.made = append(im.made, name)
+			f, err = dir.Create(name)
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // opening it will say so
+		}
+		if err == nil {
+			err = f.Close()
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if len(im.made) == 0 {
+		return nil
+	}
+	return dir.SyncDir()
 }
 
 // settle makes what the page cache shows of a file and what the device has

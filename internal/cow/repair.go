@@ -27,7 +27,8 @@ type RepairOptions struct {
 //     anew from it;
 //   - counters and region table, which say nothing that the trees do not, are
 //     made anew, unless there is something in the trees that cannot be read;
-//   - that is given up with [RepairOptions.AcceptLoss] only.
+//   - that, and files of contents or of the log that are gone, is given up with
+//     [RepairOptions.AcceptLoss] only.
 //
 // Contents that cannot be read stay as they are: reading them is an error,
 // writing them heals. A sound store is not written. A crash leaves the store
@@ -48,7 +49,9 @@ func repairStore(ctx context.Context, dir vfs.FS, o RepairOptions, yield func(Pr
 		return err
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
-	im, err := readDamaged(dir, Options{}, true)
+	im, err := readDamaged(dir, Options{}, func(name string) bool {
+		return o.AcceptLoss || name == regionsName(0) || name == regionsName(1)
+	})
 	if err != nil {
 		return err
 	}
@@ -104,12 +107,32 @@ func (r *repair) run() error {
 	return nil
 }
 
-// missing reports the files that reading the image has made anew.
+// missing reports the files that reading the image has made anew, and has the
+// host provide their space.
 func (r *repair) missing() error {
 	for _, name := range r.made {
 		r.changed = true // the new generation has the table
-		if err := r.report(Problem{Detail: name + " is missing", Done: "made anew"}); err != nil {
+		done := "made anew"
+		if name != regionsName(0) && name != regionsName(1) {
+			done = r.lossy
+		}
+		if err := r.report(Problem{Detail: name + " is missing", Done: done}); err != nil {
 			return err
+		}
+	}
+	for i := range r.space.table.file {
+		if slices.Contains(r.made, regionsName(uint64(i))) {
+			pages := (int64(r.super.regions) + tablePageRecords - 1) / tablePageRecords
+			if err := r.space.table.file[i].Allocate(0, pages*tablePageSize); err != nil {
+				return err
+			}
+		}
+	}
+	for i, reg := range r.space.regions {
+		if !reg.rec.unbacked && slices.Contains(r.made, spaceName(i/r.geo.RegionsPerFile)) {
+			if err := r.files.allocate(i); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -254,6 +255,48 @@ func TestRepairOfAMissingTable(t *testing.T) {
 		c = c.Crash(func(int) int { return 0 })
 		if err := errors.Join(checkClean(c), usable(c, data)); err != nil {
 			t.Errorf("after the repair: %v", err)
+		}
+	}
+}
+
+// TestRepairOfMissingFiles takes a file away whose contents are nowhere else:
+// the store is repaired only with leave to lose them, and then has all that was
+// in the other files.
+func TestRepairOfMissingFiles(t *testing.T) {
+	ctx := context.Background()
+	m, data := sample(t)
+	names, err := m.List()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		if name != logName && !strings.HasPrefix(name, "space-") {
+			continue
+		}
+		c := m.Kill()
+		if err := errors.Join(c.Remove(name), c.SyncDir()); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open(ctx, c.Kill(), tinyOptions()); !errors.Is(err, ErrCorrupt) {
+			t.Fatalf("open without %s: %v", name, err)
+		}
+		if list, err := repaired(c, RepairOptions{}); !errors.Is(err, ErrCorrupt) || !errors.Is(err, fs.ErrNotExist) || len(list) > 0 {
+			t.Fatalf("repair without %s: %v, %v", name, list, err)
+		}
+		if _, err := c.Open(name); !errors.Is(err, fs.ErrNotExist) {
+			t.Fatalf("%s is back: %v", name, err)
+		}
+		list, err := repaired(c, RepairOptions{AcceptLoss: true})
+		if err != nil || !slices.Contains(list, Problem{Detail: name + " is missing", Done: "given up"}) {
+			t.Fatalf("repair without %s: %v, %v", name, list, err)
+		}
+		c = c.Crash(func(int) int { return 0 })
+		list, err = checked(c)
+		if err == nil {
+			err = onlyContents(list)
+		}
+		if err = errors.Join(err, usable(c, data)); err != nil {
+			t.Errorf("after the repair of %s: %v", name, err)
 		}
 	}
 }

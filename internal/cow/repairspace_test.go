@@ -167,7 +167,7 @@ func TestRepairSparesTheOldTable(t *testing.T) {
 		damageUnit(t, m, tiny, tiny.copyOf(leafs[1].addr))
 	}
 	// None of the old table is free while the new one is made.
-	if im, err = readDamaged(m.Kill(), Options{}, false); err != nil {
+	if im, err = readDamaged(m.Kill(), Options{}, nil); err != nil {
 		t.Fatal(err)
 	}
 	r := &repair{
