@@ -355,7 +355,8 @@ func TestEveryHandlerWithEveryRole(t *testing.T) {
 	actions := map[string]string{
 		"GET /export_raw_vdi": "get_export_raw_vdi", "HEAD /export_raw_vdi": "get_export_raw_vdi",
 		"PUT /import_raw_vdi": "put_import_raw_vdi", "HEAD /import_raw_vdi": "put_import_raw_vdi", "GET /metrics": metricsAction,
-		"GET /export": "get_export", "GET /export_metadata": "get_export_metadata", "PUT /import": "put_import", "PUT /import_metadata": "put_import_metadata",
+		"GET /export": "get_export", "HEAD /export": "get_export",
+		"GET /export_metadata": "get_export_metadata", "HEAD /export_metadata": "get_export_metadata", "PUT /import": "put_import", "PUT /import_metadata": "put_import_metadata",
 	}
 	model := xapi.Datamodel()
 	for _, role := range model.Roles {

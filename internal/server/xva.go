@@ -14,7 +14,7 @@ import (
 
 // exportVM sends whole VMs as an XVA. Everything that can be wrong is found
 // before the first byte. What is not compressed has an exact length, and any
-// part of it can be had.
+// part of it can be had. A HEAD asks for the head alone.
 func exportVM(metadata bool) handler {
 	return func(s *Server, w http.ResponseWriter, r *request) {
 		session, release, err := s.session(r)
@@ -23,9 +23,13 @@ func exportVM(metadata bool) handler {
 			return
 		}
 		defer release()
+		req := exportVMRequest(r, session, metadata)
+		if r.Method == http.MethodHead {
+			req.Task = "" // which waits for the transfer itself
+		}
 		// Not the request's context: a client may close its sending side and wait.
 		ctx := s.cutting
-		x, err := s.api.ExportVM(ctx, r.origin, exportVMRequest(r, session, metadata))
+		x, err := s.api.ExportVM(ctx, r.origin, req)
 		if err != nil {
 			s.fail(w, r, err)
 			return
