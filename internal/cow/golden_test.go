@@ -362,3 +362,26 @@ func TestFormatIsFrozen(t *testing.T) {
 		t.Errorf("files %q, want %q", slices.Sorted(maps.Keys(files)), slices.Sorted(maps.Keys(want)))
 	}
 }
+
+// TestEntriesAreFrozen compares entries with their bytes. A golden store has
+// nothing that is lost.
+func TestEntriesAreFrozen(t *testing.T) {
+	for _, tt := range []struct {
+		entry entry
+		want  string
+	}{
+		{entry{}, "0000000000 0000000000 00000000 00 00"},
+		{hole(0x0102030405), "0000000000 0504030201 00000000 00 00"},
+		{entry{addr: 0xa1a2a3a4a5, birth: 0x0102030405, crc: 0xc1c2c3c4, kind: kindData}, "a5a4a3a2a1 0504030201 c4c3c2c1 01 00"},
+		{entry{addr: 0xa1a2a3a4a5, birth: 0x0102030405, crc: 0xc1c2c3c4, kind: kindPage, level: 1}, "a5a4a3a2a1 0504030201 c4c3c2c1 02 01"},
+		{entry{addr: maxAddr, birth: maxEpoch, crc: 1<<32 - 1, kind: kindPage, level: 5, twice: true}, "ffffffffff ffffffffff ffffffff 02 85"},
+		{lost(0x0102030405), "0000000000 0504030201 00000000 03 00"},
+	} {
+		var b [entrySize]byte
+		tt.entry.put(b[:])
+		got := fmt.Sprintf("%x %x %x %x %x", b[:5], b[5:10], b[10:14], b[14:15], b[15:])
+		if got != tt.want || getEntry(b[:]) != tt.entry {
+			t.Errorf("%+v: %s, want %s; read back %+v", tt.entry, got, tt.want, getEntry(b[:]))
+		}
+	}
+}
