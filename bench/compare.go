@@ -2,10 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -23,17 +27,25 @@ type contestant struct {
 }
 
 // compare runs the contestants in turn, one warm-up round and then the
-// counted ones, and prints a row for each: the median time, the rate, and
-// the median over the rounds of the first one's speed relative to it.
+// counted ones, and prints a row for each: the median time, the rate, the
+// processor time of everybody who takes part, and the median over the rounds of
+// the first one's speed relative to it.
 func compare(ctx context.Context, cfg config, title string, cs ...contestant) error {
-	times := make([][]time.Duration, len(cs))
+	times, cpus := make([][]time.Duration, len(cs)), make([][]time.Duration, len(cs))
 	for round := range cfg.rounds + 1 {
 		for i, c := range cs {
-			start := time.Now()
-			err := c.run(ctx)
-			elapsed := time.Since(start)
+			before, err := spent()
 			if err != nil {
+				return err
+			}
+			start := time.Now()
+			if err := c.run(ctx); err != nil {
 				return fmt.Errorf("%s: %w", c.name, err)
+			}
+			elapsed := time.Since(start)
+			after, err := spent()
+			if err != nil {
+				return err
 			}
 			if c.clean != nil {
 				if err := c.clean(); err != nil {
@@ -43,11 +55,12 @@ func compare(ctx context.Context, cfg config, title string, cs ...contestant) er
 			unix.Sync() // nobody pays for the dirty pages of the one before
 			if round > 0 {
 				times[i] = append(times[i], elapsed)
+				cpus[i] = append(cpus[i], after-before)
 			}
 		}
 	}
 	fmt.Printf("\n%s\n", title)
-	fmt.Printf("  %-44s %12s %12s   %s\n", "", "median", "rate", "speed of "+cs[0].name+" against it")
+	fmt.Printf("  %-44s %12s %12s %10s   %s\n", "", "median", "rate", "CPU", "speed of "+cs[0].name+" against it")
 	for i, c := range cs {
 		rate := ""
 		if c.bytes > 0 {
@@ -57,9 +70,48 @@ func compare(ctx context.Context, cfg config, title string, cs ...contestant) er
 		if i > 0 {
 			ratio = fmt.Sprintf("%.2fx", medianRatio(times[i], times[0]))
 		}
-		fmt.Printf("  %-44s %12s %12s   %s\n", c.name, round(median(times[i])), rate, ratio)
+		fmt.Printf("  %-44s %12s %12s %10s   %s\n", c.name, round(median(times[i])), rate, round(median(cpus[i])), ratio)
 	}
 	return nil
+}
+
+// spent is the processor time so far of the bench itself, which is the client
+// and the limit, and of all processes that it has started. On a busy machine it
+// says more than the time that has passed.
+func spent() (time.Duration, error) {
+	var sum time.Duration
+	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} { // the latter of those that have ended
+		var u unix.Rusage
+		if err := unix.Getrusage(who, &u); err != nil {
+			return 0, err
+		}
+		sum += time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	}
+	lists, err := filepath.Glob("/proc/self/task/*/children")
+	if err != nil {
+		return 0, err
+	}
+	for _, list := range lists {
+		children, err := os.ReadFile(list)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // the thread has ended
+		}
+		if err != nil {
+			return 0, err
+		}
+		for pid := range strings.FieldsSeq(string(children)) {
+			n, err := strconv.Atoi(pid)
+			if err != nil {
+				return 0, err
+			}
+			cpu, err := cpuTime(n)
+			if err != nil {
+				return 0, err
+			}
+			sum += cpu
+		}
+	}
+	return sum, nil
 }
 
 func round(d time.Duration) time.Duration {
