@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"coppice/internal/nbd"
@@ -27,7 +28,13 @@ type nbdFixture struct {
 
 func startNBD(t *testing.T) *nbdFixture {
 	t.Helper()
-	f := &nbdFixture{fixture: start(t, 0), socket: filepath.Join(t.TempDir(), "nbd.sock")}
+	return serveNBD(t, start(t, 0))
+}
+
+// serveNBD has a server listen for NBD.
+func serveNBD(t *testing.T, on *fixture) *nbdFixture {
+	t.Helper()
+	f := &nbdFixture{fixture: on, socket: filepath.Join(t.TempDir(), "nbd.sock")}
 	var err error
 	if f.cert, err = OpenCertificate(filepath.Join(t.TempDir(), "tls"), []string{"localhost"}); err != nil {
 		t.Fatal(err)
@@ -47,11 +54,14 @@ func startNBD(t *testing.T) *nbdFixture {
 	}
 	f.server.Serve(tcp, f.cert.TLS())
 	f.server.Serve(local, nil)
-	t.Cleanup(func() {
+	rest := f.close
+	f.close = sync.OnceFunc(func() {
 		if err := f.server.Close(); err != nil {
 			t.Errorf("closing the NBD server: %v", err)
 		}
+		rest()
 	})
+	t.Cleanup(f.close)
 	return f
 }
 

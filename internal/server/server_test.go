@@ -35,6 +35,8 @@ type fixture struct {
 	log       *logBuffer
 	stop      func() // starts a stop
 	stopped   func() error
+	close     func() // stops it and closes what is below it; so does the end of the test
+	broken    bool   // the storage has failed: closing may say so
 }
 
 // logBuffer collects the log of a server.
@@ -60,11 +62,17 @@ var rootVerifier = sync.OnceValue(func() string { return api.HashPassword("secre
 // start runs a server with further routes until the test ends.
 func start(t *testing.T, grace time.Duration, more ...route) *fixture {
 	t.Helper()
-	objects, err := db.Open(t.Context(), xapi.Datamodel(), db.NewMemStore())
+	return startOn(t, mem.Driver(), db.NewMemStore(), grace, more...)
+}
+
+// startOn is start with SRs of a driver and on a database that may have been
+// in use before.
+func startOn(t *testing.T, driver storage.Driver, records db.Store, grace time.Duration, more ...route) *fixture {
+	t.Helper()
+	objects, err := db.Open(t.Context(), xapi.Datamodel(), records)
 	if err != nil {
 		t.Fatal(err)
 	}
-	driver := mem.Driver()
 	a, err := api.New(t.Context(), api.Config{
 		DB: objects, Storage: storage.Registry{driver.Type: driver}, RootPassword: rootVerifier(), DataDir: t.TempDir(),
 	})
@@ -92,18 +100,19 @@ func start(t *testing.T, grace time.Duration, more ...route) *fixture {
 	served := make(chan error, 1)
 	go func() { served <- f.Serve(ctx, tcp, local) }()
 	f.stopped = sync.OnceValue(func() error { return <-served })
-	t.Cleanup(func() {
+	f.close = sync.OnceFunc(func() {
 		cancel()
 		if err := f.stopped(); err != nil {
 			t.Errorf("Serve: %v", err)
 		}
-		if err := a.Close(); err != nil {
+		if err := a.Close(); err != nil && !f.broken {
 			t.Errorf("closing the API: %v", err)
 		}
 		if err := objects.Close(); err != nil {
 			t.Errorf("closing the database: %v", err)
 		}
 	})
+	t.Cleanup(f.close)
 	return f
 }
 

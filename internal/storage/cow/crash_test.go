@@ -357,7 +357,7 @@ func TestFaultAtEveryCall(t *testing.T) {
 		kinds []error
 	}{
 		{[]vfs.Op{vfs.OpWrite}, syscall.EIO, []error{syscall.EIO, storage.ErrRepoReadOnly}},
-		{[]vfs.Op{vfs.OpWrite}, &vfs.ShortWrite{N: 700, Err: syscall.ENOSPC}, []error{syscall.ENOSPC, storage.ErrRepoReadOnly}},
+		{[]vfs.Op{vfs.OpWrite}, &vfs.ShortWrite{N: 700, Err: syscall.ENOSPC}, []error{storage.ErrNoSpace, storage.ErrRepoReadOnly}},
 		{[]vfs.Op{vfs.OpDatasync, vfs.OpSyncDir}, syscall.EIO, []error{storage.ErrRepoReadOnly}},
 		{[]vfs.Op{vfs.OpAllocate, vfs.OpCreate, vfs.OpPunch}, syscall.ENOSPC, []error{storage.ErrNoSpace}},
 	} {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"strings"
+	"syscall"
 
 	engine "coppice/internal/cow"
 	"coppice/internal/storage"
@@ -28,7 +29,8 @@ func engineID(id storage.ID) engine.ID {
 	return out
 }
 
-// kinds are the errors of lower layers and what the contract calls them.
+// kinds are the errors of lower layers and what the contract calls them; the
+// first that matches counts.
 var kinds = []struct{ lower, contract error }{
 	{engine.ErrNotFound, storage.ErrNotFound},
 	{engine.ErrExists, storage.ErrExists},
@@ -41,6 +43,8 @@ var kinds = []struct{ lower, contract error }{
 	{engine.ErrNoStore, storage.ErrNoRepo},
 	{fs.ErrNotExist, storage.ErrNoRepo},
 	{vfs.ErrLocked, storage.ErrLocked},
+	{syscall.ENOSPC, storage.ErrNoSpace}, // from writes of data to hosts that keep no promise of space
+	{syscall.EDQUOT, storage.ErrNoSpace},
 }
 
 // translate says what was being done to which volume in an error, and gives it
