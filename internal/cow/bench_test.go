@@ -28,14 +28,15 @@ func benchStore(b *testing.B) *Store {
 	return s
 }
 
-func benchDisk(b *testing.B, s *Store, n byte, size int64) *Disk {
-	b.Helper()
-	if _, err := s.Create(context.Background(), ID{n}, size, nil); err != nil {
-		b.Fatal(err)
+// newDisk makes the live volume ID{n} and opens it.
+func newDisk(tb testing.TB, s *Store, n byte, size int64, attrs []byte) *Disk {
+	tb.Helper()
+	if _, err := s.Create(context.Background(), ID{n}, size, attrs); err != nil {
+		tb.Fatal(err)
 	}
 	d, err := s.OpenDisk(context.Background(), ID{n}, Live)
 	if err != nil {
-		b.Fatal(err)
+		tb.Fatal(err)
 	}
 	return d
 }
@@ -56,7 +57,7 @@ const (
 // BenchmarkSequentialWrite fills a disk of 1 GiB with calls of 2 MiB.
 func BenchmarkSequentialWrite(b *testing.B) {
 	s := benchStore(b)
-	d := benchDisk(b, s, 1, benchSize)
+	d := newDisk(b, s, 1, benchSize, nil)
 	p := noise(benchCall)
 	b.SetBytes(benchCall)
 	off := int64(0)
@@ -75,7 +76,7 @@ func BenchmarkSequentialWrite(b *testing.B) {
 // BenchmarkZeroWrite writes zeros over holes.
 func BenchmarkZeroWrite(b *testing.B) {
 	s := benchStore(b)
-	d := benchDisk(b, s, 1, benchSize)
+	d := newDisk(b, s, 1, benchSize, nil)
 	p := make([]byte, benchCall)
 	b.SetBytes(benchCall)
 	off := int64(0)
@@ -87,11 +88,10 @@ func BenchmarkZeroWrite(b *testing.B) {
 	}
 }
 
-// BenchmarkSequentialRead reads what BenchmarkSequentialWrite wrote.
-func BenchmarkSequentialRead(b *testing.B) {
-	s := benchStore(b)
-	d := benchDisk(b, s, 1, benchSize)
-	p := noise(benchCall)
+// fill writes a whole disk of benchSize: p, again and again.
+func fill(b *testing.B, d *Disk) (p []byte) {
+	b.Helper()
+	p = noise(benchCall)
 	for off := int64(0); off < benchSize; off += benchCall {
 		if _, err := d.WriteAt(p, off); err != nil {
 			b.Fatal(err)
@@ -100,6 +100,14 @@ func BenchmarkSequentialRead(b *testing.B) {
 	if err := d.Flush(context.Background()); err != nil {
 		b.Fatal(err)
 	}
+	return p
+}
+
+// BenchmarkSequentialRead reads what BenchmarkSequentialWrite wrote.
+func BenchmarkSequentialRead(b *testing.B) {
+	s := benchStore(b)
+	d := newDisk(b, s, 1, benchSize, nil)
+	p := fill(b, d)
 	b.SetBytes(benchCall)
 	off := int64(0)
 	for b.Loop() {
@@ -113,16 +121,8 @@ func BenchmarkSequentialRead(b *testing.B) {
 // BenchmarkRandom reads and writes single units of a filled disk.
 func BenchmarkRandom(b *testing.B) {
 	s := benchStore(b)
-	d := benchDisk(b, s, 1, benchSize)
-	p := noise(benchCall)
-	for off := int64(0); off < benchSize; off += benchCall {
-		if _, err := d.WriteAt(p, off); err != nil {
-			b.Fatal(err)
-		}
-	}
-	if err := d.Flush(context.Background()); err != nil {
-		b.Fatal(err)
-	}
+	d := newDisk(b, s, 1, benchSize, nil)
+	p := fill(b, d)
 	rng := rand.New(rand.NewPCG(1, 1))
 	unit := p[:4096]
 	b.Run("read", func(b *testing.B) {
@@ -162,7 +162,7 @@ func BenchmarkSnapshot(b *testing.B) {
 		b.Run(fmt.Sprintf("depth=%d", depth), func(b *testing.B) {
 			ctx := context.Background()
 			s := benchStore(b)
-			d := benchDisk(b, s, 1, 1<<40)
+			d := newDisk(b, s, 1, 1<<40, nil)
 			n := uint32(0)
 			snap := func() {
 				n++
@@ -193,7 +193,7 @@ func BenchmarkSnapshot(b *testing.B) {
 func BenchmarkSmallFlush(b *testing.B) {
 	const size = 64 << 20
 	s := benchStore(b)
-	d := benchDisk(b, s, 1, size)
+	d := newDisk(b, s, 1, size, nil)
 	p := noise(4096)
 	n := int64(0)
 	for b.Loop() {
@@ -236,16 +236,8 @@ func BenchmarkCreate(b *testing.B) {
 // an image does. To be compared with BenchmarkSequentialRead.
 func BenchmarkEqualWrite(b *testing.B) {
 	s := benchStore(b)
-	d := benchDisk(b, s, 1, benchSize)
-	p := noise(benchCall)
-	for off := int64(0); off < benchSize; off += benchCall {
-		if _, err := d.WriteAt(p, off); err != nil {
-			b.Fatal(err)
-		}
-	}
-	if err := d.Flush(context.Background()); err != nil {
-		b.Fatal(err)
-	}
+	d := newDisk(b, s, 1, benchSize, nil)
+	p := fill(b, d)
 	b.SetBytes(benchCall)
 	off := int64(0)
 	for b.Loop() {

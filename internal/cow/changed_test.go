@@ -22,13 +22,7 @@ func TestDestroyData(t *testing.T) {
 		t.Fatal(err)
 	}
 	u := int64(tiny.UnitSize)
-	if _, err := s.Create(ctx, ID{1}, 16*u, []byte("blob")); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, 16*u, []byte("blob"))
 	p := noise(int(16 * u))
 	if _, err := d.WriteAt(p, 0); err != nil {
 		t.Fatal(err)

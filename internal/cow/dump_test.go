@@ -21,13 +21,7 @@ func loggedStore(t *testing.T) *vfs.Mem {
 		t.Fatal(err)
 	}
 	u := int64(tiny.UnitSize)
-	if _, err := s.Create(ctx, ID{1}, 32*u, []byte("blob")); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, 32*u, []byte("blob"))
 	write := func(off, n int64) {
 		t.Helper()
 		if _, err := d.WriteAt(noise(int(n)), off); err != nil {

@@ -39,13 +39,7 @@ func TestEqualWrite(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, err := s.Create(ctx, ID{1}, units*u, nil); err != nil {
-				t.Fatal(err)
-			}
-			d, err := s.OpenDisk(ctx, ID{1}, Live)
-			if err != nil {
-				t.Fatal(err)
-			}
+			d := newDisk(t, s, 1, units*u, nil)
 			p := noise(units * u)
 			if _, err := d.WriteAt(p, 0); err != nil {
 				t.Fatal(err)
@@ -116,13 +110,7 @@ func TestEqualWriteHeals(t *testing.T) {
 		t.Fatal(err)
 	}
 	const n = 256 << 10
-	if _, err := s.Create(ctx, ID{1}, n, nil); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, n, nil)
 	p := noise(n)
 	if _, err := d.WriteAt(p, 0); err != nil {
 		t.Fatal(err)

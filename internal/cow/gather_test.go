@@ -44,13 +44,7 @@ func newScattered(t *testing.T, units int) *scattered {
 		}
 	})
 	u := s.geo.UnitSize
-	if _, err := s.Create(ctx, ID{1}, int64(units*u), nil); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, int64(units*u), nil)
 	sc.s, sc.d, sc.want = s, d, noise(units*u)
 	if _, err := d.WriteAt(sc.want, 0); err != nil {
 		t.Fatal(err)

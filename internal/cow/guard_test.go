@@ -35,13 +35,7 @@ func TestReadersKeepUnits(t *testing.T) {
 		t.Fatal(err)
 	}
 	const size = 8 << 10 // written directly, all in one class of units
-	if _, err := s.Create(ctx, ID{1}, size, nil); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, size, nil)
 	write := func(b byte) []byte {
 		t.Helper()
 		p := bytes.Repeat([]byte{b}, size)
@@ -183,13 +177,7 @@ func TestUnitsOfTheLogAreKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	const size = 8 << 10
-	if _, err := s.Create(ctx, ID{1}, 4*size, nil); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, 4*size, nil)
 	want := make([]byte, 4*size)
 	write := func(b byte, off int) {
 		t.Helper()
@@ -537,13 +525,7 @@ func TestPunchAfterFlag(t *testing.T) {
 		t.Fatal(err)
 	}
 	const size = 1 << 20
-	if _, err := s.Create(ctx, ID{1}, size, nil); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, size, nil)
 	if _, err := d.WriteAt(noise(size), 0); err != nil {
 		t.Fatal(err)
 	}

@@ -190,13 +190,7 @@ func TestLogLaps(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Create(ctx, ID{1}, 32<<10, nil); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, 32<<10, nil)
 	want := make([]byte, 32<<10)
 	for i := range 300 {
 		p := bytes.Repeat([]byte{byte(i + 1)}, 1+i%3000)

@@ -29,13 +29,7 @@ func TestPatchesDoNotPassEachOther(t *testing.T) {
 		t.Fatal(err)
 	}
 	u := tiny.UnitSize
-	if _, err := s.Create(ctx, ID{1}, int64(u), nil); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, int64(u), nil)
 	want := noise(u)
 	if _, err := d.WriteAt(want, 0); err != nil {
 		t.Fatal(err)
@@ -157,13 +151,7 @@ func TestChangesAreYounger(t *testing.T) {
 		t.Fatal(err)
 	}
 	u := tiny.UnitSize
-	if _, err := s.Create(ctx, ID{1}, int64(4*u), nil); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, int64(4*u), nil)
 	var sealed []uint64
 	for i := range 3 {
 		if _, err := d.WriteAt(noise(u), int64(i*u)); err != nil {

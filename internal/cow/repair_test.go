@@ -384,13 +384,7 @@ func wreck(t *testing.T) (m *vfs.Mem, want map[ID][]byte, lostChunk int64) {
 		t.Fatal(err)
 	}
 	size := 64 * tiny.UnitSize
-	if _, err := s.Create(ctx, ID{1}, int64(size), []byte("one")); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, int64(size), []byte("one"))
 	data := noise(size)
 	write := func(p []byte, off int) {
 		t.Helper()

@@ -36,13 +36,7 @@ func testScrubKeepsUnits(t *testing.T) {
 		t.Fatal(err)
 	}
 	const size = 8 << 10 // written directly, all in one class of units
-	if _, err := s.Create(ctx, ID{1}, size, nil); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, size, nil)
 	write := func(b byte) {
 		t.Helper()
 		if _, err := d.WriteAt(bytes.Repeat([]byte{b}, size), 0); err != nil {

@@ -252,13 +252,7 @@ func TestScrubUnderLoad(t *testing.T) {
 		t.Fatal(err)
 	}
 	const size = 128 << 10
-	if _, err := s.Create(ctx, ID{1}, size, []byte("a")); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, size, []byte("a"))
 	var stop atomic.Bool
 	var wg sync.WaitGroup
 	for w := range byte(2) {

@@ -159,13 +159,7 @@ func TestPatchesOfOneUnit(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Create(ctx, ID{1}, int64(tiny.UnitSize), nil); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, int64(tiny.UnitSize), nil)
 	var wg sync.WaitGroup
 	for i := range 8 {
 		wg.Go(func() {
@@ -482,13 +476,7 @@ func TestHolesAreDated(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Create(ctx, ID{1}, 256<<10, nil); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, 256<<10, nil)
 	do := func(_ int, err error) {
 		t.Helper()
 		if err == nil {
@@ -538,13 +526,7 @@ func TestPunchUnderWriters(t *testing.T) {
 	}
 	s := w.s
 	const size = 512 << 10
-	if _, err := s.Create(ctx, ID{1}, size, nil); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, size, nil)
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -608,13 +590,7 @@ func TestEqualChecksums(t *testing.T) {
 		t.Fatal(err)
 	}
 	const n = 128 << 10
-	if _, err := s.Create(ctx, ID{1}, n, nil); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, n, nil)
 	p := noise(n)
 	if _, err := d.WriteAt(p, 0); err != nil {
 		t.Fatal(err)

@@ -139,13 +139,7 @@ func TestWouldFreeOfPinned(t *testing.T) {
 		t.Errorf("a volume that is not there: %v", err)
 	}
 	u := int64(tiny.UnitSize)
-	if _, err := s.Create(ctx, ID{1}, 4*u, nil); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, 4*u, nil)
 	if _, err := d.WriteAt(noise(int(3*u)), 0); err != nil {
 		t.Fatal(err)
 	}
@@ -189,13 +183,7 @@ func TestWouldFreeUnderLoad(t *testing.T) {
 		t.Fatal(err)
 	}
 	const size = 64 << 10
-	if _, err := s.Create(ctx, ID{1}, size, []byte("a")); err != nil {
-		t.Fatal(err)
-	}
-	d, err := s.OpenDisk(ctx, ID{1}, Live)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := newDisk(t, s, 1, size, []byte("a"))
 	var stop atomic.Bool
 	var wg sync.WaitGroup
 	wg.Go(func() {
