@@ -126,12 +126,12 @@ func newChunkedBody(w io.Writer) *chunkedBody {
 
 func (c *chunkedBody) Write(p []byte) (int, error) { return c.frames.Write(p) }
 
-// end writes the last chunk and a trailer.
+// end writes the last chunk and the lines of a trailer.
 func (c *chunkedBody) end(trailer string) error {
 	if err := c.frames.Close(); err != nil {
 		return err
 	}
-	if _, err := c.out.WriteString(trailer + "\r\n\r\n"); err != nil {
+	if _, err := c.out.WriteString(trailer + "\r\n"); err != nil {
 		return err
 	}
 	return c.out.Flush()

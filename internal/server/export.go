@@ -2,7 +2,6 @@ package server
 
 import (
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -81,6 +80,7 @@ type outgoing struct {
 	encoding string // of the body: "", zstd or gzip
 	tag      string
 	chunked  bool
+	digest   bool // of the body is wanted
 }
 
 // planExport finds the format, plans the image of an opened VDI and decides
@@ -111,7 +111,7 @@ func planExport(ctx context.Context, r *request, name string, x *api.Export) (*o
 	if err != nil {
 		return nil, err
 	}
-	out := &outgoing{format: f, image: img, download: d, tag: img.etag()}
+	out := &outgoing{format: f, image: img, download: d, tag: img.etag(), digest: wantsDigest(r.Header)}
 	length := img.length()
 	if f.name == "raw" {
 		if out.encoding = acceptedEncoding(r.Request); out.encoding != "" {
@@ -148,7 +148,10 @@ func (o *outgoing) head(task, uuid string) []byte {
 			more = append(more, "Content-Encoding: "+o.encoding, "Vary: Accept-Encoding")
 		}
 		if o.chunked {
-			more = append(more, "Transfer-Encoding: chunked", "Trailer: Content-Digest")
+			more = append(more, "Transfer-Encoding: chunked")
+			if o.digest {
+				more = append(more, "Trailer: Content-Digest")
+			}
 		}
 	default:
 		more = append(more, o.place()...)
@@ -172,7 +175,7 @@ type described interface {
 	Describe(key, value string)
 }
 
-// send sends the body, and notes its SHA-256 in the task.
+// send sends the body, and notes its SHA-256 in the task if that is wanted.
 func (o *outgoing) send(ctx context.Context, conn *stream, x described) error {
 	body, finish, err := o.body(toClient{conn})
 	if err != nil {
@@ -192,7 +195,7 @@ func (o *outgoing) send(ctx context.Context, conn *stream, x described) error {
 	if err == nil {
 		err = end
 	}
-	if err == nil {
+	if err == nil && o.digest {
 		x.Describe(sha256Key, sumText(sum))
 	}
 	return err
@@ -200,25 +203,30 @@ func (o *outgoing) send(ctx context.Context, conn *stream, x described) error {
 
 // body puts what a body needs between the image and the client: from the
 // inside its encoding, the hash and the framing. finish ends them, in order if
-// all of the image was written, and returns the hash of the encoded body.
-func (o *outgoing) body(conn io.Writer) (io.Writer, func(bool) ([]byte, error), error) {
-	framed := conn
+// all of the image was written, and returns the hash of the encoded body, nil
+// when no digest is wanted.
+func (o *outgoing) body(conn io.Writer) (body io.Writer, finish func(complete bool) ([]byte, error), err error) {
+	body = conn
 	var frames *chunkedBody
 	if o.chunked {
 		frames = newChunkedBody(conn)
-		framed = frames
+		body = frames
 	}
-	hash := newHashed(framed)
-	enc, err := encoder(o.encoding, hash)
+	sum := func() []byte { return nil }
+	if o.digest {
+		hash := newHashed(body)
+		body, sum = hash, hash.sum
+	}
+	enc, err := encoder(o.encoding, body)
 	if err != nil {
-		hash.sum()
+		sum()
 		return nil, nil, err
 	}
 	return enc, func(complete bool) ([]byte, error) {
 		err := enc.Close() // of one that failed it only ends its goroutines
-		sum := hash.sum()
+		sum := sum()
 		if err == nil && complete && frames != nil {
-			err = frames.end("Content-Digest: sha-256=:" + base64.StdEncoding.EncodeToString(sum) + ":")
+			err = frames.end(digestTrailer(sum))
 		}
 		return sum, err
 	}, nil

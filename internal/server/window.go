@@ -1,10 +1,7 @@
 package server
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
-	"hash"
 	"io"
 	"math"
 	"net/http"
@@ -43,53 +40,6 @@ func (w *window) skip(n int64) { w.pos += n }
 
 // needs tells whether any of n bytes at pos are to be passed on.
 func (w *window) needs(pos, n int64) bool { return pos < w.to && pos+n > w.from }
-
-// hashed computes the SHA-256 of what goes through it, beside sending it.
-type hashed struct {
-	w    io.Writer
-	h    hash.Hash
-	work chan []byte
-	done chan struct{}
-}
-
-// hashBeside is from how many bytes on a goroutine of its own does the work.
-const hashBeside = 32 << 10
-
-// newHashed returns a hashed writer; sum must be called once in the end.
-func newHashed(w io.Writer) *hashed {
-	d := &hashed{w: w, h: sha256.New(), work: make(chan []byte), done: make(chan struct{})}
-	go func() {
-		defer close(d.done)
-		for p := range d.work {
-			d.h.Write(p)
-			d.done <- struct{}{}
-		}
-	}()
-	return d
-}
-
-func (d *hashed) Write(p []byte) (int, error) {
-	if len(p) < hashBeside {
-		d.h.Write(p)
-		return d.w.Write(p)
-	}
-	d.work <- p
-	n, err := d.w.Write(p)
-	<-d.done
-	return n, err
-}
-
-func (d *hashed) sum() []byte {
-	close(d.work)
-	<-d.done
-	return d.h.Sum(nil)
-}
-
-// sha256Key is the key in the other_config of a task under which the SHA-256
-// of the body that was sent appears.
-const sha256Key = "coppice:sha256"
-
-func sumText(sum []byte) string { return hex.EncodeToString(sum) }
 
 // part is what of a representation is sent, and under which status.
 type part struct {

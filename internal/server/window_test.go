@@ -5,13 +5,11 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -292,27 +290,4 @@ func TestParseRange(t *testing.T) {
 			t.Errorf("%q is a range", spec)
 		}
 	}
-}
-
-func TestHashed(t *testing.T) {
-	var parts [][]byte
-	for _, n := range []int{0, 1, hashBeside - 1, hashBeside, 3, 5 * hashBeside} {
-		parts = append(parts, random(int64(n), byte(n), [2]int64{0, int64(n)}))
-	}
-	var out bytes.Buffer
-	h := newHashed(&out)
-	for _, p := range parts {
-		if _, err := h.Write(p); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want := slices.Concat(parts...)
-	if sum := sha256.Sum256(want); !bytes.Equal(h.sum(), sum[:]) || !bytes.Equal(out.Bytes(), want) {
-		t.Error("wrong hash, or not what was written")
-	}
-	h = newHashed(writerFunc(func([]byte) (int, error) { return 0, errTest }))
-	if _, err := h.Write(make([]byte, 2*hashBeside)); !errors.Is(err, errTest) {
-		t.Errorf("error %v", err)
-	}
-	h.sum()
 }

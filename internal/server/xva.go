@@ -123,7 +123,7 @@ func planXVA(ctx context.Context, r *request, x *api.VMExport) (*outgoing, error
 		img.disks = append(img.disks, xvaDisk{d, layout})
 	}
 	img.tag = `"` + hex.EncodeToString(hash.Sum(nil)[:16]) + `"`
-	out := &outgoing{image: img, encoding: encoding, tag: img.tag}
+	out := &outgoing{image: img, encoding: encoding, tag: img.tag, digest: wantsDigest(r.Header)}
 	out.contentType = "application/octet-stream"
 	length := img.length()
 	if encoding != "" {
