@@ -20,9 +20,10 @@ type Origin struct {
 	Trusted    bool
 	UserAgent  string
 	Originator string // what the client calls itself; goes into its sessions
-	// Undo has VM.revert take a snapshot first, as the key coppice:undo in
-	// other_config of the session or the pool does for all clients.
-	Undo bool
+	// Undo says whether VM.revert and VDI.revert take a snapshot first, "true"
+	// or "false"; "" leaves it to the keys coppice:undo in other_config of the
+	// session and the pool.
+	Undo string
 }
 
 // Call is one invocation of a message, or one HTTP transfer, while it runs. It

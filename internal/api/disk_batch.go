@@ -181,6 +181,32 @@ func snapshotGroup(ctx context.Context, repo *repository, group []*batchDisk, at
 	return nil
 }
 
+// putBack gives the disk that d is a snapshot of the contents and the size of
+// the volume from. A failure later gives it those of d. The caller commits with
+// a context that cannot be cancelled.
+func (b *diskBatch) putBack(ctx context.Context, d *batchDisk, from storage.ID) (storage.Info, error) {
+	r, ok := d.repo.Repo.(storage.Reverter)
+	if !ok {
+		return storage.Info{}, xapi.NewError(xapi.ErrUnimplementedInSMBackend, string(d.repo.sr))
+	}
+	b.done = append(b.done, d.repo.reserve(d.source)) // a scan beside this does not know the size
+	b.undo.push(func(ctx context.Context) {
+		if err := r.Revert(ctx, d.source, d.id()); err != nil {
+			b.keep = true
+			b.api.log.Error("a disk of a failed revert could not be put back; the next start does it",
+				"vdi", d.source, "from", d.id(), "err", err)
+		}
+	})
+	if err := r.Revert(ctx, d.source, from); err != nil {
+		return storage.Info{}, fmt.Errorf("revert VDI %s to %s: %w", d.source, from, err)
+	}
+	info, err := d.repo.Stat(ctx, d.source)
+	if err != nil {
+		return info, fmt.Errorf("look at VDI %s: %w", d.source, err)
+	}
+	return info, nil
+}
+
 // commit adds the records of all disks but the passing ones, and does also in
 // the same commit. When it returns nil or an unsettled error, nothing is taken
 // back any more.

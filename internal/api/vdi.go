@@ -371,20 +371,7 @@ func (a *API) resizeDisk(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], s
 // noteInfo brings the sizes in the record of a disk up to date.
 func (a *API) noteInfo(ctx context.Context, w *diskWork, info storage.Info) error {
 	defer a.repos.used()
-	return a.db.Update(ctx, func(tx *db.Tx) error {
-		v, err := db.Get(tx, w.ref)
-		if err != nil {
-			return err
-		}
-		grown := info.Size - v.VirtualSize
-		err = db.Modify(tx, w.ref, func(v *xapi.VDI) {
-			v.VirtualSize, v.PhysicalUtilisation, v.Missing = info.Size, info.Used, false
-		})
-		if err != nil {
-			return err
-		}
-		return db.Modify(tx, v.SR, func(sr *xapi.SR) { sr.VirtualAllocation += grown })
-	})
+	return a.db.Update(ctx, func(tx *db.Tx) error { return noteDiskInfo(tx, w.ref, info) })
 }
 
 // vdiUpdate reads the sizes of a disk from its storage again.

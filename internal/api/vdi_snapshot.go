@@ -6,7 +6,6 @@ import (
 	"maps"
 	"slices"
 
-	"coppice/internal/db"
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
 )
@@ -54,78 +53,12 @@ func derivedDisk(src *xapi.VDI) *xapi.VDI {
 	rec.NameLabel, rec.NameDescription = src.NameLabel, src.NameDescription
 	rec.Sharable, rec.OnBoot, rec.AllowCaching = src.Sharable, src.OnBoot, src.AllowCaching
 	rec.OtherConfig, rec.XenstoreData = maps.Clone(src.OtherConfig), maps.Clone(src.XenstoreData)
-	delete(rec.OtherConfig, holdKey) // it was meant for src
-	delete(rec.OtherConfig, receivedKey)
+	for _, key := range []string{holdKey, receivedKey, recoveredKey, undoKey} {
+		delete(rec.OtherConfig, key) // it was meant for src
+	}
 	rec.Tags = slices.Clone(src.Tags)
-	delete(rec.OtherConfig, recoveredKey)
 	if z, ok := src.SMConfig[zeroedKey]; ok { // it is about the contents
 		rec.SMConfig[zeroedKey] = z
 	}
 	return rec
-}
-
-// vdiRevert gives the disk that a snapshot was taken of the contents of the
-// snapshot. The disk keeps its identity; every snapshot survives, also newer
-// ones. The storage goes back in one step; a crash before the record has the
-// snapshot's size too is made good at start-up.
-func (a *API) vdiRevert(ctx context.Context, c *Call, snapshot xapi.Ref[xapi.VDI]) error {
-	var snap, disk *xapi.VDI
-	err := a.db.View(func(tx *db.Tx) (err error) {
-		if snap, err = db.Get(tx, snapshot); err != nil {
-			return err
-		}
-		if !snap.IsASnapshot {
-			return xapi.NewError(xapi.ErrRevertOnlyAllowedOnSnapshot)
-		}
-		disk, err = db.Get(tx, snap.SnapshotOf)
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	ref := snap.SnapshotOf
-	a.nbdSettle(ctx, nbdWritten(ref, ""))
-	release, err := c.Claim(ctx, func(tx *db.Tx) (err error) {
-		if err := a.vdiAllows(tx, snapshot, xapi.VDIOperationsRevertTo); err != nil {
-			return err
-		}
-		if err := a.vdiAllows(tx, ref, xapi.VDIOperationsRevertFrom); err != nil {
-			return err
-		}
-		if err := a.srAllows(tx, disk.SR, xapi.StorageOperationsVDIRevert); err != nil {
-			return err
-		}
-		if disk, err = db.Get(tx, ref); err != nil {
-			return err
-		}
-		if disk.SR != snap.SR {
-			return xapi.NewError(xapi.ErrSROperationNotSupported, string(snap.SR))
-		}
-		return forgetReceived(tx, ref)
-	}, claimOn(snapshot, xapi.VDIOperationsRevertTo), claimOn(ref, xapi.VDIOperationsRevertFrom),
-		claimOn(disk.SR, xapi.StorageOperationsVDIRevert))
-	if err != nil {
-		return err
-	}
-	defer release()
-	repo, err := a.repos.get(disk.SR)
-	if err != nil {
-		return err
-	}
-	r, ok := repo.Repo.(storage.Reverter)
-	if !ok {
-		return xapi.NewError(xapi.ErrUnimplementedInSMBackend, string(disk.SR))
-	}
-	id := storage.ID(disk.UUID)
-	defer repo.reserve(id)() // a scan beside this does not know the size
-	if err := r.Revert(ctx, id, storage.ID(snap.UUID)); err != nil {
-		return fmt.Errorf("revert VDI %s to %s: %w", disk.UUID, snap.UUID, err)
-	}
-	// The contents have changed; the record follows whatever happens to the call.
-	ctx = context.WithoutCancel(ctx)
-	info, err := repo.Stat(ctx, id)
-	if err != nil {
-		return fmt.Errorf("look at VDI %s: %w", disk.UUID, err)
-	}
-	return a.noteInfo(ctx, &diskWork{ref: ref, rec: disk, repo: repo}, info)
 }

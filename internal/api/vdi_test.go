@@ -231,6 +231,84 @@ func TestVDIRevert(t *testing.T) {
 	r.fails("HANDLE_INVALID|VDI|"+string(disk), "VDI.revert", old)
 }
 
+// A revert that is to be undoable takes a snapshot first. The newest one of a
+// disk is kept, also when it is reverted to; one that is on hold, or has been
+// taken into use, stays.
+func TestVDIRevertUndo(t *testing.T) {
+	onWire(t, func(t *testing.T, w *wire) {
+		disk := w.vdi("VDI.create", diskArgs(w.sr, 4<<20))
+		w.write(disk, []byte("old"), 0)
+		snap := w.vdi("VDI.snapshot", disk)
+		w.call("VDI.set_name_label", snap, "snap")
+		want := func(contents string, snapshots int) (undo vdiRef) {
+			t.Helper()
+			if got := w.contents(disk); !bytes.HasPrefix(got, []byte(contents)) {
+				t.Errorf("contents %q, want %q", got[:8], contents)
+			}
+			if got := record(w.core, disk).Snapshots; len(got) != snapshots {
+				t.Errorf("snapshots %q, want %d", got, snapshots)
+			}
+			w.wantConsistent()
+			if snapshots > 1 {
+				undo = w.undoOfDisk(disk)
+			}
+			return undo
+		}
+		w.call("VDI.revert", snap)
+		want("old", 1)
+		w.write(disk, []byte("new"), 0)
+		w.call("VDI.resize", disk, 8<<20)
+		w.call("session.add_to_other_config", string(w.root), undoKey, "true")
+
+		w.call("VDI.revert", snap)
+		first := want("old", 2)
+		if got := record(w.core, first); got.NameLabel != "Before reverting to snap" || !got.IsASnapshot || got.VirtualSize != 8<<20 {
+			t.Errorf("undo snapshot %+v", got)
+		}
+		w.call("VDI.revert", first) // undone
+		second := want("new", 2)
+		w.refuses("HANDLE_INVALID|VDI|"+string(first), "VDI.get_uuid", first)
+		w.call("VDI.revert", second) // and redone
+		third := want("old", 2)
+
+		clone := w.vdi("VDI.clone", third)
+		if _, ok := record(w.core, clone).OtherConfig[undoKey]; ok {
+			t.Error("a clone of an undo snapshot is marked as one")
+		}
+		w.call("VDI.add_to_other_config", third, holdKey, "precious")
+		w.call("VDI.revert", third)
+		if got := record(w.core, disk).Snapshots; len(got) != 3 {
+			t.Errorf("with one on hold: snapshots %q", got)
+		}
+		w.call("VDI.remove_from_other_config", third, holdKey)
+		vbd := w.vbd(w.dom0, third, "autodetect", "RO")
+		w.call("VDI.revert", snap)
+		if got := record(w.core, disk).Snapshots; len(got) != 3 || !slices.Contains(got, third) {
+			t.Errorf("with one in use: snapshots %q", got)
+		}
+		w.call("VBD.destroy", string(vbd))
+		w.call("VDI.revert", snap)
+		fourth := want("old", 2)
+
+		w.call("session.remove_from_other_config", string(w.root), undoKey)
+		w.call("session.add_to_other_config", string(w.root), undoKey, "false")
+		w.choose(undoKey, "true")
+		w.call("VDI.revert", fourth)
+		if got := want("old", 2); got != fourth {
+			t.Errorf("undo snapshot %s, though none was wanted", got)
+		}
+		w.call("session.remove_from_other_config", string(w.root), undoKey)
+		w.call("VDI.revert", snap)
+		fifth := want("old", 2)
+		if fifth == fourth {
+			t.Error("no new undo snapshot, though the pool wants one")
+		}
+		w.restart()
+		want("old", 2)
+		w.destroy(disk, snap, fifth, clone)
+	})
+}
+
 func TestVDIDestroy(t *testing.T) {
 	r := newRig(t)
 	disk := r.disk(2 << 20)

@@ -131,9 +131,22 @@ func (r *rig) changed() (vm, snap vmRef) {
 	return vm, snap
 }
 
-// vmFaultCase is an operation on a VM that must be all or nothing.
+// changedDisk makes a disk, takes a snapshot, changes the disk, and wants
+// reverts to be undoable.
+func (r *rig) changedDisk() (disk, snap vdiRef) {
+	r.t.Helper()
+	disk = filledDisk(r)
+	snap = r.call("VDI.snapshot", disk).(vdiRef)
+	r.call("VDI.set_name_label", snap, "snap")
+	r.write(disk, []byte("changed"), 50_000)
+	r.call("VDI.resize", disk, 8<<20)
+	r.choose(undoKey, "true")
+	return disk, snap
+}
+
+// vmFaultCase is an operation on a VM, or a disk, that must be all or nothing.
 type vmFaultCase struct {
-	setup func(r *rig) vmRef
+	setup func(r *rig) vmRef // what run is to work on
 	run   func(r *rig, on vmRef) error
 }
 
@@ -209,6 +222,15 @@ var vmFaultCases = map[string]vmFaultCase{
 		},
 		invoke("VM.revert"),
 	},
+	"disk revert undo": {func(r *rig) vmRef { _, snap := r.changedDisk(); return vmRef(snap) }, invoke("VDI.revert")},
+	"disk undo": {
+		func(r *rig) vmRef {
+			disk, snap := r.changedDisk()
+			r.call("VDI.revert", snap)
+			return vmRef(r.undoOfDisk(disk))
+		},
+		invoke("VDI.revert"),
+	},
 	"revert gone": {
 		func(r *rig) vmRef { vm, snap := r.changed(); r.call("VM.destroy", vm); return snap },
 		invoke("VM.revert"),
@@ -251,6 +273,23 @@ func (r *rig) undoOf(vm vmRef) (undo vmRef) {
 	}
 	if undo == "" {
 		r.t.Fatalf("no undo snapshot of VM %s", vm)
+	}
+	return undo
+}
+
+// undoOfDisk returns the undo snapshot of a disk.
+func (r *rig) undoOfDisk(disk vdiRef) (undo vdiRef) {
+	r.t.Helper()
+	for _, s := range record(r.core, disk).Snapshots {
+		if record(r.core, s).OtherConfig[undoKey] == "true" {
+			if undo != "" {
+				r.t.Errorf("two undo snapshots of VDI %s", disk)
+			}
+			undo = s
+		}
+	}
+	if undo == "" {
+		r.t.Fatalf("no undo snapshot of VDI %s", disk)
 	}
 	return undo
 }

@@ -3,7 +3,6 @@ package api
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"slices"
 
@@ -19,9 +18,9 @@ const (
 	// putting their contents back; VDI.revert is then not supported.
 	revertKey   = "coppice:revert"
 	revertClone = "clone"
-	// undoKey with the value "true" has VM.revert take a snapshot first. In
-	// other_config of a session it overrides the pool's. In other_config of a
-	// snapshot it marks the one that was taken for this.
+	// undoKey with the value "true" has VM.revert and VDI.revert take a
+	// snapshot first. In other_config of a session it overrides the pool's. In
+	// other_config of a snapshot it marks the one that was taken for this.
 	undoKey = "coppice:undo"
 )
 
@@ -31,20 +30,28 @@ func (a *API) revertsByClone(tx *db.Tx) bool {
 	return a.cfg.RevertByClone || err == nil && pool.OtherConfig[revertKey] == revertClone
 }
 
-// wantsUndo tells whether a call that reverts a VM is to take a snapshot first.
+// wantsUndo tells whether a call that reverts a VM or a disk is to take a
+// snapshot first.
 func (a *API) wantsUndo(tx *db.Tx, c *Call) bool {
-	if c.Origin.Undo {
-		return true
-	}
-	if c.Session != nil {
+	want := c.Origin.Undo
+	if c.Session != nil && want == "" {
 		if s, err := db.Get(tx, c.Session.ref); err == nil {
-			if v, ok := s.OtherConfig[undoKey]; ok {
-				return v == "true"
-			}
+			want = s.OtherConfig[undoKey]
 		}
 	}
-	_, pool, err := a.pool(tx)
-	return err == nil && pool.OtherConfig[undoKey] == "true"
+	if _, pool, err := a.pool(tx); err == nil && want == "" {
+		want = pool.OtherConfig[undoKey]
+	}
+	return want == "true"
+}
+
+// undoLabel is the name of a snapshot that is taken before a revert to one with
+// a name and other_config.
+func undoLabel(name string, otherConfig map[string]string) string {
+	if otherConfig[undoKey] == "true" {
+		return "Before undoing a revert"
+	}
+	return "Before reverting to " + name
 }
 
 // vmRevert makes a VM what it was at the time of a snapshot: its fields, its
@@ -404,39 +411,22 @@ func (r *vmRevertWork) record(v xapi.Ref[xapi.VDI]) (rec *xapi.VDI, err error) {
 // putBack gives disks the contents of the snapshot. Each step is undone by b
 // from the volumes that were made before.
 func (r *vmRevertWork) putBack(ctx context.Context, b *diskBatch) error {
-	a := r.api
 	r.sizes = map[xapi.Ref[xapi.VDI]]storage.Info{}
-	for _, d := range slices.Clone(b.disks) {
+	for _, d := range b.disks {
 		if d.mark == nil {
 			continue
 		}
 		target := d.rec.SnapshotOf
-		var from *xapi.VDI
 		for s, t := range r.inPlace {
-			if t == target {
-				from = r.snap.recs[s]
+			if t != target {
+				continue
 			}
-		}
-		reverter, ok := d.repo.Repo.(storage.Reverter)
-		if !ok {
-			return xapi.NewError(xapi.ErrUnimplementedInSMBackend, string(d.repo.sr))
-		}
-		b.done = append(b.done, d.repo.reserve(d.source)) // a scan beside this does not know the size
-		b.undo.push(func(ctx context.Context) {
-			if err := reverter.Revert(ctx, d.source, d.id()); err != nil {
-				b.keep = true
-				a.log.Error("a disk of a failed revert could not be put back; the next start does it",
-					"vdi", d.source, "from", d.id(), "err", err)
+			info, err := b.putBack(ctx, d, storage.ID(r.snap.recs[s].UUID))
+			if err != nil {
+				return err
 			}
-		})
-		if err := reverter.Revert(ctx, d.source, storage.ID(from.UUID)); err != nil {
-			return fmt.Errorf("revert VDI %s to %s: %w", d.source, from.UUID, err)
+			r.sizes[target] = info
 		}
-		info, err := d.repo.Stat(ctx, d.source)
-		if err != nil {
-			return fmt.Errorf("look at VDI %s: %w", d.source, err)
-		}
-		r.sizes[target] = info
 	}
 	return nil
 }

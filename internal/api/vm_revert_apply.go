@@ -55,7 +55,7 @@ func (r *vmRevertWork) apply(tx *db.Tx) error {
 
 // insertUndo records how the VM was before.
 func (r *vmRevertWork) insertUndo(tx *db.Tx) error {
-	undo, err := r.api.snapshotOfVM(r.vm, "Before reverting to "+r.snap.vm.NameLabel)
+	undo, err := r.api.snapshotOfVM(r.vm, undoLabel(r.snap.vm.NameLabel, r.snap.vm.OtherConfig))
 	if err != nil {
 		return err
 	}

@@ -12,19 +12,24 @@ import (
 )
 
 // revertMark is what the attribute blob of a volume says that holds the
-// contents of a disk from before a VM.revert. A revert is complete when the
-// VM's record says so; until then its generation_id is the one in the mark,
-// and after that never again. So whoever finds the volume without a record
-// knows whether the disk has to go back.
+// contents of a disk from before a revert of its VM, or of itself. A revert is
+// complete when the record of what is reverted says so; until then its
+// generation, generation_id of a VM and generationKey of a disk, is the one in
+// the mark, and after that never again. So whoever finds the volume without a
+// record knows whether the disk has to go back.
 type revertMark struct {
-	VM         string `json:"vm"`                   // uuid
-	Generation string `json:"generation,omitempty"` // of the VM before the revert
+	VM         string `json:"vm,omitempty"`         // uuid; none when the disk alone is reverted
+	Generation string `json:"generation,omitempty"` // before the revert
 	Gone       bool   `json:"gone,omitempty"`       // there was no such VM before
 	Disk       string `json:"disk"`                 // uuid of the disk whose contents these were
 }
 
 // incomplete tells whether the revert that made the mark was not completed.
 func (m *revertMark) incomplete(tx *db.Tx) bool {
+	if m.VM == "" {
+		_, v, err := db.ByUUID[xapi.VDI](tx, m.Disk)
+		return err == nil && m.Generation != "" && v.SMConfig[generationKey] == m.Generation
+	}
 	_, vm, err := db.ByUUID[xapi.VM](tx, m.VM)
 	if m.Gone {
 		return err != nil
@@ -32,7 +37,7 @@ func (m *revertMark) incomplete(tx *db.Tx) bool {
 	return err == nil && vm.GenerationID == m.Generation
 }
 
-// settleReverts undoes reverts of VMs that were cut off between the first disk
+// settleReverts undoes reverts that were cut off between the first disk
 // that was put back and the commit that makes a revert true, as far as they
 // concern the repository that inv lists: each disk gets the contents back that
 // it had before. The volumes that held them are then deleted, as are those

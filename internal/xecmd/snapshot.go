@@ -2,6 +2,7 @@ package xecmd
 
 import (
 	"context"
+	"strconv"
 )
 
 // snapshotCommands are those about snapshots of VMs.
@@ -88,11 +89,19 @@ func snapshotCommands() []command {
 	}
 }
 
-func snapshotRevert(ctx context.Context, r *run) (err error) {
-	if r.origin.Undo, err = r.args.boolean("undo", true); err != nil {
+func snapshotRevert(ctx context.Context, r *run) error {
+	if err := r.chooseUndo(); err != nil {
 		return err
 	}
 	return onSnapshot("VM.revert")(ctx, r)
+}
+
+// chooseUndo has a revert take a snapshot first, unless the user does not want
+// one.
+func (r *run) chooseUndo() error {
+	undo, err := r.args.boolean("undo", true)
+	r.origin.Undo = strconv.FormatBool(undo)
+	return err
 }
 
 // snapshot returns the snapshot that the command line names.

@@ -36,9 +36,9 @@ func vdiCommands() []command {
 			help: "Clone a specified VDI.", run: vdiClone,
 		},
 		{
-			name: "vdi-revert", required: uuid,
-			help: "Revert a VDI to the snapshot specified by the uuid. The VDI keeps its own uuid; newer snapshots of it stay. An extension of this server.",
-			run:  send("VDI", "VDI.revert"),
+			name: "vdi-revert", required: uuid, optional: []string{"undo"},
+			help: "Revert a VDI to the snapshot specified by the uuid. The VDI keeps its own uuid; newer snapshots of it stay. Unless undo=false, a snapshot of the present contents is taken first; it replaces the one of the revert before. Reverting to it undoes the revert. An extension of this server.",
+			run:  vdiRevert,
 		},
 		{
 			name: "vdi-copy", required: uuid, optional: []string{"base-vdi-uuid", "sr-uuid", "into-vdi-uuid"},
@@ -150,6 +150,13 @@ func vdiClone(ctx context.Context, r *run) error {
 		}
 	}
 	return r.printUUID(ctx, "VDI", clone)
+}
+
+func vdiRevert(ctx context.Context, r *run) error {
+	if err := r.chooseUndo(); err != nil {
+		return err
+	}
+	return send("VDI", "VDI.revert")(ctx, r)
 }
 
 func vdiCopy(ctx context.Context, r *run) error {
