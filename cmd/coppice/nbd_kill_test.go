@@ -16,7 +16,7 @@ import (
 	"coppice/internal/nbd"
 )
 
-var nbdKills = flag.Int("nbd.kills", 3, "how often TestKillUnderNBD kills the server")
+var nbdKills = flag.Int("nbd.kills", 3, "how often TestKillUnderNBD and TestKillUnderFIO kill the server")
 
 const (
 	killBlock  = 4096
