@@ -143,7 +143,8 @@ func (s *Store) writeBatch(b *batch) error {
 		}
 	}
 	limit := int(s.log.maxFrame()) - frameHeader
-	var payload []byte
+	payload := s.log.payload[:0]
+	defer func() { s.log.payload = reusable(payload) }()
 	emit := func(r *logRecord, size int) error {
 		if len(payload) > 0 && len(payload)+size > limit {
 			if err := s.log.write(s.durableGen.Load(), payload); err != nil {
@@ -191,7 +192,7 @@ func (r *logRecord) bytes() int {
 }
 
 // records calls emit with the records of a layer, none longer than limit, in
-// an order in which they can be applied.
+// an order in which they can be applied. A record is valid during the call.
 func (l *layer) records(g Geometry, num uint64, limit int, emit func(*logRecord, int) error) (err error) {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
@@ -227,7 +228,7 @@ func (l *layer) records(g Geometry, num uint64, limit int, emit func(*logRecord,
 				if flush(); err != nil {
 					return false
 				}
-				r, size = logRecord{kind: kind, num: num, first: u, addr: s.addr}, rangeRecord
+				r, size = logRecord{kind: kind, num: num, first: u, addr: s.addr, bufs: r.bufs[:0], crcs: r.crcs[:0]}, rangeRecord
 				if kind == recMap {
 					size += 8
 				}
@@ -236,7 +237,7 @@ func (l *layer) records(g Geometry, num uint64, limit int, emit func(*logRecord,
 			size += more
 			switch kind {
 			case recWrite:
-				r.data = append(r.data, s.buf...)
+				r.bufs = append(r.bufs, s.buf)
 			case recMap:
 				r.crcs = append(r.crcs, s.crc)
 			}

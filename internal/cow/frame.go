@@ -85,7 +85,8 @@ type logRecord struct {
 	count uint64    // and how many
 	addr  uint64    // recMap: unit of the space files
 	crcs  []uint32  // recMap: of each unit
-	data  []byte    // recWrite: contents
+	data  []byte    // recWrite: contents, of a record that was read
+	bufs  [][]byte  // recWrite: contents, unit by unit, of a record to be written
 	id    ID        // recCreate
 	size  int64     // recCreate, recResize: bytes
 	to    uint64    // recRevert: volume
@@ -117,6 +118,9 @@ func (r *logRecord) append(b []byte) []byte {
 		b = le.AppendUint64(b, r.first)
 		b = le.AppendUint64(b, r.count)
 		b = append(b, r.data...)
+		for _, p := range r.bufs {
+			b = append(b, p...)
+		}
 		if r.kind == recMap {
 			b = le.AppendUint64(b, r.addr)
 			for _, c := range r.crcs {

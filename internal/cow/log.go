@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"coppice/internal/vfs"
 )
@@ -29,6 +30,21 @@ type redoLog struct {
 	align uint64 // of frames
 	head  logPos
 	tail  uint64 // virtual position from which a recovery would replay
+
+	// Memory that one frame leaves to the next.
+	payload, frame []byte
+}
+
+// maxReused is how many bytes one frame may leave to the next: what a flush
+// of a few dozen writes takes.
+const maxReused = 1 << 20
+
+// reusable is b if it may be kept, nil otherwise.
+func reusable(b []byte) []byte {
+	if cap(b) > maxReused {
+		return nil
+	}
+	return b
 }
 
 // createLog makes a log of n bytes, all of them written: space that has only
@@ -91,8 +107,9 @@ func (l *redoLog) write(gen uint64, payload []byte) error {
 	if n > l.maxFrame() || p.virt+n-l.tail > l.size {
 		return fmt.Errorf("log: frame of %d bytes does not fit", n)
 	}
-	b := make([]byte, n)
-	copy(b[frameHeader:], payload)
+	b := slices.Grow(l.frame[:0], int(n))[:n]
+	defer func() { l.frame = reusable(b) }()
+	clear(b[frameHeader+copy(b[frameHeader:], payload):])
 	f := frameInfo{gen: gen, seq: p.seq, prev: p.prev, n: uint32(len(payload)), crc: l.codec.sum(payload)}
 	l.codec.put(b, f)
 	if _, err := l.file.WriteAt(b, int64(p.off)); err != nil {

@@ -147,11 +147,9 @@ func (w *writer) units(first uint64, p []byte) error {
 	if w.direct {
 		err = w.store(slots, p, &promised)
 	} else {
-		buf := make([]byte, 0, data*s.geo.UnitSize)
 		for i := range slots {
 			if slots[i].state == slotBuf {
-				buf = append(buf, slots[i].buf...)
-				slots[i].buf = buf[len(buf)-s.geo.UnitSize : len(buf) : len(buf)]
+				slots[i].buf = bytes.Clone(slots[i].buf)
 			}
 		}
 	}
