@@ -40,11 +40,13 @@ var mayImport = map[string][]string{
 	"internal/storage/cow":         {"internal/storage", "internal/cow", "internal/vfs"},
 	"internal/storage/all":         {"internal/storage", "internal/storage/mem", "internal/storage/cow"},
 
+	"internal/remote": {"internal/rpc"},
+
 	"internal/api":   {"internal/xapi", "internal/db", "internal/storage", "internal/rpc", "internal/schedule", "internal/users"},
 	"internal/xecmd": {"internal/api", "internal/xapi", "internal/thincli"},
 	"internal/server": {
 		"internal/api", "internal/xapi", "internal/rpc", "internal/xecmd", "internal/thincli",
-		"internal/storage", "internal/vhd", "internal/nbd", "internal/qcow2", "internal/vmdk", "internal/xva", "internal/server/web",
+		"internal/storage", "internal/vhd", "internal/nbd", "internal/qcow2", "internal/vmdk", "internal/xva", "internal/remote", "internal/server/web",
 	},
 	"internal/server/web": {},
 

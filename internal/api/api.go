@@ -84,6 +84,10 @@ type Config struct {
 	// NBD tells where the server listens for NBD; nil means nowhere.
 	NBD func() NBDEndpoints
 
+	// Sources reaches the servers that disks can be pulled from; nil when none
+	// can.
+	Sources Sources
+
 	// RevertByClone makes VM.revert replace disks by clones, whatever the
 	// pool's other_config says.
 	RevertByClone bool

@@ -75,6 +75,8 @@ func (a *API) hostCallPlugin(ctx context.Context, c *Call, ref xapi.Ref[xapi.Hos
 		return a.pluginWouldFree(ctx, args)
 	case "nbd":
 		return a.pluginNBD(c, args)
+	case "vdi-pull":
+		return a.pluginPull(ctx, c, args)
 	}
 	return "", xapi.NewError(xapi.ErrXenAPIPluginFailure, "unknown function", fn, "")
 }

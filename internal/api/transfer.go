@@ -128,9 +128,10 @@ type Import struct {
 
 	call    *Call
 	dst     *openDisk
-	shadow  *hidden     // what is written to, nil when that is the disk itself
-	scratch []*hidden   // to be dropped at the end
-	notes   [][2]string // for the task
+	shadow  *hidden                         // what is written to, nil when that is the disk itself
+	scratch []*hidden                       // to be dropped at the end
+	notes   [][2]string                     // for the task
+	sealed  func(ctx context.Context) error // called when everything is durable and nothing shows yet; nil for nothing
 
 	// Of a new disk:
 	record func(ctx context.Context) (xapi.Ref[xapi.VDI], error) // makes its record
@@ -204,9 +205,8 @@ func (a *API) openImport(c *Call, r TransferRequest) (*Import, error) {
 	return x, nil
 }
 
-// openNewDisk makes the volume that an import fills.
-func (a *API) openNewDisk(x *Import, r TransferRequest) (err error) {
-	c, ctx := x.call, x.call.Context()
+// openNewDisk makes the disk that an import fills.
+func (a *API) openNewDisk(x *Import, r TransferRequest) error {
 	sr, err := a.findSR(r.SR)
 	if err != nil {
 		return err
@@ -214,16 +214,22 @@ func (a *API) openNewDisk(x *Import, r TransferRequest) (err error) {
 	if r.Format != "" && !strings.EqualFold(r.Format, "raw") || r.Length < 0 {
 		return xapi.NewError(xapi.ErrInternalError, "Only raw data of known length can be imported without a VDI")
 	}
-	size, err := diskSize(r.Length)
-	if err != nil {
-		return err
-	}
-	repo, drop, err := a.holdSR(ctx, c, sr, xapi.StorageOperationsVDICreate)
-	if err != nil {
-		return err
-	}
 	rec := xapi.New[xapi.VDI]()
-	rec.SR, rec.Type, rec.NameLabel, rec.VirtualSize = sr, xapi.VDITypeUser, importedLabel, size
+	rec.SR, rec.Type, rec.NameLabel = sr, xapi.VDITypeUser, importedLabel
+	if rec.VirtualSize, err = diskSize(r.Length); err != nil {
+		return err
+	}
+	return a.openNew(x, rec)
+}
+
+// openNew makes the volume of a disk that gets the record rec when the import
+// has succeeded.
+func (a *API) openNew(x *Import, rec *xapi.VDI) (err error) {
+	c, ctx := x.call, x.call.Context()
+	repo, drop, err := a.holdSR(ctx, c, rec.SR, xapi.StorageOperationsVDICreate)
+	if err != nil {
+		return err
+	}
 	rec.UUID = uuid.NewString()
 	rec.Location, rec.Managed = rec.UUID, true
 	id := storage.ID(rec.UUID)
@@ -240,7 +246,7 @@ func (a *API) openNewDisk(x *Import, r TransferRequest) (err error) {
 		return err
 	}
 	x.undo.push(func(ctx context.Context) { a.discard(ctx, repo, id) })
-	if _, err := repo.Create(ctx, storage.Spec{ID: id, Size: size, Attrs: attrs}); err != nil {
+	if _, err := repo.Create(ctx, storage.Spec{ID: id, Size: rec.VirtualSize, Attrs: attrs}); err != nil {
 		return fmt.Errorf("create VDI %s: %w", id, err)
 	}
 	v, err := repo.Open(ctx, id, storage.Live)
@@ -275,9 +281,24 @@ func (x *Import) Progress(done, total int64) { x.call.Progress(done, total) }
 // an error an existing disk keeps what was written, unless that went to a
 // shadow; a new one is deleted. It returns what the task ended with: nil for success, else an *xapi.Error.
 func (x *Import) Finish(err error) error {
+	ref, err := x.end(err)
+	x.call.api.describe(x.Task, x.notes)
+	if err != nil {
+		return x.call.finish(Result{}, err)
+	}
+	return x.call.finish(Result{Type: xapi.ClassOf[xapi.VDI]().RefType(), Value: ref}, nil)
+}
+
+// end is all of Finish but the end of the task.
+func (x *Import) end(err error) (xapi.Ref[xapi.VDI], error) {
 	a, ctx := x.call.api, context.WithoutCancel(x.call.Context())
-	if flush := x.Volume.Flush(ctx); err == nil && flush != nil {
-		err = fmt.Errorf("flush VDI %s: %w", x.VDI.UUID, flush)
+	if dropped := err != nil && (x.record != nil || x.shadow != nil); !dropped {
+		if flush := x.Volume.Flush(ctx); err == nil && flush != nil {
+			err = fmt.Errorf("flush VDI %s: %w", x.VDI.UUID, flush)
+		}
+	}
+	if err == nil && x.sealed != nil {
+		err = x.sealed(ctx)
 	}
 	if err == nil {
 		err = x.publish(ctx)
@@ -300,11 +321,7 @@ func (x *Import) Finish(err error) error {
 		x.undo.run(ctx)
 		x.free()
 	}
-	a.describe(x.Task, x.notes)
-	if err != nil {
-		return x.call.finish(Result{}, err)
-	}
-	return x.call.finish(Result{Type: xapi.ClassOf[xapi.VDI]().RefType(), Value: ref}, nil)
+	return ref, err
 }
 
 // findDisk returns the disk with a reference or UUID.

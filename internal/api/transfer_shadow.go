@@ -72,6 +72,24 @@ func (x *Import) Shadow() error {
 	return nil
 }
 
+// replace is Shadow for an import that replaces all contents: Volume is empty
+// and has a size of its own, in bytes, which the disk gets with it.
+func (x *Import) replace(size int64) error {
+	if _, ok := x.Repo.(storage.Reverter); !ok {
+		return xapi.NewError(xapi.ErrSROperationNotSupported, string(x.VDI.SR))
+	}
+	ctx := x.call.Context()
+	h, err := x.call.api.hide(ctx, x.dst.repo, func(id storage.ID) error {
+		_, err := x.Repo.Create(ctx, storage.Spec{ID: id, Size: size})
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("new contents of VDI %s: %w", x.VDI.UUID, err)
+	}
+	x.shadow, x.Volume = h, h.Volume
+	return nil
+}
+
 // publish makes the shadow, if there is one, the contents of the disk.
 func (x *Import) publish(ctx context.Context) error {
 	if x.shadow == nil {

@@ -53,7 +53,7 @@ func derivedDisk(src *xapi.VDI) *xapi.VDI {
 	rec.NameLabel, rec.NameDescription = src.NameLabel, src.NameDescription
 	rec.Sharable, rec.OnBoot, rec.AllowCaching = src.Sharable, src.OnBoot, src.AllowCaching
 	rec.OtherConfig, rec.XenstoreData = maps.Clone(src.OtherConfig), maps.Clone(src.XenstoreData)
-	for _, key := range []string{holdKey, receivedKey, recoveredKey, undoKey} {
+	for _, key := range []string{holdKey, receivedKey, recoveredKey, undoKey, pullKey} {
 		delete(rec.OtherConfig, key) // it was meant for src
 	}
 	rec.Tags = slices.Clone(src.Tags)

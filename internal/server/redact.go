@@ -12,7 +12,7 @@ var secret = regexp.MustCompile(`(?i)((?:session_id|pool_secret|password|passwd|
 
 // secretKey matches the names of attributes, parameters and keys of maps whose
 // whole value must not be seen.
-var secretKey = regexp.MustCompile(`(?i)^(session|session_id|authorization|cookie|pwd|psecret|private_key)$|passw|secret|_pwd$`)
+var secretKey = regexp.MustCompile(`(?i)(^|-)(session|session_id|authorization|cookie|pwd|psecret|private_key)$|passw|secret|_pwd$`)
 
 // hidden replaces what was cut out.
 const hidden = "…"

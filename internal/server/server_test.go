@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -19,6 +20,7 @@ import (
 
 	"coppice/internal/api"
 	"coppice/internal/db"
+	"coppice/internal/remote"
 	"coppice/internal/rpc"
 	"coppice/internal/storage"
 	"coppice/internal/storage/mem"
@@ -75,6 +77,7 @@ func startOn(t *testing.T, driver storage.Driver, records db.Store, grace time.D
 	}
 	a, err := api.New(t.Context(), api.Config{
 		DB: objects, Storage: storage.Registry{driver.Type: driver}, RootPassword: rootVerifier(), DataDir: t.TempDir(),
+		Sources: NewSources(remote.Networks{netip.MustParsePrefix("127.0.0.1/32"), netip.MustParsePrefix("127.0.0.2/32")}, 0),
 	})
 	if err != nil {
 		t.Fatal(err)

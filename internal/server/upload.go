@@ -28,7 +28,8 @@ type upload struct {
 	size    int64 // of the disk in bytes
 	offset  int64 // where the contents of a raw body begin
 	overlay *storage.Overlay
-	stored  int64                   // end of what was written last
+	stored  int64 // end of what was written last
+	wants   imageKind
 	parent  string                  // what a delta must be to, the UUID of a snapshot; "" for anything
 	done    func(done, total int64) // told after each write
 
@@ -43,6 +44,15 @@ type upload struct {
 	// everything, appear at once in the end or not at all.
 	atomic func() error
 }
+
+// imageKind is what kind of image may come.
+type imageKind int
+
+const (
+	anyImage imageKind = iota
+	wholeImage
+	deltaImage
+)
 
 // bodyError is a fault of what the client sends: not an image, not for this
 // disk, not complete.
@@ -77,8 +87,30 @@ func (u *upload) holds(size int64) error {
 
 // whole checks that an image that is no delta may come.
 func (u *upload) whole() error {
-	if u.parent != "" {
+	switch {
+	case u.parent != "":
 		return badBody("the image is no delta to %s", u.parent)
+	case u.wants == deltaImage:
+		return badBody("the image is no delta")
+	}
+	return nil
+}
+
+// delta checks that an image that is one may come. parent is what the image
+// says that it is a delta to, nil when its format does not tell.
+func (u *upload) delta(parent *uuid.UUID) error {
+	if u.wants == wholeImage {
+		return badBody("the image is a delta")
+	}
+	if u.parent == "" || parent == nil {
+		return nil
+	}
+	want, err := uuid.Parse(u.parent)
+	if err != nil {
+		return err
+	}
+	if *parent != vhd.WellFormed(want) {
+		return badBody("the image is a delta to %s, not to %s", parent, u.parent)
 	}
 	return nil
 }
@@ -182,14 +214,14 @@ func readVHD(ctx context.Context, body io.Reader, length int64, u *upload) error
 	if err != nil {
 		return &bodyError{err}
 	}
-	if u.parent != "" {
-		want, err := uuid.Parse(u.parent)
-		if err != nil {
-			return err
-		}
-		if got := r.Header().ParentUUID(); r.Footer().Type() != vhd.TypeDifferencing || got != vhd.WellFormed(want) {
-			return badBody("the image is a delta to %s, not to %s", uuid.UUID(got), u.parent)
-		}
+	if r.Footer().Type() == vhd.TypeDifferencing {
+		parent := uuid.UUID(r.Header().ParentUUID())
+		err = u.delta(&parent)
+	} else {
+		err = u.whole()
+	}
+	if err != nil {
+		return err
 	}
 	if r.LastBlock() >= u.size {
 		return badBody("the image has data at byte %d, the disk ends at %d", r.LastBlock(), u.size)

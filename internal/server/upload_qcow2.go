@@ -26,7 +26,9 @@ func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) err
 	if err != nil {
 		return &bodyError{err}
 	}
-	if !r.Delta() {
+	if r.Delta() {
+		err = u.delta(nil)
+	} else {
 		err = u.whole()
 	}
 	if err := cmp.Or(err, u.holds(r.Size())); err != nil {

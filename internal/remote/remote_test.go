@@ -1,0 +1,113 @@
+package remote
+
+import (
+	"errors"
+	"net/netip"
+	"strings"
+	"testing"
+)
+
+func TestParseURL(t *testing.T) {
+	tests := []struct {
+		text     string
+		insecure bool
+		want     string // "" for a refusal
+	}{
+		{"https://host", false, "https://host:443/"},
+		{"https://host/", false, "https://host:443/"},
+		{"https://192.0.2.1:8443", false, "https://192.0.2.1:8443/"},
+		{"https://[2001:db8::1]", false, "https://[2001:db8::1]:443/"},
+		{"http://host", true, "http://host:80/"},
+		{"http://host", false, ""},
+		{"ftp://host", true, ""},
+		{"file:///etc/passwd", true, ""},
+		{"host", true, ""},
+		{"https:host", true, ""},
+		{"https://", true, ""},
+		{"https://:443", true, ""},
+		{"https://host:port", true, ""},
+		{"https://root:hidden@host", true, ""},
+		{"https://host/path", true, ""},
+		{"https://host?query", true, ""},
+		{"https://host/?", true, ""},
+		{"https://host/#fragment", true, ""},
+		{"https://ho\nst", true, ""},
+	}
+	for _, tt := range tests {
+		u, err := parseURL(tt.text, tt.insecure)
+		if tt.want != "" {
+			if err != nil || u.String() != tt.want {
+				t.Errorf("%q: %v, %v; want %s", tt.text, u, err, tt.want)
+			}
+			continue
+		}
+		if _, ok := errors.AsType[*URLError](err); !ok {
+			t.Errorf("%q: %v, %v; want a URLError", tt.text, u, err)
+		} else if strings.Contains(err.Error(), "hidden") {
+			t.Errorf("%q: the error tells the password: %v", tt.text, err)
+		}
+	}
+}
+
+func TestNetworks(t *testing.T) {
+	some, err := ParseNetworks("10.0.0.0/8, 127.0.0.1,2001:db8::/32")
+	if err != nil {
+		t.Fatal(err)
+	}
+	none, err := ParseNetworks("off")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tests := []struct {
+		addr                  string
+		byDefault, some, none bool
+	}{
+		{"192.0.2.1", true, false, false},
+		{"10.1.2.3", true, true, false},
+		{"::ffff:10.1.2.3", true, true, false},
+		{"2001:db8::1", true, true, false},
+		{"127.0.0.1", false, true, false},
+		{"127.0.0.2", false, false, false},
+		{"::1", false, false, false},
+		{"::ffff:127.0.0.2", false, false, false},
+		{"169.254.169.254", false, false, false},
+		{"fe80::1%lo", false, false, false},
+		{"0.0.0.0", false, false, false},
+		{"::", false, false, false},
+		{"224.0.0.1", false, false, false},
+		{"ff02::1", false, false, false},
+	}
+	for _, tt := range tests {
+		a := netip.MustParseAddr(tt.addr)
+		if got := Networks(nil).Allow(a); got != tt.byDefault {
+			t.Errorf("%s by default: %v", a, got)
+		}
+		if got := some.Allow(a); got != tt.some {
+			t.Errorf("%s in %v: %v", a, some, got)
+		}
+		if none.Allow(a) != tt.none {
+			t.Errorf("%s where nothing is allowed", a)
+		}
+	}
+	for _, bad := range []string{"", "10.0.0.0/33", "host", "10.0.0.1,"} {
+		if n, err := ParseNetworks(bad); err == nil {
+			t.Errorf("ParseNetworks(%q) = %v", bad, n)
+		}
+	}
+}
+
+func TestFingerprint(t *testing.T) {
+	plain := strings.Repeat("0f", 32)
+	f, err := ParseFingerprint(plain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, err := ParseFingerprint(f.String()); err != nil || again != f {
+		t.Errorf("%v: %v, %v", f, again, err)
+	}
+	for _, bad := range []string{"", plain[2:], plain + "00", "x" + plain[1:]} {
+		if _, err := ParseFingerprint(bad); err == nil {
+			t.Errorf("%q is no fingerprint", bad)
+		}
+	}
+}
