@@ -23,6 +23,7 @@ type core struct {
 	pool    xapi.Ref[xapi.Pool]
 	host    xapi.Ref[xapi.Host]
 	records *bytes.Buffer // the log
+	spoken  *rpc.Dialect  // what calls and answers are written in; nil for neither
 }
 
 var trusted = Origin{Peer: "test", Trusted: true}
@@ -132,7 +133,41 @@ func (c *core) try(session xapi.Ref[xapi.Session], name string, params ...any) (
 	for _, p := range params {
 		wire = append(wire, wireOf(p))
 	}
-	return c.Invoke(context.Background(), Origin{Peer: "test"}, name, wire)
+	if c.spoken == nil {
+		return c.Invoke(context.Background(), Origin{Peer: "test"}, name, wire)
+	}
+	res, answer, err := c.speak(*c.spoken, name, wire)
+	if f, ok := errors.AsType[*rpc.Fault](err); ok {
+		return res, xapi.NewError(f.Code, f.Params...)
+	}
+	if err == nil && res.Type != nil {
+		res.Value, err = res.Type.Parse(answer)
+	}
+	return res, err
+}
+
+// speak sends a message as text and returns its result, and what the text of
+// the answer says. It may be called from any goroutine.
+func (c *core) speak(d rpc.Dialect, name string, params []any) (res Result, value any, err error) {
+	var call, answer bytes.Buffer
+	if err := rpc.WriteCall(&call, d, 1, name, params...); err != nil {
+		return res, nil, err
+	}
+	req, err := rpc.ParseCall(d.Syntax(), call.Bytes())
+	if err != nil {
+		return res, nil, err
+	}
+	res, err = c.Invoke(context.Background(), Origin{Peer: "test"}, req.Method, req.Params)
+	if e, ok := errors.AsType[*xapi.Error](err); ok {
+		err = req.WriteFailure(&answer, e.Code, e.Params...)
+	} else if err == nil {
+		err = req.WriteSuccess(&answer, func(e rpc.Encoder) error { return res.Encode(e) })
+	}
+	if err != nil {
+		return res, nil, err
+	}
+	value, err = rpc.ReadResponse(d, &answer, 1<<30)
+	return res, value, err
 }
 
 // wireOf makes a wire value of what tests like to write.

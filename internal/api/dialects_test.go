@@ -1,8 +1,6 @@
 package api
 
 import (
-	"bytes"
-	"context"
 	"errors"
 	"strings"
 	"testing"
@@ -11,20 +9,22 @@ import (
 	"coppice/internal/storage"
 	"coppice/internal/storage/cow"
 	"coppice/internal/storage/mem"
-	"coppice/internal/xapi"
 )
 
-// wire is a rig that is spoken to in one dialect: calls and answers are text.
+// wire is a rig that is spoken to in one dialect: calls and answers are text,
+// and call returns what the text says.
 type wire struct {
 	*rig
 	dialect rpc.Dialect
 }
 
+var dialects = map[string]rpc.Dialect{"XML-RPC": rpc.XMLRPC, "JSON-RPC": rpc.JSONRPC2}
+
 // onWire runs a test on an SR of each type in each syntax, and checks that it
 // leaves no disk behind.
 func onWire(t *testing.T, test func(t *testing.T, w *wire)) {
 	for _, d := range []storage.Driver{mem.Driver(), cow.Driver()} {
-		for name, dialect := range map[string]rpc.Dialect{"XML-RPC": rpc.XMLRPC, "JSON-RPC": rpc.JSONRPC2} {
+		for name, dialect := range dialects {
 			t.Run(d.Type+"/"+name, func(t *testing.T) {
 				w := &wire{newRigOn(t, d), dialect}
 				test(t, w)
@@ -50,24 +50,8 @@ func (w *wire) sendIn(session, name string, params ...any) (any, error) {
 	for _, p := range params {
 		all = append(all, wireOf(p))
 	}
-	var call, answer bytes.Buffer
-	if err := rpc.WriteCall(&call, w.dialect, 1, name, all...); err != nil {
-		return nil, err
-	}
-	req, err := rpc.ParseCall(w.dialect.Syntax(), call.Bytes())
-	if err != nil {
-		return nil, err
-	}
-	res, err := w.Invoke(context.Background(), Origin{Peer: "test"}, req.Method, req.Params)
-	if e, ok := errors.AsType[*xapi.Error](err); ok {
-		err = req.WriteFailure(&answer, e.Code, e.Params...)
-	} else if err == nil {
-		err = req.WriteSuccess(&answer, func(e rpc.Encoder) error { return res.Encode(e) })
-	}
-	if err != nil {
-		return nil, err
-	}
-	return rpc.ReadResponse(w.dialect, &answer, 1<<30)
+	_, value, err := w.speak(w.dialect, name, all)
+	return value, err
 }
 
 // call makes a call that succeeds.

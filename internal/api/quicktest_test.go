@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/google/uuid"
 
 	"coppice/internal/storage"
 	"coppice/internal/storage/cow"
@@ -32,6 +33,18 @@ func onDrivers(t *testing.T, test func(t *testing.T, r *rig)) {
 				t.Errorf("disks left: %q", left)
 			}
 			r.wantConsistent()
+		})
+	}
+}
+
+// inDialects is onDrivers in each dialect.
+func inDialects(t *testing.T, test func(t *testing.T, r *rig)) {
+	for name, d := range dialects {
+		t.Run(name, func(t *testing.T) {
+			onDrivers(t, func(t *testing.T, r *rig) {
+				r.tongue, r.spoken = &d, &d
+				test(t, r)
+			})
 		})
 	}
 }
@@ -67,7 +80,7 @@ func (r *rig) updateCheck(ref vdiRef) {
 }
 
 func TestQT_VDI_1(t *testing.T) {
-	onDrivers(t, func(t *testing.T, r *rig) {
+	inDialects(t, func(t *testing.T, r *rig) {
 		for mib := int64(4); mib <= 8; mib++ {
 			ask := mib<<20 + 1
 			ref := r.disk(ask)
@@ -82,7 +95,7 @@ func TestQT_VDI_1(t *testing.T) {
 }
 
 func TestQT_VDI_2(t *testing.T) {
-	onDrivers(t, func(t *testing.T, r *rig) {
+	inDialects(t, func(t *testing.T, r *rig) {
 		ref := r.disk(4 << 20)
 		r.call("VDI.generate_config", r.host, ref)
 		r.destroy(ref)
@@ -90,7 +103,7 @@ func TestQT_VDI_2(t *testing.T) {
 }
 
 func TestQT_VDI_3(t *testing.T) {
-	onDrivers(t, func(t *testing.T, r *rig) {
+	inDialects(t, func(t *testing.T, r *rig) {
 		ref := r.disk(4 << 20)
 		r.updateCheck(ref)
 		r.destroy(ref)
@@ -98,7 +111,7 @@ func TestQT_VDI_3(t *testing.T) {
 }
 
 func TestQT_VDI_4(t *testing.T) {
-	onDrivers(t, func(t *testing.T, r *rig) {
+	inDialects(t, func(t *testing.T, r *rig) {
 		ref := r.disk(4 << 20)
 		want := r.call("VDI.get_virtual_size", ref).(int64) + 1<<20
 		r.call("VDI.resize", ref, want)
@@ -111,15 +124,37 @@ func TestQT_VDI_4(t *testing.T) {
 }
 
 func TestQT_VDI_5(t *testing.T) {
-	onDrivers(t, func(t *testing.T, r *rig) {
+	inDialects(t, func(t *testing.T, r *rig) {
 		ref := r.disk(4 << 20)
 		r.fails("PERMISSION_DENIED|", "VDI.db_forget", ref)
 		r.destroy(ref)
 	})
 }
 
+// introduce makes the parameters of VDI.introduce.
+func (r *rig) introduce(uuid, location string) []any {
+	none := map[string]string{}
+	return []any{uuid, "introduced", "", string(r.sr), "user", false, false, none, location, none, none, true}
+}
+
+func TestQT_VDI_6(t *testing.T) {
+	inDialects(t, func(t *testing.T, r *rig) {
+		ref := r.disk(4 << 20)
+		r.fails("SR_OPERATION_NOT_SUPPORTED|"+string(r.sr), "VDI.introduce", r.introduce(record(r.core, ref).UUID, uuid.NewString())...)
+		r.destroy(ref)
+	})
+}
+
+func TestQT_VDI_7(t *testing.T) {
+	inDialects(t, func(t *testing.T, r *rig) {
+		ref := r.disk(4 << 20)
+		r.fails("SR_OPERATION_NOT_SUPPORTED|"+string(r.sr), "VDI.introduce", r.introduce(uuid.NewString(), record(r.core, ref).Location)...)
+		r.destroy(ref)
+	})
+}
+
 func TestQT_VDI_8(t *testing.T) {
-	onDrivers(t, func(t *testing.T, r *rig) {
+	inDialects(t, func(t *testing.T, r *rig) {
 		ref := r.disk(4 << 20)
 		r.call("VDI.set_tags", ref, []string{"quick", "test"})
 		start := time.Now().Add(-time.Second)
@@ -138,7 +173,7 @@ func TestQT_VDI_8(t *testing.T) {
 }
 
 func TestQT_VDI_9(t *testing.T) {
-	onDrivers(t, func(t *testing.T, r *rig) {
+	inDialects(t, func(t *testing.T, r *rig) {
 		ref := r.disk(4 << 20)
 		r.call("VDI.set_tags", ref, []string{"quick", "test"})
 		clone := r.call("VDI.clone", ref).(vdiRef)
@@ -151,7 +186,7 @@ func TestQT_VDI_9(t *testing.T) {
 }
 
 func TestQT_VDI_12(t *testing.T) {
-	onDrivers(t, func(t *testing.T, r *rig) {
+	inDialects(t, func(t *testing.T, r *rig) {
 		ref := r.disk(4 << 20)
 		free := r.call("VM.get_allowed_VBD_devices", r.dom0).([]string)
 		if len(free) == 0 {
@@ -164,15 +199,15 @@ func TestQT_VDI_12(t *testing.T) {
 }
 
 func TestQT_SR_1(t *testing.T) {
-	onDrivers(t, func(t *testing.T, r *rig) { r.call("SR.scan", string(r.sr)) })
+	inDialects(t, func(t *testing.T, r *rig) { r.call("SR.scan", string(r.sr)) })
 }
 
 func TestQT_SR_2(t *testing.T) {
-	onDrivers(t, func(t *testing.T, r *rig) { r.call("SR.update", string(r.sr)) })
+	inDialects(t, func(t *testing.T, r *rig) { r.call("SR.update", string(r.sr)) })
 }
 
 func TestQT_SR_3(t *testing.T) {
-	onDrivers(t, func(t *testing.T, r *rig) {
+	inDialects(t, func(t *testing.T, r *rig) {
 		pbd := r.pbd(r.sr)
 		sr := record(r.core, r.sr)
 		r.call("PBD.unplug", pbd)
@@ -185,7 +220,7 @@ func TestQT_SR_3(t *testing.T) {
 }
 
 func TestQT_SR_4(t *testing.T) {
-	onDrivers(t, func(t *testing.T, r *rig) {
+	inDialects(t, func(t *testing.T, r *rig) {
 		r.call("SR.set_name_label", string(r.sr), "label")
 		r.call("SR.set_name_description", string(r.sr), "description")
 		before := record(r.core, r.sr)
@@ -200,7 +235,7 @@ func TestQT_SR_4(t *testing.T) {
 }
 
 func TestQT_COPY_1(t *testing.T) {
-	onDrivers(t, func(t *testing.T, r *rig) {
+	inDialects(t, func(t *testing.T, r *rig) {
 		original := r.disk(4 << 20)
 		r.write(original, bytes.Repeat([]byte("a"), 1<<20), 0)
 		snapshot := r.call("VDI.snapshot", original).(vdiRef)
@@ -218,7 +253,7 @@ func TestQT_COPY_1(t *testing.T) {
 }
 
 func TestQT_INT_1(t *testing.T) {
-	onDrivers(t, func(t *testing.T, r *rig) {
+	inDialects(t, func(t *testing.T, r *rig) {
 		rng := rand.New(rand.NewPCG(1, 2))
 		noise := func(n int) []byte {
 			p := make([]byte, n)

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"coppice/internal/db"
+	"coppice/internal/rpc"
 	"coppice/internal/storage"
 	"coppice/internal/storage/mem"
 	"coppice/internal/xapi"
@@ -28,6 +29,7 @@ type rig struct {
 	sr     xapi.Ref[xapi.SR] // the default one
 	dom0   xapi.Ref[xapi.VM]
 	adjust func(*Config) // of the next start, nil for none
+	tongue *rpc.Dialect  // of all starts; see core
 }
 
 func newRig(t *testing.T) *rig {
@@ -74,7 +76,7 @@ func (r *rig) tryStart(t *testing.T) error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("start: %w\n%s", err, log.String()), d.Close())
 	}
-	r.core = &core{API: a, t: t, records: &log.Buffer}
+	r.core = &core{API: a, t: t, records: &log.Buffer, spoken: r.tongue}
 	if r.root, err = a.Login(t.Context(), trusted, "root", "any"); err != nil {
 		t.Fatal(err)
 	}

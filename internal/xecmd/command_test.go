@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -35,6 +36,8 @@ var verifier = api.HashPassword(password)
 type shell struct {
 	t     *testing.T
 	dir   string // where the client is
+	url   string // of the server
+	nbd   string // socket on which it serves disks
 	dial  thincli.DialFunc
 	stdin string
 	vars  map[string]string
@@ -42,14 +45,25 @@ type shell struct {
 
 func newShell(t *testing.T) *shell {
 	t.Helper()
+	return newShellOn(t, mem.Driver())
+}
+
+// newShellOn is newShell with SRs of a driver.
+func newShellOn(t *testing.T, driver storage.Driver) *shell {
+	t.Helper()
 	d, err := db.Open(t.Context(), xapi.Datamodel(), db.NewMemStore())
 	if err != nil {
 		t.Fatal(err)
 	}
-	driver := mem.Driver()
+	sockets, err := os.MkdirTemp("", "xe") // the names of sockets must be short
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket := filepath.Join(sockets, "nbd.sock")
 	a, err := api.New(t.Context(), api.Config{
 		DB: d, Storage: storage.Registry{driver.Type: driver}, RootPassword: verifier, DataDir: t.TempDir(),
 		Users: users.At(filepath.Join(t.TempDir(), "users.json")),
+		NBD:   func() api.NBDEndpoints { return api.NBDEndpoints{Socket: socket} },
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -58,23 +72,25 @@ func newShell(t *testing.T) *shell {
 	if err != nil {
 		t.Fatal(err)
 	}
+	disks, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	nbd := server.NewNBD(a, slog.New(slog.DiscardHandler), 0)
+	nbd.Serve(disks, nil)
 	ctx, stop := context.WithCancel(context.Background())
 	served := make(chan error)
 	go func() { served <- server.New(server.Config{API: a}).Serve(ctx, ln) }()
 	t.Cleanup(func() {
 		stop()
-		if err := <-served; err != nil {
-			t.Error(err)
-		}
-		if err := a.Close(); err != nil {
-			t.Error(err)
-		}
-		if err := d.Close(); err != nil {
-			t.Error(err)
+		for _, err := range []error{<-served, nbd.Close(), a.Close(), d.Close(), os.RemoveAll(sockets)} {
+			if err != nil {
+				t.Error(err)
+			}
 		}
 	})
 	return &shell{
-		t: t, dir: t.TempDir(), vars: map[string]string{},
+		t: t, dir: t.TempDir(), vars: map[string]string{}, url: "http://" + ln.Addr().String(), nbd: socket,
 		dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
 			if network == "unix" {
 				return nil, os.ErrNotExist
