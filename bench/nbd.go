@@ -19,6 +19,8 @@ var nbdSections = []section{
 	{name: "nbd/sequential", server: true, run: benchNBDSequential},
 	{name: "nbd/copy", server: true, run: benchNBDCopy},
 	{name: "nbd/snapshot", server: true, run: benchNBDSnapshot},
+	{name: "nbd/cold", server: true, run: benchNBDCold},
+	{name: "nbd/pause", server: true, run: benchNBDPause},
 	{name: "long/nbd/chain", server: true, long: true, run: benchNBDChain},
 }
 
