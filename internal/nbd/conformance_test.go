@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"coppice/internal/storage"
 )
@@ -444,6 +445,12 @@ func TestConcurrent(t *testing.T) {
 			}
 		}
 		wg.Wait()
+		// A request gives its memory back behind its reply.
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		if err := r.server.Shutdown(ctx); err != nil {
+			t.Errorf("shutdown: %v", err)
+		}
 		if left := r.server.memory.left.Load(); left != memory {
 			t.Errorf("%d bytes of the budget of %d are left", left, memory)
 		}

@@ -153,9 +153,7 @@ func (c *conn) transmit() error {
 	if !c.begin() {
 		return nil
 	}
-	if s, ok := c.raw.(interface{ SetWriteBuffer(bytes int) error }); ok {
-		_ = s.SetWriteBuffer(pieceSize) // as much as the system allows
-	}
+	c.raw.take()
 	c.out.w = c.nc
 	c.relieved = make(chan struct{}, maxFlying+1)
 	c.watch = time.AfterFunc(time.Hour, c.relieve)

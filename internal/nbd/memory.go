@@ -115,6 +115,10 @@ func (s *sender) write(parts ...[]byte) {
 	case len(parts) == 1:
 		_, s.err = s.w.Write(parts[0])
 	default:
+		if k, ok := s.w.(*socket); ok {
+			s.err = k.writeAll(parts)
+			return
+		}
 		bufs := net.Buffers(parts)
 		_, s.err = bufs.WriteTo(s.w)
 	}

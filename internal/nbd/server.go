@@ -212,7 +212,7 @@ func (s *Server) Connections() int {
 // conn is one connection.
 type conn struct {
 	srv    *Server
-	raw    net.Conn    // as accepted
+	raw    *socket     // as accepted
 	tls    *tls.Config // nil: no TLS
 	log    *slog.Logger
 	ctx    context.Context // ends when the connection is cut
@@ -235,12 +235,13 @@ type conn struct {
 const inputBuffer = 64 << 10
 
 func newConn(s *Server, nc net.Conn, config *tls.Config) *conn {
-	c := &conn{srv: s, raw: nc, tls: config, log: s.log, nc: nc}
+	c := &conn{srv: s, raw: &socket{Conn: nc}, tls: config, log: s.log}
+	c.nc = c.raw
 	if a := nc.RemoteAddr(); a != nil {
 		c.log = s.log.With("peer", a.String())
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
-	c.in = bufio.NewReaderSize(nc, inputBuffer)
+	c.in = bufio.NewReaderSize(c.nc, inputBuffer)
 	return c
 }
 
@@ -277,7 +278,7 @@ func (c *conn) serve() {
 	if c.stopping.Load() {
 		return // stop came first, and its deadline is gone now
 	}
-	c.backend = c.srv.opts.Backend(c.raw)
+	c.backend = c.srv.opts.Backend(c.raw.Conn)
 	ctx, cancel := context.WithDeadline(c.ctx, deadline)
 	err := c.handshake(ctx)
 	cancel()
