@@ -20,6 +20,7 @@ import (
 	"coppice/internal/api"
 	"coppice/internal/db"
 	"coppice/internal/db/bolt"
+	"coppice/internal/remote"
 	"coppice/internal/server"
 	"coppice/internal/storage/all"
 	"coppice/internal/users"
@@ -54,6 +55,7 @@ type serveOptions struct {
 	auditLog     string
 	grace        time.Duration
 	idle         time.Duration
+	pullFrom     remote.Networks
 	logLevel     slog.Level
 	revert       string
 }
@@ -76,6 +78,10 @@ func (o *serveOptions) flags() *flag.FlagSet {
 	fs.StringVar(&o.readyFile, "ready-file", "", "`file` that gets the URLs, one a line, when the server is ready")
 	fs.StringVar(&o.auditLog, "audit-log", "", "`file` to which is appended, as JSON, who did what (default: it is not written)")
 	fs.DurationVar(&o.idle, "transfer-idle", 0, "how long the client of a transfer may neither send nor take a byte; 0 for ever")
+	fs.Func("pull-from", "`networks`, such as 10.0.0.0/8,127.0.0.1, of the servers from which disks can be pulled, or off (default: all but those of this machine and its links)", func(s string) (err error) {
+		o.pullFrom, err = remote.ParseNetworks(s)
+		return err
+	})
 	fs.DurationVar(&o.grace, "grace", server.DefaultGrace, "how long a stop waits for running work")
 	fs.StringVar(&o.revert, "revert", revertInPlace, "how VMs are reverted: in-place puts contents back, clone replaces disks by clones, as other_config:coppice:revert=clone of the pool does, too")
 	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
@@ -238,6 +244,7 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 		DataDir:      string(data),
 		HostAddress:  func() string { return o.address(i.endpoints) },
 		NBD:          i.nbd.describe(o.address(i.endpoints), i.cert),
+		Sources:      server.NewSources(o.pullFrom, o.idle),
 
 		RevertByClone: o.revert == revertClone,
 	})

@@ -40,8 +40,10 @@ type Differ interface {
 
 // Versioned is the power of a Volume opened Pinned to name its contents: equal
 // versions of one volume ID stand for equal bytes, as long as the repo exists.
-// Different versions may stand for equal bytes, too. It may have to make the
-// contents durable first. A volume opened Live answers with ErrInvalid.
+// Different versions may stand for equal bytes, too; but a volume that is
+// reverted to another has the version of that, until one of them is written. It
+// may have to make the contents durable first. A volume opened Live answers with
+// ErrInvalid.
 type Versioned interface {
 	Version(ctx context.Context) (string, error)
 }

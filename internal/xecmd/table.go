@@ -74,6 +74,7 @@ func commandTable() *table {
 	}
 	add(vdiCommands())
 	add(nbdCommands())
+	add(pullCommands())
 	add(storageCommands())
 	add(vmCommands())
 	add(vmInstallCommands())

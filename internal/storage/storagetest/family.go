@@ -428,6 +428,13 @@ func testVersions(s *suite) {
 	}
 	s.flush(v)
 	last := version()
+	if r, ok := s.Repo.(storage.Reverter); ok {
+		clone := s.clone(id)
+		s.must(r.Revert(s.ctx, id, clone))
+		if got := version(); got != last {
+			s.Errorf("reverted to a clone of itself the version is %q, before it was %q", got, last)
+		}
+	}
 	if s.Reopen != nil {
 		s.Reopen()
 		if got := version(); got != last {
