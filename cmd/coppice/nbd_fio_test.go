@@ -111,6 +111,7 @@ func TestKillUnderFIO(t *testing.T) {
 			t.Fatalf("round %d: fio takes it for the round before\n%s", round, out)
 		}
 	}
+	t.Logf("%d kills", *nbdKills)
 	_ = p.cmd.Process.Kill()
 	_ = p.cmd.Wait()
 	if got := runCommand(t, "check", "--data", data); got.code != exitOK {
