@@ -5,149 +5,198 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"path/filepath"
-	"sync"
+	"strconv"
 )
 
-// qemuFormats are our formats and what qemu-img calls them and needs.
-var qemuFormats = []struct {
+// imageFormat is one of our formats, and what qemu-img makes of it.
+type imageFormat struct {
 	name string
-	args []string
-}{
-	{"qcow2", []string{"-O", "qcow2"}},
-	{"vmdk", []string{"-O", "vmdk", "-o", "subformat=streamOptimized"}},
+	qemu string   // what qemu-img calls it, "" when it does not know it
+	args []string // for it to write one
+	slow bool     // a peer needs a minute for each GiB
 }
 
-// benchFormats moves a 4 GiB disk with 1 GiB of noise out and in, in each
-// format but VHD, which has a section of its own.
-func benchFormats(ctx context.Context, cfg config, srv *server) (err error) {
-	raw, image, out := filepath.Join(cfg.scratch, "disk.img"), filepath.Join(cfg.scratch, "disk.image"), filepath.Join(cfg.scratch, "out")
-	if err := makeImage(raw, 1, 4*gib, gib); err != nil {
-		return err
+var imageFormats = []imageFormat{
+	{name: "raw", qemu: "raw"},
+	{name: "vhd", qemu: "vpc", args: []string{"-o", "subformat=dynamic,force_size=on"}},
+	{name: "qcow2", qemu: "qcow2"},
+	{name: "tar"},
+	{name: "vmdk", qemu: "vmdk", args: []string{"-o", "subformat=streamOptimized"}, slow: true},
+}
+
+// fewer is cfg for comparisons that move a disk: there are many of them.
+func (c config) fewer() config {
+	c.rounds = min(c.rounds, 3)
+	return c
+}
+
+// benchDisk is a VDI, and the same contents as a raw file.
+type benchDisk struct {
+	name       string
+	vdi, raw   string
+	size, data int64 // bytes
+}
+
+func (s *server) newDisk(ctx context.Context, cfg config, name string, size, data int64) (d benchDisk, err error) {
+	d = benchDisk{name: name, raw: filepath.Join(cfg.scratch, "disk.img"), size: size, data: data}
+	if err := makeImage(d.raw, 1, size, data); err != nil {
+		return d, err
 	}
-	vdi, err := srv.createVDI(ctx, 4*gib)
-	if err != nil {
-		return err
+	if d.vdi, err = s.createVDI(ctx, size); err != nil {
+		return d, err
 	}
-	if err := srv.importFile(ctx, vdi, "raw", raw); err != nil {
-		return err
+	if size == data {
+		return d, s.importFile(ctx, d.vdi, "raw", d.raw)
 	}
+	image := filepath.Join(cfg.scratch, "disk.qcow2") // without the holes
+	if err := command("qemu-img", "convert", "-f", "raw", "-O", "qcow2", d.raw, image)(ctx); err != nil {
+		return d, err
+	}
+	return d, errors.Join(s.importFile(ctx, d.vdi, "qcow2", image), os.Remove(image))
+}
+
+func (s *server) dropDisk(ctx context.Context, d benchDisk) error {
+	return errors.Join(s.destroyVDI(ctx, d.vdi), os.Remove(d.raw))
+}
+
+// benchFormats moves a disk without a hole out and in, in each format.
+func benchFormats(ctx context.Context, cfg config, srv *server) error {
+	return cfg.onDisks(ctx, srv, func(slow bool) (benchDisk, error) {
+		size := cfg.dense
+		if slow {
+			size /= 8
+		}
+		return srv.newDisk(ctx, cfg, "a full disk of "+bytesText(size), size, size)
+	})
+}
+
+// benchSparse does the same with a disk of 1 TiB that is nearly empty, but for
+// raw, which has no holes.
+func benchSparse(ctx context.Context, cfg config, srv *server) error {
+	return cfg.onDisks(ctx, srv, func(slow bool) (benchDisk, error) {
+		data := cfg.dense
+		if slow {
+			data /= 8
+		}
+		return srv.newDisk(ctx, cfg, "a disk of 1 TiB with "+bytesText(data)+" of data", tib, data)
+	})
+}
+
+// onDisks compares each format on the disks that prepare makes.
+func (c config) onDisks(ctx context.Context, srv *server, prepare func(slow bool) (benchDisk, error)) (err error) {
+	cfg := c.fewer()
 	lim, err := startLimit()
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, lim.Close()) }()
-	for _, f := range qemuFormats {
-		if err := srv.downloadFile(ctx, srv.exportURL(vdi, f.name, ""), image); err != nil {
-			return err
-		}
-		st, err := os.Stat(image)
+	for _, slow := range []bool{false, true} {
+		d, err := prepare(slow)
 		if err != nil {
 			return err
 		}
-		if err := srv.resetPeak(); err != nil {
-			return err
+		for _, f := range imageFormats {
+			if f.slow != slow || f.name == "raw" && d.size != d.data {
+				continue
+			}
+			if err := compareFormat(ctx, cfg, srv, lim, f, d); err != nil {
+				return err
+			}
 		}
-		convert := append([]string{"convert", "-f", "raw"}, f.args...)
-		err = compare(ctx, cfg, f.name+" export of a 4 GiB disk with 1 GiB of data, to a file",
-			contestant{"coppice", st.Size(), func(ctx context.Context) error {
-				return srv.downloadFile(ctx, srv.exportURL(vdi, f.name, ""), out)
-			}, remove(out)},
-			contestant{"coppice, to a sink", st.Size(), func(ctx context.Context) error {
-				return srv.download(ctx, srv.exportURL(vdi, f.name, ""), io.Discard)
-			}, nil},
-			contestant{"limit (HTTP + CRC32C, same client)", st.Size(), func(ctx context.Context) error {
-				return srv.downloadFile(ctx, lim.base+image, out)
-			}, remove(out)},
-			contestant{"qemu-img convert", st.Size(), command("qemu-img", append(convert, raw, out)...), remove(out)},
-		)
-		if err != nil {
-			return err
-		}
-		if err := printPeak(srv); err != nil {
-			return err
-		}
-		var target string
-		err = compare(ctx, cfg, f.name+" import of the same file into an empty disk (ours and the limit are on disk at the end)",
-			contestant{"coppice", st.Size(), func(ctx context.Context) (err error) {
-				if target, err = srv.createVDI(ctx, 4*gib); err != nil {
-					return err
-				}
-				return srv.importFile(ctx, target, f.name, image)
-			}, func() error { return srv.destroyVDI(ctx, target) }},
-			contestant{"limit (HTTP + CRC32C + fdatasync)", st.Size(), func(ctx context.Context) error {
-				return srv.uploadFile(ctx, lim.base+out, image)
-			}, remove(out)},
-			contestant{"qemu-img convert → raw (-t writeback)", st.Size(), command("qemu-img", "convert", "-t", "writeback", "-f", f.name, "-O", "raw", image, out), remove(out)},
-		)
-		if err != nil {
-			return err
-		}
-		if err := os.Remove(image); err != nil {
+		if err := srv.dropDisk(ctx, d); err != nil {
 			return err
 		}
 	}
-	sink := func(format, coding string) func(context.Context) error {
-		return func(ctx context.Context) error { return srv.drain(ctx, srv.exportURL(vdi, format, ""), coding) }
-	}
-	err = compare(ctx, cfg, "Export of the same disk to a sink, bytes of the disk's data",
-		contestant{"raw (4 GiB)", gib, sink("raw", ""), nil},
-		contestant{"raw, zstd", gib, sink("raw", "zstd"), nil},
-		contestant{"raw, gzip", gib, sink("raw", "gzip"), nil},
-		contestant{"vhd", gib, sink("vhd", ""), nil},
-		contestant{"qcow2", gib, sink("qcow2", ""), nil},
-		contestant{"tar", gib, sink("tar", ""), nil},
-		contestant{"vmdk", gib, sink("vmdk", ""), nil},
-	)
-	if err != nil {
-		return err
-	}
-	eight := func(ctx context.Context) error {
-		errs := make([]error, 8)
-		var all sync.WaitGroup
-		for i := range errs {
-			all.Go(func() { errs[i] = srv.drain(ctx, srv.exportURL(vdi, "qcow2", ""), "") })
-		}
-		all.Wait()
-		return errors.Join(errs...)
-	}
-	if err := srv.resetPeak(); err != nil {
-		return err
-	}
-	err = compare(ctx, cfg, "qcow2 export to a sink, one client and eight at once",
-		contestant{"one", gib, sink("qcow2", ""), nil},
-		contestant{"eight", 8 * gib, eight, nil},
-	)
-	if err != nil {
-		return err
-	}
-	return errors.Join(printPeak(srv), srv.destroyVDI(ctx, vdi), os.Remove(raw))
+	return nil
 }
 
-// drain GETs url with a content coding and throws the body away as it came.
-func (s *server) drain(ctx context.Context, url, coding string) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+// compareFormat moves a disk out, to a file and to a sink, and in again.
+func compareFormat(ctx context.Context, cfg config, srv *server, lim *limit, f imageFormat, d benchDisk) error {
+	image, out := filepath.Join(cfg.scratch, "disk.image"), filepath.Join(cfg.scratch, "out")
+	url := srv.exportURL(d.vdi, f.name, "")
+	if err := srv.downloadFile(ctx, url, image); err != nil {
+		return err
+	}
+	st, err := os.Stat(image)
 	if err != nil {
 		return err
 	}
-	if coding == "" {
-		coding = "identity"
+	convert := append([]string{"convert", "-f", "raw", "-O", f.qemu}, append(f.args, d.raw, out)...)
+	toFile := []contestant{
+		{"coppice", d.data, func(ctx context.Context) error { return srv.downloadFile(ctx, url, out) }, remove(out)},
+		{"limit (HTTP + CRC32C, same client)", d.data, func(ctx context.Context) error { return srv.downloadFile(ctx, lim.base+image, out) }, remove(out)},
 	}
-	req.Header.Set("Accept-Encoding", coding)
-	req.Header.Set("User-Agent", "coppice-bench") // Go's own name gets no gzip
-	resp, err := s.client.Do(req)
-	if err != nil {
+	toSink := []contestant{
+		{"coppice, no digest", d.data, func(ctx context.Context) error { return srv.drain(ctx, url, noDigest) }, nil},
+		{"coppice", d.data, func(ctx context.Context) error { return srv.drain(ctx, url, nil) }, nil},
+		{"limit (HTTP + CRC32C, same client)", d.data, func(ctx context.Context) error { return srv.drain(ctx, lim.base+image, nil) }, nil},
+		{"reading and verifying the same, no network", d.data, func(context.Context) error { return lim.read(image) }, nil},
+	}
+	if f.name == "raw" {
+		toFile = append(toFile, contestant{"nbdcopy raw → raw", d.data, command("nbdcopy", d.raw, out), remove(out)})
+		toSink = append(toSink,
+			contestant{"nbdcopy raw → nowhere", d.data, command("nbdcopy", d.raw, "null:"), nil},
+			contestant{"coppice, zstd", d.data, func(ctx context.Context) error { return srv.drain(ctx, url, coded("zstd")) }, nil},
+			contestant{"coppice, gzip", d.data, func(ctx context.Context) error { return srv.drain(ctx, url, coded("gzip")) }, nil},
+		)
+	}
+	if f.qemu != "" {
+		toFile = append(toFile, contestant{"qemu-img convert raw → " + f.qemu, d.data, command("qemu-img", convert...), remove(out)})
+		if !f.slow {
+			toSink = append(toSink, contestant{"qemu-img convert raw → " + f.qemu + " file", d.data, command("qemu-img", convert...), remove(out)})
+		}
+	}
+	if err := compare(ctx, cfg, f.name+" export of "+d.name+", to a file", toFile...); err != nil {
 		return err
 	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return errors.New(resp.Status)
+	if err := compare(ctx, cfg, f.name+" export of "+d.name+", to a sink", toSink...); err != nil {
+		return err
 	}
-	n, err := io.Copy(io.Discard, resp.Body)
-	if err == nil && resp.ContentLength >= 0 && n != resp.ContentLength {
-		err = fmt.Errorf("%d of %d bytes came", n, resp.ContentLength)
+
+	var target string
+	in := []contestant{
+		{"coppice", d.data, func(ctx context.Context) (err error) {
+			if target, err = srv.createVDI(ctx, d.size); err != nil {
+				return err
+			}
+			return srv.importFile(ctx, target, f.name, image)
+		}, func() error { return srv.destroyVDI(ctx, target) }},
+		{"limit (HTTP + CRC32C + fdatasync)", d.data, func(ctx context.Context) error { return srv.uploadFile(ctx, lim.base+out, image) }, remove(out)},
 	}
-	return err
+	if f.qemu != "" {
+		in = append(in,
+			contestant{"qemu-img convert " + f.qemu + " → raw", d.data, command("qemu-img", "convert", "-f", f.qemu, "-O", "raw", image, out), remove(out)},
+			contestant{"the same, -t writeback (synced)", d.data, command("qemu-img", "convert", "-t", "writeback", "-f", f.qemu, "-O", "raw", image, out), remove(out)},
+		)
+	}
+	if f.name == "raw" {
+		in = append(in, contestant{"nbdcopy --flush raw → raw", d.data, command("nbdcopy", "--flush", d.raw, out), remove(out)})
+	}
+	err = compare(ctx, cfg, fmt.Sprintf("%s import of %s into an empty disk (%d bytes; ours and the limit are on disk at the end)", f.name, d.name, st.Size()), in...)
+	return errors.Join(err, os.Remove(image))
+}
+
+// noDigest declines the SHA-256 of a body.
+var noDigest = map[string]string{"Want-Content-Digest": "sha-256=0"}
+
+func coded(name string) map[string]string { return map[string]string{"Accept-Encoding": name} }
+
+// drain GETs url and throws the body away as it came.
+func (s *server) drain(ctx context.Context, url string, header map[string]string) error {
+	return s.download(ctx, url, io.Discard, header)
+}
+
+// bytesText says a number of bytes in the largest unit that divides it.
+func bytesText(n int64) string {
+	switch {
+	case n%tib == 0:
+		return strconv.FormatInt(n/tib, 10) + " TiB"
+	case n%gib == 0:
+		return strconv.FormatInt(n/gib, 10) + " GiB"
+	case n%mib == 0:
+		return strconv.FormatInt(n/mib, 10) + " MiB"
+	}
+	return strconv.FormatInt(n, 10) + " bytes"
 }

@@ -10,7 +10,7 @@
 //   - coppice: the real binary, started on a fresh directory, driven over
 //     loopback HTTP by the same client as the limit;
 //   - qemu-img: the whole process, as its user would wait for it;
-//   - cp: the whole process, copying the same number of bytes;
+//   - nbdcopy: the same, from a raw file;
 //   - limit: a do-nothing HTTP server on loopback that reads (or writes) the
 //     same bytes, takes the CRC32C of each 4 KiB and does nothing else. It is
 //     what any server that verifies its data could reach here.
@@ -22,7 +22,9 @@
 // The sections "nbd/…" put fio and nbdcopy in front of block devices, served by
 // us, by qemu-nbd and by nbdkit, over Unix sockets.
 //
-// Usage: go run ./bench [-rounds N] [-dir DIR] [-only REGEXP] [-cpuprofile FILE];
+// The sections "transfers/…" move disks in and out, with -gib GiB of data.
+//
+// Usage: go run ./bench [-rounds N] [-dir DIR] [-only REGEXP] [-gib N] [-cpuprofile FILE];
 // it needs qemu-img, for NBD also qemu-nbd, nbdkit, nbdcopy and fio, and, but for
 // the engine, bin/coppice (make build).
 package main
@@ -50,6 +52,7 @@ type config struct {
 	binary  string
 	only    *regexp.Regexp
 	profile string
+	dense   int64  // bytes of data of the disks that are moved
 	scratch string // a directory of this run, below dir
 }
 
@@ -62,9 +65,12 @@ type section struct {
 }
 
 var serverSections = []section{
-	{name: "vhd", server: true, run: benchVHD},
-	{name: "formats", server: true, run: benchFormats},
-	{name: "delta", server: true, run: benchDelta},
+	{name: "transfers/formats", server: true, run: benchFormats},
+	{name: "transfers/sparse", server: true, run: benchSparse},
+	{name: "transfers/first-byte", server: true, run: benchFirstByte},
+	{name: "transfers/eight", server: true, run: benchEight},
+	{name: "transfers/delta", server: true, run: benchDelta},
+	{name: "transfers/memory", server: true, run: benchMemory},
 	{name: "snapshot", server: true, run: benchSnapshot},
 	{name: "api", long: true, run: benchAPI},
 }
@@ -92,7 +98,12 @@ func run(ctx context.Context) (err error) {
 	flag.StringVar(&cfg.dir, "dir", os.TempDir(), "where the store and the image files are put")
 	flag.StringVar(&cfg.binary, "coppice", "bin/coppice", "the server binary")
 	flag.StringVar(&cfg.profile, "cpuprofile", "", "write a CPU profile of the run to this `file`")
+	gibs := flag.Int64("gib", 1, "GiB of data of the disks that are exported and imported")
 	flag.Parse()
+	if *gibs <= 0 {
+		return fmt.Errorf("-gib %d", *gibs)
+	}
+	cfg.dense = *gibs * gib
 	if cfg.only, err = regexp.Compile(*only); err != nil {
 		return err
 	}

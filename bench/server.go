@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -34,14 +35,21 @@ func startServer(ctx context.Context, cfg config) (*server, error) {
 	if err := os.WriteFile(pw, []byte(password+"\n"), 0o600); err != nil {
 		return nil, err
 	}
-	const address = "127.0.0.1:18080"
+	address, err := freeAddress()
+	if err != nil {
+		return nil, err
+	}
+	secure, err := freeAddress()
+	if err != nil {
+		return nil, err
+	}
 	logFile, err := os.Create(filepath.Join(cfg.scratch, "server.log"))
 	if err != nil {
 		return nil, err
 	}
 	defer logFile.Close()
 	cmd := exec.Command(cfg.binary, "serve", "--data", filepath.Join(cfg.scratch, "data"),
-		"--admin-password-file", pw, "--http", address, "--https", "127.0.0.1:18443")
+		"--admin-password-file", pw, "--http", address, "--https", secure)
 	cmd.Stdout, cmd.Stderr = logFile, logFile
 	if err := cmd.Start(); err != nil {
 		return nil, err
@@ -54,6 +62,15 @@ func startServer(ctx context.Context, cfg config) (*server, error) {
 		return nil, errors.Join(fmt.Errorf("%w\n%s", err, text), s.stop())
 	}
 	return s, nil
+}
+
+// freeAddress is a TCP address on loopback that nobody listens on at the moment.
+func freeAddress() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	return l.Addr().String(), l.Close()
 }
 
 func (s *server) login(ctx context.Context) error {
@@ -137,29 +154,41 @@ func (s *server) destroyVDI(ctx context.Context, vdi string) error {
 	return s.call(ctx, &void, "VDI.destroy", s.session, vdi)
 }
 
-// download GETs url into w.
-func (s *server) download(ctx context.Context, url string, w io.Writer) error {
+// open GETs url and returns the body and its length, -1 when that is not known.
+// The client asks for no coding unless header does.
+func (s *server) open(ctx context.Context, url string, header map[string]string) (io.ReadCloser, int64, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
-		return err
+		return nil, 0, err
+	}
+	req.Header.Set("Accept-Encoding", "identity")
+	req.Header.Set("User-Agent", "coppice-bench") // Go's own name gets no gzip
+	for name, value := range header {
+		req.Header.Set(name, value)
 	}
 	resp, err := s.client.Do(req)
 	if err != nil {
-		return err
+		return nil, 0, err
 	}
-	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
 		text, _ := io.ReadAll(resp.Body)
-		return fmt.Errorf("%s: %s", resp.Status, text)
+		return nil, 0, errors.Join(fmt.Errorf("%s: %s", resp.Status, text), resp.Body.Close())
 	}
-	n, err := io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{resp.Body}, make([]byte, 1<<20))
+	return resp.Body, resp.ContentLength, nil
+}
+
+// download GETs url into w.
+func (s *server) download(ctx context.Context, url string, w io.Writer, header map[string]string) error {
+	body, length, err := s.open(ctx, url, header)
 	if err != nil {
 		return err
 	}
-	if resp.ContentLength >= 0 && n != resp.ContentLength {
-		return fmt.Errorf("%d of %d bytes came", n, resp.ContentLength)
+	defer body.Close()
+	n, err := io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{body}, make([]byte, mib))
+	if err == nil && length >= 0 && n != length {
+		err = fmt.Errorf("%d of %d bytes came", n, length)
 	}
-	return nil
+	return err
 }
 
 // downloadFile GETs url into a new file.
@@ -168,7 +197,7 @@ func (s *server) downloadFile(ctx context.Context, url, path string) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(s.download(ctx, url, f), f.Close())
+	return errors.Join(s.download(ctx, url, f, nil), f.Close())
 }
 
 // uploadFile PUTs a file to url and waits for the end of the response.

@@ -8,6 +8,9 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
+	"sync"
+	"time"
 )
 
 const (
@@ -41,138 +44,211 @@ func makeImage(path string, seed byte, size, data int64) (err error) {
 	return f.Sync()
 }
 
-// benchVHD moves a 4 GiB disk with 1 GiB of data out and in.
-func benchVHD(ctx context.Context, cfg config, srv *server) (err error) {
-	raw, vhd := filepath.Join(cfg.scratch, "disk.img"), filepath.Join(cfg.scratch, "disk.vhd")
-	out := filepath.Join(cfg.scratch, "out")
-	if err := makeImage(raw, 1, 4*gib, gib); err != nil {
-		return err
-	}
-	vdi, err := srv.createVDI(ctx, 4*gib)
+// scatterNoise writes noise over data bytes of an image, in runs of run bytes
+// at different places that follow from the seed.
+func scatterNoise(path string, seed byte, data, run int64) (err error) {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
-	if err := srv.importFile(ctx, vdi, "raw", raw); err != nil {
-		return err
-	}
-	if err := srv.downloadFile(ctx, srv.exportURL(vdi, "vhd", ""), vhd); err != nil {
-		return err
-	}
-	st, err := os.Stat(vhd)
+	defer func() { err = errors.Join(err, f.Close()) }()
+	st, err := f.Stat()
 	if err != nil {
 		return err
 	}
+	noise := rand.NewChaCha8([32]byte{seed})
+	places := rand.New(noise).Perm(int(st.Size() / run))
+	buf := make([]byte, run)
+	for _, at := range places[:data/run] {
+		_, _ = noise.Read(buf) // cannot fail
+		if _, err := f.WriteAt(buf, int64(at)*run); err != nil {
+			return err
+		}
+	}
+	return f.Sync()
+}
+
+// benchFirstByte waits for the first byte of an export of a nearly empty disk
+// of 1 TiB.
+func benchFirstByte(ctx context.Context, cfg config, srv *server) error {
+	d, err := srv.newDisk(ctx, cfg, "", tib, cfg.dense)
+	if err != nil {
+		return err
+	}
+	snap, err := srv.snapshotVDI(ctx, d.vdi)
+	if err != nil {
+		return err
+	}
+	var cs []contestant
+	first := func(name, url string) {
+		cs = append(cs, contestant{name, 0, func(ctx context.Context) error {
+			body, _, err := srv.open(ctx, url, nil)
+			if err != nil {
+				return err
+			}
+			defer body.Close()
+			_, err = io.ReadFull(body, make([]byte, 1))
+			return err
+		}, nil})
+	}
+	for _, f := range imageFormats {
+		first(f.name, srv.exportURL(d.vdi, f.name, ""))
+	}
+	first("vhd, delta of nothing", srv.exportURL(d.vdi, "vhd", snap))
+	err = compare(ctx, cfg, "First byte of an export of a disk of 1 TiB with "+bytesText(cfg.dense)+" of data", cs...)
+	return errors.Join(err, srv.destroyVDI(ctx, snap), srv.dropDisk(ctx, d))
+}
+
+// benchEight exports one disk eight times at once, and imports eight.
+func benchEight(ctx context.Context, cfg config, srv *server) error {
+	const many = 8
+	cfg = cfg.fewer()
+	size := cfg.dense / 4
+	d, err := srv.newDisk(ctx, cfg, "", size, size)
+	if err != nil {
+		return err
+	}
+	// atOnce runs n transfers and notes how many times as long the last one
+	// took as the first.
+	var unfair []float64
+	atOnce := func(n int, transfer func(ctx context.Context, i int) error) func(context.Context) error {
+		return func(ctx context.Context) error {
+			errs, times := make([]error, n), make([]time.Duration, n)
+			var all sync.WaitGroup
+			for i := range n {
+				all.Go(func() {
+					start := time.Now()
+					errs[i] = transfer(ctx, i)
+					times[i] = time.Since(start)
+				})
+			}
+			all.Wait()
+			if n > 1 {
+				unfair = append(unfair, float64(slices.Max(times))/float64(slices.Min(times)))
+			}
+			return errors.Join(errs...)
+		}
+	}
+	run := func(title string, transfer func(ctx context.Context, i int) error, clean func() error) error {
+		unfair = nil
+		if err := compare(ctx, cfg, title,
+			contestant{"eight at once", many * size, atOnce(many, transfer), clean},
+			contestant{"one", size, atOnce(1, transfer), clean},
+		); err != nil {
+			return err
+		}
+		fmt.Printf("  the slowest of eight took %.2f times as long as the fastest\n", slices.Max(unfair[1:]))
+		return nil
+	}
+	for _, f := range imageFormats {
+		url, image := srv.exportURL(d.vdi, f.name, ""), filepath.Join(cfg.scratch, "disk.image")
+		err := run(f.name+" export of a full disk of "+bytesText(size)+" to a sink", func(ctx context.Context, _ int) error { return srv.drain(ctx, url, nil) }, nil)
+		if err != nil {
+			return err
+		}
+		if err := srv.downloadFile(ctx, url, image); err != nil {
+			return err
+		}
+		targets := make([]string, many)
+		err = run(f.name+" import of a full disk of "+bytesText(size), func(ctx context.Context, i int) (err error) {
+			if targets[i], err = srv.createVDI(ctx, size); err != nil {
+				return err
+			}
+			return srv.importFile(ctx, targets[i], f.name, image)
+		}, func() (err error) {
+			for i, vdi := range targets {
+				if vdi != "" {
+					err = errors.Join(err, srv.destroyVDI(ctx, vdi))
+				}
+				targets[i] = ""
+			}
+			return err
+		})
+		if err := errors.Join(err, os.Remove(image)); err != nil {
+			return err
+		}
+	}
+	return srv.dropDisk(ctx, d)
+}
+
+// changedRun is how long each of the changes of benchDelta is, in bytes.
+const changedRun = 64 << 10
+
+// benchDelta exports what has changed of a full disk, scattered over it, and
+// of an empty one of 1 TiB.
+func benchDelta(ctx context.Context, cfg config, srv *server) error {
+	cfg = cfg.fewer()
 	lim, err := startLimit()
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, lim.Close()) }()
-
-	if err := srv.resetPeak(); err != nil {
-		return err
-	}
-	err = compare(ctx, cfg, "VHD export of a 4 GiB disk with 1 GiB of data, to a file",
-		contestant{"coppice", st.Size(), func(ctx context.Context) error {
-			return srv.downloadFile(ctx, srv.exportURL(vdi, "vhd", ""), out)
-		}, remove(out)},
-		contestant{"limit (HTTP + CRC32C, same client)", st.Size(), func(ctx context.Context) error {
-			return srv.downloadFile(ctx, lim.base+vhd, out)
-		}, remove(out)},
-		contestant{"qemu-img convert raw → vpc", st.Size(), command("qemu-img", "convert", "-f", "raw", "-O", "vpc",
-			"-o", "subformat=dynamic,force_size=on", raw, out), remove(out)},
-		contestant{"cp of the same file", st.Size(), command("cp", "--sparse=never", "--reflink=never", vhd, out), remove(out)},
-	)
-	if err != nil {
-		return err
-	}
-	if err := printPeak(srv); err != nil {
-		return err
-	}
-
-	if err := srv.resetPeak(); err != nil {
-		return err
-	}
-	var target string
-	err = compare(ctx, cfg, "VHD import of the same file into an empty disk (ours and the limit are on disk at the end)",
-		contestant{"coppice", st.Size(), func(ctx context.Context) (err error) {
-			if target, err = srv.createVDI(ctx, 4*gib); err != nil {
+	for _, size := range []int64{cfg.dense, tib} {
+		d, err := srv.newDisk(ctx, cfg, "", size, cfg.dense)
+		if err != nil {
+			return err
+		}
+		snaps := []string{}
+		base, err := srv.snapshotVDI(ctx, d.vdi)
+		if err != nil {
+			return err
+		}
+		for i, permille := range []int64{1, 10, 100} {
+			if size != cfg.dense && permille > 10 {
+				break // is the same as of the full one
+			}
+			changed := cfg.dense * permille / 1000 / changedRun * changedRun
+			if err := scatterNoise(d.raw, byte(2+i), changed, changedRun); err != nil {
 				return err
 			}
-			return srv.importFile(ctx, target, "vhd", vhd)
-		}, func() error { return srv.destroyVDI(ctx, target) }},
-		contestant{"limit (HTTP + CRC32C + fdatasync)", st.Size(), func(ctx context.Context) error {
-			return srv.uploadFile(ctx, lim.base+out, vhd)
-		}, remove(out)},
-		contestant{"qemu-img convert vpc → raw (no sync)", st.Size(), command("qemu-img", "convert", "-f", "vpc", "-O", "raw", vhd, out), remove(out)},
-		contestant{"qemu-img convert vpc → raw (-t writeback)", st.Size(), command("qemu-img", "convert", "-t", "writeback", "-f", "vpc", "-O", "raw", vhd, out), remove(out)},
-		contestant{"cp of the same file (no sync)", st.Size(), command("cp", "--sparse=never", "--reflink=never", vhd, out), remove(out)},
-	)
-	if err != nil {
-		return err
+			image := filepath.Join(cfg.scratch, "changed.qcow2")
+			if err := command("qemu-img", "convert", "-f", "raw", "-O", "qcow2", d.raw, image)(ctx); err != nil {
+				return err
+			}
+			if err := errors.Join(srv.importFile(ctx, d.vdi, "qcow2", image), os.Remove(image)); err != nil {
+				return err
+			}
+			after, err := srv.snapshotVDI(ctx, d.vdi)
+			if err != nil {
+				return err
+			}
+			title := fmt.Sprintf("Delta export of %.1f %% of %s, scattered in runs of 64 KiB over a disk of %s, to a sink",
+				float64(permille)/10, bytesText(cfg.dense), bytesText(size))
+			if err := compareDelta(ctx, cfg, srv, lim, title, after, base, changed); err != nil {
+				return err
+			}
+			snaps, base = append(snaps, base), after
+		}
+		for _, s := range append(snaps, base) {
+			if err := srv.destroyVDI(ctx, s); err != nil {
+				return err
+			}
+		}
+		if err := srv.dropDisk(ctx, d); err != nil {
+			return err
+		}
 	}
-	if err := printPeak(srv); err != nil {
-		return err
-	}
-	return errors.Join(srv.destroyVDI(ctx, vdi), os.Remove(raw), os.Remove(vhd))
-}
-
-func printPeak(srv *server) error {
-	peak, err := srv.peakRSS()
-	if err != nil {
-		return err
-	}
-	fmt.Printf("  peak resident memory of the server meanwhile: %d MiB\n", peak)
 	return nil
 }
 
-// benchDelta exports 64 MiB of changes of a 1 TiB disk.
-func benchDelta(ctx context.Context, cfg config, srv *server) error {
-	const changed = 64 * mib
-	raw := filepath.Join(cfg.scratch, "changed.img")
-	if err := makeImage(raw, 2, changed, changed); err != nil {
-		return err
-	}
-	base := filepath.Join(cfg.scratch, "base.img")
-	if err := makeImage(base, 3, 2*gib, 2*gib); err != nil {
-		return err
-	}
-	prepare := func(size int64) (vdi, before, after string, err error) {
-		if vdi, err = srv.createVDI(ctx, size); err != nil {
-			return
+// compareDelta exports a delta in the formats that have them, beside the limit
+// sending as many bytes.
+func compareDelta(ctx context.Context, cfg config, srv *server, lim *limit, title, after, base string, changed int64) error {
+	var cs []contestant
+	for _, format := range []string{"qcow2", "vhd"} {
+		url, file := srv.exportURL(after, format, base), filepath.Join(cfg.scratch, "delta."+format)
+		if err := srv.downloadFile(ctx, url, file); err != nil {
+			return err
 		}
-		if err = srv.importFile(ctx, vdi, "raw", base); err != nil {
-			return
+		st, err := os.Stat(file)
+		if err != nil {
+			return err
 		}
-		if before, err = srv.snapshotVDI(ctx, vdi); err != nil {
-			return
-		}
-		if err = srv.importFile(ctx, vdi, "raw", raw); err != nil {
-			return
-		}
-		after, err = srv.snapshotVDI(ctx, vdi)
-		return
+		cs = append(cs,
+			contestant{fmt.Sprintf("%s, %d MiB", format, st.Size()>>20), st.Size(), func(ctx context.Context) error { return srv.drain(ctx, url, nil) }, nil},
+			contestant{"limit, the same bytes", st.Size(), func(ctx context.Context) error { return srv.drain(ctx, lim.base+file, nil) }, nil},
+		)
 	}
-	export := func(vdi, base string) func(context.Context) error {
-		return func(ctx context.Context) error {
-			return srv.download(ctx, srv.exportURL(vdi, "vhd", base), io.Discard)
-		}
-	}
-	vdiL, beforeL, afterL, err := prepare(tib)
-	if err != nil {
-		return err
-	}
-	vdiS, beforeS, afterS, err := prepare(4 * gib)
-	if err != nil {
-		return err
-	}
-	err = compare(ctx, cfg, "Delta export of 64 MiB changed, to a sink",
-		contestant{"delta, 1 TiB disk", changed, export(afterL, beforeL), nil},
-		contestant{"delta, 4 GiB disk", changed, export(afterS, beforeS), nil},
-		contestant{"full export of the 1 TiB disk (2 GiB of data)", 2 * gib, export(afterL, ""), nil},
-		contestant{"reading a file of 64 MiB (cat)", changed, command("cat", raw), nil},
-	)
-	for _, v := range []string{vdiL, beforeL, afterL, vdiS, beforeS, afterS} {
-		err = errors.Join(err, srv.destroyVDI(ctx, v))
-	}
-	return errors.Join(err, os.Remove(raw), os.Remove(base))
+	cs = append(cs, contestant{"the whole disk as vhd", 0, func(ctx context.Context) error { return srv.drain(ctx, srv.exportURL(after, "vhd", ""), nil) }, nil})
+	return compare(ctx, cfg, fmt.Sprintf("%s (%d MiB have changed)", title, changed>>20), cs...)
 }
