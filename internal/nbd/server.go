@@ -262,7 +262,7 @@ func (c *conn) dismiss() {
 // cut ends the connection now.
 func (c *conn) cut() {
 	c.cancel()
-	c.raw.Close()
+	_ = c.raw.Close() // fails when it is closed already
 }
 
 // serve runs the connection from beginning to end.
