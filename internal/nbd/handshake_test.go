@@ -1,10 +1,12 @@
 package nbd
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"slices"
+	"sync"
 	"testing"
 )
 
@@ -129,4 +131,76 @@ func TestExportName(t *testing.T) {
 	if _, err := d.ExportName("nothing"); !errors.Is(err, io.EOF) {
 		t.Errorf("unknown export: %v, want the end", err)
 	}
+}
+
+// TestLongList lists ten thousand exports, to a client that listens and to one
+// that does not and goes.
+func TestLongList(t *testing.T) {
+	_, v := newVolume(t, 1<<20)
+	exports := map[string]*Export{}
+	for i := range 10_000 {
+		exports[fmt.Sprintf("%036d", i)] = &Export{Device: v}
+	}
+	r := newRig(t, exports, Options{}, nil)
+	deaf := r.begin()
+	if _, err := deaf.nc.Write(option(optList, nil)); err != nil {
+		t.Fatal(err)
+	}
+	names, err := r.begin().List()
+	if err != nil || len(names) != len(exports) || !slices.IsSorted(names) {
+		t.Errorf("%d names, %v, want %d in order", len(names), err, len(exports))
+	}
+	deaf.nc.Close()
+}
+
+// TestFloodOfOptions has a client send options without waiting for answers, of
+// every size that is looked at and beyond. It gets as many answers and can
+// still open an export.
+func TestFloodOfOptions(t *testing.T) {
+	_, v := newVolume(t, 1<<20)
+	r := newRig(t, map[string]*Export{"disk": {Device: v}}, Options{}, nil)
+	d := r.begin()
+	if err := d.Structured(); err != nil {
+		t.Fatal(err)
+	}
+	const rounds = 50
+	var sending sync.WaitGroup
+	sending.Go(func() {
+		queries := append(appendString(nil, "disk"), 0, 0, 0x3f, 0)
+		queries = append(queries, make([]byte, 4*0x3f00-1)...) // nearly that many empty strings
+		for i := range rounds {
+			for _, o := range [][]byte{
+				option(optInfo, append(appendString(nil, "none"), 0, 0)),
+				option(optListMetaContext, queries[:len(queries)-i]),
+				option(99, make([]byte, i*maxOption/rounds)),
+				option(optSetMetaContext, make([]byte, maxOption+i)),
+			} {
+				if _, err := d.nc.Write(o); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		}
+	})
+	for i := range 4 * rounds {
+		var h [20]byte
+		if _, err := io.ReadFull(d.in, h[:]); err != nil {
+			t.Fatalf("answer %d: %v", i, err)
+		}
+		if typ := binary.BigEndian.Uint32(h[12:]); typ < repErrSmallestCode {
+			t.Fatalf("answer %d to option %d is of type %d, want a refusal", i, binary.BigEndian.Uint32(h[8:]), typ)
+		}
+		if _, err := io.CopyN(io.Discard, d.in, int64(binary.BigEndian.Uint32(h[16:]))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sending.Wait()
+	c, err := d.Go("disk")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.ReadAt(make([]byte, 1), 0); err != nil {
+		t.Error(err)
+	}
+	c.Abort()
 }

@@ -30,6 +30,13 @@
 // Requests of one connection run concurrently and are answered in the order
 // in which they end. conn.go explains who runs what.
 //
+// # Stopping
+//
+// At the end of the server or of an Export.Context requests that have been
+// begun are answered and the connection is closed. Those that have not are not
+// answered with ESHUTDOWN: clients that connect again repeat what has no
+// answer, but pass an error on to whoever uses the disk.
+//
 // # Memory
 //
 // A request holds at most [pieceSize] bytes however long it is: longer reads
