@@ -243,6 +243,7 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 		Version:      build.version,
 		DataDir:      string(data),
 		HostAddress:  func() string { return o.address(i.endpoints) },
+		Certificate:  i.cert.Current,
 		NBD:          i.nbd.describe(o.address(i.endpoints), i.cert),
 		Sources:      server.NewSources(o.pullFrom, o.idle),
 

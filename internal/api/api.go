@@ -45,6 +45,7 @@ package api
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -81,6 +82,10 @@ type Config struct {
 	HostAddress func() string    // address clients reach the server at; nil means 127.0.0.1
 	Now         func() time.Time // nil means time.Now
 
+	// Certificate returns what TLS listeners show now, nil while it is in the
+	// making; nil means that there are none.
+	Certificate func() *x509.Certificate
+
 	// NBD tells where the server listens for NBD; nil means nowhere.
 	NBD func() NBDEndpoints
 
@@ -113,6 +118,8 @@ type API struct {
 	claims   claimTable
 	repos    repoTable
 	nbd      nbdTable
+
+	failedLogins failedLogins
 
 	scheduler *scheduler
 
@@ -156,6 +163,10 @@ func New(ctx context.Context, cfg Config) (*API, error) {
 	}
 	a.background.Go(a.collect)
 	a.background.Go(a.scheduler.loop)
+	a.background.Go(a.tellFailedLogins)
+	if cfg.Certificate != nil {
+		a.background.Go(a.followCertificate)
+	}
 	return a, nil
 }
 

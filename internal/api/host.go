@@ -21,6 +21,7 @@ func hostMethods() map[string]any {
 		"host.enable":                  (*API).hostEnable,
 		"host.disable":                 (*API).hostDisable,
 		"host.sync_data":               (*API).hostSyncData,
+		"host.get_server_certificate":  (*API).hostGetServerCertificate,
 	}
 }
 

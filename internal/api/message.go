@@ -3,6 +3,8 @@ package api
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"coppice/internal/db"
@@ -14,6 +16,7 @@ func messageMethods() map[string]any {
 		"message.create":                (*API).messageCreate,
 		"message.destroy":               (*API).messageDestroy,
 		"message.destroy_many":          (*API).messageDestroyMany,
+		"message.destroy_all":           (*API).messageDestroyAll,
 		"message.get":                   (*API).messageGet,
 		"message.get_since":             (*API).messageGetSince,
 		"message.get_all":               (*API).messageGetAll,
@@ -116,6 +119,21 @@ func (a *API) messageDestroyMany(ctx context.Context, c *Call, refs []xapi.Ref[x
 			}
 		}
 		return nil
+	})
+}
+
+// messageDestroyAll destroys all messages. What filters there may be is nowhere
+// said, and none is taken: more than was meant would go.
+func (a *API) messageDestroyAll(ctx context.Context, c *Call, filters map[string]string) error {
+	for _, key := range slices.Sorted(maps.Keys(filters)) {
+		return xapi.NewError(xapi.ErrValueNotSupported, "filters", key, "There are no filters of messages")
+	}
+	return a.db.Update(ctx, func(tx *db.Tx) error {
+		var all []xapi.Ref[xapi.Message]
+		for ref := range db.All[xapi.Message](tx) {
+			all = append(all, ref)
+		}
+		return deleteEach(tx, all)
 	})
 }
 

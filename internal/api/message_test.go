@@ -71,3 +71,19 @@ func TestMessagesBounded(t *testing.T) {
 		t.Errorf("%d messages, the oldest of %d", n, oldest.Unix())
 	}
 }
+
+// All messages go, and no filter is guessed at.
+func TestMessageDestroyAll(t *testing.T) {
+	c := newCore(t)
+	for _, body := range []string{"one", "two"} {
+		c.update(func(tx *db.Tx) error { return c.alert(tx, "VM_SNAPSHOTTED", xapi.ClsVM, "a-uuid", body) })
+	}
+	c.wantFailure("VALUE_NOT_SUPPORTED|filters|priority", c.root, "message.destroy_all", map[string]string{"priority": "3"})
+	if n := len(c.call("message.get_all").([]xapi.Ref[xapi.Message])); n != 2 {
+		t.Errorf("%d messages, want 2", n)
+	}
+	c.call("message.destroy_all", map[string]string{})
+	if n := len(c.call("message.get_all").([]xapi.Ref[xapi.Message])); n != 0 {
+		t.Errorf("%d messages are left", n)
+	}
+}

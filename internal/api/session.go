@@ -145,6 +145,7 @@ func (a *API) authenticate(ctx context.Context, o Origin, user, password string)
 		}
 		if !ok {
 			a.log.Warn("login refused", "user", user, "peer", o.Peer, "agent", o.UserAgent)
+			a.failedLogins.add(o, user, a.now())
 			return nil, errAuthentication(user)
 		}
 	}

@@ -173,6 +173,17 @@ func (c *Certificate) Wait(ctx context.Context) error {
 // Leaf returns the parsed certificate, after Wait.
 func (c *Certificate) Leaf() *x509.Certificate { return c.loaded.Load().Leaf }
 
+// Current returns the parsed certificate, nil while it is in the making.
+func (c *Certificate) Current() *x509.Certificate {
+	select {
+	case <-c.ready:
+	default:
+		return nil
+	}
+	c.follow(time.Now())
+	return c.loaded.Load().Leaf
+}
+
 // TLS returns the configuration of a TLS listener that uses c. TLS 1.2 with
 // an ECDHE-RSA suite on P-384 is what the stock xe client offers, and nothing
 // but HTTP/1 can be taken over by a handler.
