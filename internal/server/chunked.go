@@ -11,7 +11,7 @@ import (
 // little-endian, and so many bytes of data, again and again. An offset and a
 // length of 0 are its end. Parts may overlap and come in any order.
 func readChunked(ctx context.Context, body io.Reader, _ int64, u *upload) error {
-	return u.receive(ctx, func(next func() (*piece, error), send func(*piece)) error {
+	return u.receive(ctx, func(_ context.Context, next func() (*piece, error), send func(*piece)) error {
 		for {
 			var head [12]byte
 			if _, err := io.ReadFull(body, head[:]); err != nil {

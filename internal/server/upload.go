@@ -127,8 +127,8 @@ type piece struct {
 
 // receive stores the pieces that read cuts out of the body, each one while
 // the next is being received. read gets buffers of uploadChunk bytes and
-// reslices them.
-func (u *upload) receive(ctx context.Context, read func(next func() (*piece, error), send func(*piece)) error) error {
+// reslices them; its context ends when a write fails, too.
+func (u *upload) receive(ctx context.Context, read func(ctx context.Context, next func() (*piece, error), send func(*piece)) error) error {
 	buffers := make([]*piece, writeBehind)
 	for i := range buffers {
 		buffers[i] = &piece{data: make([]byte, uploadChunk)}
@@ -136,7 +136,7 @@ func (u *upload) receive(ctx context.Context, read func(next func() (*piece, err
 	produce := func(ctx context.Context, next func() (*piece, error), send func(*piece)) error {
 		// When a write fails, the client may be sending nothing for long.
 		defer context.AfterFunc(ctx, u.interrupt)()
-		return read(func() (*piece, error) {
+		return read(ctx, func() (*piece, error) {
 			p, err := next()
 			if err == nil {
 				p.data, p.zero = p.data[:uploadChunk], 0
@@ -167,7 +167,7 @@ func readRaw(ctx context.Context, body io.Reader, length int64, u *upload) error
 	if length < 0 {
 		total = u.size
 	}
-	return u.receive(ctx, func(next func() (*piece, error), send func(*piece)) error {
+	return u.receive(ctx, func(_ context.Context, next func() (*piece, error), send func(*piece)) error {
 		for off := u.offset; off < u.size; {
 			p, err := next()
 			if err != nil {
@@ -226,7 +226,7 @@ func readVHD(ctx context.Context, body io.Reader, length int64, u *upload) error
 	if r.LastBlock() >= u.size {
 		return badBody("the image has data at byte %d, the disk ends at %d", r.LastBlock(), u.size)
 	}
-	return u.receive(ctx, func(next func() (*piece, error), send func(*piece)) error {
+	return u.receive(ctx, func(_ context.Context, next func() (*piece, error), send func(*piece)) error {
 		for {
 			run, err := r.Next()
 			switch {

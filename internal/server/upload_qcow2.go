@@ -20,8 +20,9 @@ func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) err
 		}
 		return u.scratch(size)
 	}
+	reading := ctx // ends early when a write fails
 	r, err := qcow2.NewReader(body, qcow2.ReaderOptions{
-		Length: length, Spool: scratch, Check: func() error { return context.Cause(ctx) },
+		Length: length, Spool: scratch, Check: func() error { return context.Cause(reading) },
 	})
 	if err != nil {
 		return &bodyError{err}
@@ -38,7 +39,8 @@ func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) err
 	if length < 0 {
 		total = r.Size()
 	}
-	return u.receive(ctx, func(next func() (*piece, error), send func(*piece)) error {
+	return u.receive(ctx, func(ctx context.Context, next func() (*piece, error), send func(*piece)) error {
+		reading = ctx
 		for {
 			run, err := r.Next()
 			if err == io.EOF {

@@ -21,7 +21,7 @@ func readTar(ctx context.Context, body io.Reader, length int64, u *upload) error
 	if length < 0 {
 		total = u.size
 	}
-	return u.receive(ctx, func(next func() (*piece, error), send func(*piece)) error {
+	return u.receive(ctx, func(_ context.Context, next func() (*piece, error), send func(*piece)) error {
 		for {
 			off, data, err := r.Next()
 			if err == io.EOF {

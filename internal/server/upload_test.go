@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"testing/iotest"
 	"testing/synctest"
@@ -269,6 +270,68 @@ func TestUploadStorageFails(t *testing.T) {
 			})
 		})
 	}
+}
+
+// tablesOnly is a qcow2 image of which the first of its L2 tables refers to
+// data and all others are empty. All of them come before the L1 table, so that
+// they are read from scratch space.
+func tablesOnly(tables int) []byte {
+	const cluster = 512
+	l1 := (1 + tables + 1) * cluster
+	b := make([]byte, l1+8*tables)
+	be := binary.BigEndian
+	be.PutUint32(b, 0x514649FB)
+	be.PutUint32(b[4:], 2)
+	be.PutUint32(b[20:], 9) // bits of a cluster
+	be.PutUint64(b[24:], uint64(tables*cluster/8*cluster))
+	be.PutUint32(b[36:], uint32(tables))
+	be.PutUint64(b[40:], uint64(l1))
+	data := (1 + tables) * cluster
+	be.PutUint64(b[cluster:], uint64(data)) // the first entry of the first table
+	copy(b[data:], "data")
+	for i := range tables {
+		be.PutUint64(b[l1+8*i:], uint64((1+i)*cluster))
+	}
+	return b
+}
+
+// tableReads is scratch space that counts reads, and makes all but the first
+// ones wait.
+type tableReads struct {
+	storage.Volume
+	n       int
+	waiting chan struct{}
+}
+
+func (s *tableReads) ReadAt(p []byte, off int64) (int, error) {
+	if s.n++; s.n > 2 { // the first table and its data
+		<-s.waiting
+	}
+	return s.Volume.ReadAt(p, off)
+}
+
+// A store that fails ends an upload also when there are many tables left that
+// say nothing.
+func TestUploadStorageFailsBetweenTables(t *testing.T) {
+	const tables = 128
+	image := tablesOnly(tables)
+	repo := testRepo(t)
+	v := &watched{Volume: testDisk(t, repo, 1, make([]byte, 4*mib)), fail: func(int64) error { return errTest }}
+	space := testDisk(t, repo, 2, make([]byte, mib))
+	synctest.Test(t, func(t *testing.T) {
+		s := &tableReads{Volume: space, waiting: make(chan struct{})}
+		u := &upload{
+			size: 4 * mib, overlay: storage.NewOverlay(v), done: func(int64, int64) {},
+			interrupt: sync.OnceFunc(func() { close(s.waiting) }),
+			scratch:   func(int64) (storage.Volume, error) { return s, nil },
+		}
+		if err := readQcow2(t.Context(), bytes.NewReader(image), int64(len(image)), u); err != errTest {
+			t.Errorf("error is %v, want %v", err, errTest)
+		}
+		if s.n > 3 {
+			t.Errorf("%d reads of scratch space, want none after the write failed", s.n)
+		}
+	})
 }
 
 // A cancelled upload ends at once, also while the client is silent.

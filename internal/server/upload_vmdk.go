@@ -22,7 +22,7 @@ func readVMDK(ctx context.Context, body io.Reader, length int64, u *upload) erro
 	if length < 0 {
 		total = r.Size()
 	}
-	return u.receive(ctx, func(next func() (*piece, error), send func(*piece)) error {
+	return u.receive(ctx, func(_ context.Context, next func() (*piece, error), send func(*piece)) error {
 		p, err := next()
 		if err != nil {
 			return err
