@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"os"
+	"reflect"
 	"runtime"
 	"slices"
 	"strconv"
@@ -39,13 +40,20 @@ func (a *API) bootstrap(ctx context.Context) error {
 	}
 	if !first {
 		return a.db.Update(ctx, func(tx *db.Tx) error {
+			before := a.maker(tx)
 			if err := a.refreshHost(tx); err != nil {
 				return err
 			}
 			if err := a.ensureTemplates(tx); err != nil {
 				return err
 			}
-			return cmpErr(a.refreshRoles(tx), a.refreshSMs(tx))
+			if err := cmpErr(a.refreshRoles(tx), a.refreshSMs(tx)); err != nil {
+				return err
+			}
+			if !reflect.DeepEqual(before, a.maker(tx)) {
+				tx.Renew()
+			}
+			return nil
 		})
 	}
 	create := func(tx *db.Tx) error {
@@ -78,6 +86,19 @@ func (a *API) bootstrap(ctx context.Context) error {
 		}
 		return a.createDefaultSR(tx, ref, drv, config)
 	})
+}
+
+// maker is what the records say of the program and of its choices, from which
+// follows all that is not in the database: which operations are allowed, and
+// how records look. Where it changes, event tokens of before are worth nothing.
+func (a *API) maker(tx *db.Tx) (facts []any) {
+	if _, h, err := a.host(tx); err == nil {
+		facts = append(facts, h.SoftwareVersion)
+	}
+	for _, sm := range db.All[xapi.SM](tx) {
+		facts = append(facts, sm.Type, sm.Features)
+	}
+	return facts
 }
 
 // pool returns the one pool.

@@ -33,6 +33,8 @@ func eventMethods() map[string]any {
 // a revision, and waits for the next commit when there is nothing. A token is
 // a revision. Clients that are slow get the latest state once instead of
 // every step; a deletion whose tombstone is gone shows in valid_ref_counts.
+// Over a restart, revisions are kept as far as the history of the database
+// goes; an older token is answered as if it were the first.
 
 const (
 	// eventQuiet is how long nothing must follow the commit that woke a waiting
@@ -108,21 +110,22 @@ func classesOf(subs []subscription) (classes []*xapi.Class) {
 	return classes
 }
 
-// formatToken makes a token of a revision. Upstream's has two numbers, one of
-// them for messages; here all objects share one.
-func formatToken(revision uint64) string { return fmt.Sprintf("%020d,%020d", revision, revision) }
+// formatToken makes a token of a position. Upstream's has two numbers as well,
+// but there one is for messages.
+func formatToken(p db.Position) string { return fmt.Sprintf("%020d,%020d", p.Revision, p.Lasting) }
 
 // parseToken is the reverse of formatToken; "" is the beginning of time.
-func parseToken(token string) (uint64, error) {
+func parseToken(token string) (p db.Position, err error) {
 	if token == "" {
-		return 0, nil
+		return p, nil
 	}
 	first, second, ok := strings.Cut(token, ",")
 	revision, err := strconv.ParseUint(first, 10, 64)
-	if _, also := strconv.ParseUint(second, 10, 64); !ok || err != nil || also != nil {
-		return 0, xapi.NewError(xapi.ErrEventFromTokenParseFailure, token)
+	lasting, also := strconv.ParseUint(second, 10, 64)
+	if !ok || err != nil || also != nil {
+		return p, xapi.NewError(xapi.ErrEventFromTokenParseFailure, token)
 	}
-	return revision, nil
+	return db.Position{Revision: revision, Lasting: lasting}, nil
 }
 
 // changes returns what happened to the objects of subs after a revision: adds,
@@ -180,7 +183,7 @@ func (a *API) eventFrom(ctx context.Context, c *Call, classes []string, token st
 	if err != nil {
 		return nil, err
 	}
-	after, err := parseToken(token)
+	from, err := parseToken(token)
 	if err != nil {
 		return nil, err
 	}
@@ -193,13 +196,10 @@ func (a *API) eventFrom(ctx context.Context, c *Call, classes []string, token st
 
 	batch := &xapi.EventBatch{}
 	for {
-		var seen uint64
+		var seen db.Position
 		err := a.db.View(func(tx *db.Tx) error {
-			seen = tx.Revision()
-			if after > seen { // of another database: begin again
-				after = 0
-			}
-			batch.Events, _ = a.changes(tx, subs, after)
+			seen = tx.Position()
+			batch.Events, _ = a.changes(tx, subs, a.db.Since(tx, from))
 			if len(batch.Events) > 0 || ctx.Err() != nil {
 				batch.ValidRefCounts = a.refCounts(tx)
 			}
@@ -215,8 +215,8 @@ func (a *API) eventFrom(ctx context.Context, c *Call, classes []string, token st
 			batch.Token = formatToken(seen)
 			return batch, nil
 		}
-		after = seen // up to there nothing is of interest
-		a.awaitChange(ctx, subs, seen)
+		from = seen // up to there nothing is of interest
+		a.awaitChange(ctx, subs, seen.Revision)
 	}
 }
 
@@ -264,13 +264,13 @@ func (a *API) awaitChange(ctx context.Context, subs []subscription, seen uint64)
 // eventInject makes an object look modified and returns a token that precedes
 // that, so that event.from with it returns at once.
 func (a *API) eventInject(ctx context.Context, c *Call, class, ref string) (string, error) {
-	var before uint64
+	var before db.Position
 	err := a.db.Update(ctx, func(tx *db.Tx) error {
 		actual, ok := tx.ClassOf(ref)
 		if !ok || actual.Name != class {
 			return xapi.NewError(xapi.ErrHandleInvalid, class, ref)
 		}
-		before = tx.Revision() - 1
+		before = tx.Position()
 		return tx.Touch(actual, ref)
 	})
 	if err != nil {

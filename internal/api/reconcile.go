@@ -73,7 +73,7 @@ func (a *API) openStorage(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := a.db.Update(ctx, a.refreshAll); err != nil {
+	if err := a.db.Settle(ctx, a.refreshAll); err != nil {
 		return err
 	}
 	a.repos.wake = make(chan struct{}, 1)
@@ -220,6 +220,9 @@ func (a *API) watchUsage() {
 			if err := a.noteDamage(a.ctx, repo, false); err != nil && a.ctx.Err() == nil {
 				a.log.Warn("what is damaged is not recorded", "sr", repo.sr, "err", err)
 			}
+		}
+		if err := a.db.Sync(a.ctx); err != nil && a.ctx.Err() == nil {
+			a.log.Warn("event tokens may not survive a crash", "err", err)
 		}
 		a.markStores(a.ctx)
 	}

@@ -51,6 +51,35 @@ func (tx *Tx) Changes(c *xapi.Class, after uint64) (changes iter.Seq[Change], co
 	return seq, after == 0 || after >= t.floor
 }
 
+// Position names a state of the database so that this run and later ones know what has changed since.
+type Position struct {
+	Revision uint64 // of the state
+	Lasting  uint64 // of the last change to what later runs have, too
+}
+
+// Position returns the position of the state; in an Update, of the one that it builds on.
+func (tx *Tx) Position() Position {
+	if tx.writable {
+		return Position{tx.revision - 1, tx.lasting}
+	}
+	return Position{tx.revision, tx.lasting}
+}
+
+// Since returns the revision to ask Changes for when p is all that the client knows. It is 0, the beginning, when not
+// everything that has happened since p is known: p is of another database or of a state of this one that was given up
+// for an older copy, or from so long ago that it is forgotten, or from the last moments before a crash.
+func (d *DB) Since(tx *Tx, p Position) (after uint64) {
+	switch {
+	case p.Revision > tx.revision:
+		return 0
+	case p.Revision >= d.opened:
+		return p.Revision
+	case d.past.knows(p.Lasting):
+		return p.Lasting
+	}
+	return 0
+}
+
 // Revision returns the revision of the visible state.
 func (d *DB) Revision() uint64 { return d.visible.Load().revision }
 

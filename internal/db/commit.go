@@ -15,6 +15,7 @@ const reserve = 1 << 20
 type commit struct {
 	state *state
 	rows  []Row
+	sync  bool       // the history shall tell of the state, too
 	done  chan error // receives the outcome once
 }
 
@@ -64,7 +65,7 @@ func (d *DB) enqueue(c *commit) error {
 	if q.mu.err != nil {
 		return q.mu.err
 	}
-	if !q.mu.busy && len(q.mu.waiting) == 0 && len(c.rows) == 0 && c.state.revision <= q.mu.ceiling {
+	if !q.mu.busy && len(q.mu.waiting) == 0 && len(c.rows) == 0 && !c.sync && c.state.revision <= q.mu.ceiling {
 		d.publish(c.state)
 		c.done <- nil
 		return nil
@@ -126,14 +127,22 @@ func (d *DB) commitLoop() {
 
 // write makes a group of commits durable in one batch and returns the revision that is stored then.
 func (d *DB) write(group []*commit, ceiling uint64) (uint64, error) {
-	last := group[len(group)-1].state.revision
+	last := group[len(group)-1].state
 	var rows []Row
+	sync := false
 	for _, c := range group {
 		rows = append(rows, c.rows...)
+		sync = sync || c.sync
 	}
-	if len(rows) == 0 && last <= ceiling {
+	if len(rows) == 0 && last.revision <= ceiling && !(sync && last.lasting > d.history.logged) {
 		return ceiling, nil
 	}
-	ceiling = last + reserve
-	return ceiling, d.store.Commit(context.Background(), Batch{Revision: ceiling, Rows: rows})
+	reserved := last.revision + reserve
+	e := d.history.next(last, ceiling, reserved)
+	err := d.store.Commit(context.Background(), Batch{Revision: reserved, Rows: append(rows, d.history.rows(e)...)})
+	if err != nil {
+		return ceiling, err
+	}
+	d.history.add(e)
+	return reserved, nil
 }

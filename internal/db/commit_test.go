@@ -42,6 +42,16 @@ func count[T any](t *testing.T, d *db.DB) (n int) {
 	return n
 }
 
+// objectRows counts the rows of a batch that are objects of the model.
+func objectRows(b db.Batch) (n int) {
+	for _, r := range b.Rows {
+		if xapi.Datamodel().Classes[r.Class] != nil {
+			n++
+		}
+	}
+	return n
+}
+
 // TestGroupCommit holds the first commit in the store while more updates queue: they share the second, nothing
 // is visible before it is durable, and updates in memory keep their place in the order.
 func TestGroupCommit(t *testing.T) {
@@ -57,8 +67,8 @@ func TestGroupCommit(t *testing.T) {
 			synctest.Wait()
 		}
 		start(addVDI)
-		if b := <-s.entered; len(b.Rows) != 1 {
-			t.Errorf("first batch has %d rows", len(b.Rows))
+		if n := objectRows(<-s.entered); n != 1 {
+			t.Errorf("first batch has %d rows", n)
 		}
 		for range 20 {
 			start(addVDI)
@@ -74,8 +84,8 @@ func TestGroupCommit(t *testing.T) {
 			t.Errorf("%d VDIs and %d tasks are visible before they are durable", n, m)
 		}
 		s.answer <- nil
-		if b := <-s.entered; len(b.Rows) != 20 {
-			t.Errorf("second batch has %d rows, want 20", len(b.Rows))
+		if n := objectRows(<-s.entered); n != 20 {
+			t.Errorf("second batch has %d rows, want 20", n)
 		}
 		synctest.Wait()
 		if n := count[xapi.VDI](t, d); n != 1 {
@@ -104,6 +114,7 @@ func TestGroupCommit(t *testing.T) {
 type gated struct {
 	store   *gateStore
 	db      *db.DB
+	opened  uint64 // revision
 	updates sync.WaitGroup
 	errs    chan error // what they returned
 }
@@ -122,6 +133,7 @@ func refused(t *testing.T, answer error) *gated {
 	if g.db, err = db.Open(t.Context(), xapi.Datamodel(), g.store); err != nil {
 		t.Fatal(err)
 	}
+	g.opened = g.db.Revision()
 	g.start(addVDI)
 	<-g.store.entered
 	g.start(addVDI)
@@ -145,7 +157,7 @@ func TestStoreFailure(t *testing.T) {
 				t.Errorf("got %v, want a StoreError", err)
 			}
 		}
-		if n, m := count[xapi.VDI](t, d), count[xapi.Task](t, d); n != 0 || m != 0 || d.Revision() != 1 {
+		if n, m := count[xapi.VDI](t, d), count[xapi.Task](t, d); n != 0 || m != 0 || d.Revision() != g.opened {
 			t.Errorf("%d VDIs and %d tasks of failed updates are visible at revision %d", n, m, d.Revision())
 		}
 		if err := d.Close(); err != nil {
@@ -166,8 +178,8 @@ func TestFullStore(t *testing.T) {
 			}
 		}
 		g.start(addVDI)
-		if b := <-s.entered; len(b.Rows) != 1 {
-			t.Errorf("a later batch has %d rows, want 1", len(b.Rows))
+		if n := objectRows(<-s.entered); n != 1 {
+			t.Errorf("a later batch has %d rows, want 1", n)
 		}
 		s.answer <- nil
 		g.updates.Wait()
@@ -293,7 +305,9 @@ func TestUnknownDataIsKept(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		n++
+		if row.Class != "coppice:history" {
+			n++
+		}
 		const want = `"future \"field":{"a":[1]}`
 		if row.Class == "VDI" && (!bytes.Contains(row.Data, []byte(want)) || !bytes.Contains(row.Data, []byte(`"name_label":"changed"`))) {
 			t.Errorf("stored %s", row.Data)

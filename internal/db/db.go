@@ -3,6 +3,7 @@ package db
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -24,6 +25,14 @@ type DB struct {
 
 	commits   commitQueue
 	committer sync.WaitGroup
+	history   *history // the committer's
+
+	opened uint64 // the revision at which the database was opened
+	past   past   // what is known of earlier runs
+
+	// told are the digests of what clients may have seen, before the restart, of the fields that do not survive one,
+	// until Settle has compared them. The writer lock guards it.
+	told map[rowKey]uint32
 
 	closed   chan struct{} // closed by Close
 	closing  sync.Once
@@ -33,6 +42,8 @@ type DB struct {
 // state is a version of the whole database. It is immutable.
 type state struct {
 	revision uint64
+	renewed  uint64 // the latest revision at which everything counts as created anew
+	lasting  uint64 // the revision of the last change to objects of classes that survive a restart
 	tables   []*table
 	next     chan struct{} // closed when a newer state is visible
 }
@@ -59,25 +70,34 @@ func open(ctx context.Context, m *xapi.Model, s Store) (*DB, error) {
 		writer:  make(chan struct{}, 1),
 		closed:  make(chan struct{}),
 	}
-	// The stored revision is not below any that was handed out. Objects get the next one, so that they are
-	// newer than every token.
+	// The stored revision is not below any that was handed out.
+	d.opened = stored + 1 + rand.Uint64N(openingJump)
 	tx := &Tx{
-		classes: d.classes, tables: make([]*table, len(m.Ordered)), revision: stored + 1,
+		classes: d.classes, tables: make([]*table, len(m.Ordered)), revision: d.opened,
 		writable: true, owned: make([]bool, len(m.Ordered)),
 	}
 	for i, c := range m.Ordered {
 		d.classes[c] = i
 		tx.tables[i], tx.owned[i] = newTable(c, tx.revision), true
 	}
-	if err := tx.load(m, rows); err != nil {
+	l := loader{tx: tx, model: m, stored: stored}
+	if err := l.load(rows); err != nil {
 		return nil, err
 	}
-	d.head = &state{revision: tx.revision, tables: tx.tables, next: make(chan struct{})}
+	d.past, d.told = l.past, l.told
+	d.history = &l.past.ring
+	d.history.logged, d.history.first = d.opened, true
+	d.head = &state{revision: tx.revision, lasting: d.history.logged, tables: tx.tables, next: make(chan struct{})}
+	d.past.stamps = nil
 	d.visible.Store(d.head)
 	d.commits.init(stored)
 	d.committer.Go(d.commitLoop)
 	return d, nil
 }
+
+// openingJump is by how much the first revision of a run may exceed the last that may have been handed out. The jump is
+// random, so that two continuations of one database do not use the same revisions.
+const openingJump = 1 << 32
 
 // Close waits for the updates that have begun, then closes the store. Later updates return ErrClosed; the
 // last visible state can still be viewed.
@@ -88,6 +108,7 @@ func (d *DB) Close() error {
 		<-d.writer
 		d.commits.close()
 		d.committer.Wait()
+		d.conclude()
 		d.closeErr = d.store.Close()
 	})
 	return d.closeErr
@@ -96,7 +117,7 @@ func (d *DB) Close() error {
 // View calls fn with the visible state and returns its error.
 func (d *DB) View(fn func(*Tx) error) error {
 	s := d.visible.Load()
-	return fn(&Tx{classes: d.classes, tables: s.tables, revision: s.revision})
+	return fn(&Tx{classes: d.classes, tables: s.tables, revision: s.revision, lasting: s.lasting})
 }
 
 // Update calls fn once with a transaction that it may change. When fn returns an error nothing has happened,
@@ -130,13 +151,53 @@ func (d *DB) Advance(ctx context.Context, beyond uint64) error {
 		return nil
 	}
 	c, err := d.apply(ctx, beyond, func(tx *Tx) error {
-		tx.restamp()
+		tx.Renew()
 		return nil
 	})
 	if err != nil {
 		return err
 	}
 	return <-c.done
+}
+
+// Settle is the Update with which whoever opened the database brings back what does not survive a restart, before
+// anybody else uses it. What fn changes of fields that do not survive one makes no object modified; but those count as
+// modified of which that differs, when fn has returned, from what the history says that clients were told.
+func (d *DB) Settle(ctx context.Context, fn func(*Tx) error) error {
+	return d.Update(ctx, func(tx *Tx) error {
+		tx.settling = d.opened
+		if err := fn(tx); err != nil {
+			return err
+		}
+		for key, told := range d.told {
+			t := tx.tables[key.class]
+			if o, ok := t.objects.Get(key.ref); ok && o.modified < d.opened && t.digest(o.rec) != told {
+				tx.replace(tx.own(t.class), o, o.rec, tx.revision)
+			}
+		}
+		d.told = nil
+		return nil
+	})
+}
+
+// Sync makes the positions of all visible states known to later runs, even when the process is killed. Every commit of
+// what survives a restart implies it, and so does Close.
+func (d *DB) Sync(ctx context.Context) error {
+	c, err := d.apply(ctx, 0, func(tx *Tx) error {
+		tx.sync = true
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return <-c.done
+}
+
+// conclude has the history tell of the last state. When it cannot, later runs know less of positions, nothing else.
+func (d *DB) conclude() {
+	if d.commits.mu.err == nil {
+		_, _ = d.write([]*commit{{state: d.visible.Load(), sync: true}}, d.commits.mu.ceiling)
+	}
 }
 
 // apply runs fn at a revision greater than beyond, and queues its result.
@@ -164,19 +225,30 @@ func (d *DB) apply(ctx context.Context, beyond uint64, fn func(*Tx) error) (*com
 	}
 	tx := &Tx{
 		classes: d.classes, tables: slices.Clone(d.head.tables), revision: max(d.head.revision, beyond) + 1,
-		writable: true, owned: make([]bool, len(d.head.tables)),
+		lasting: d.head.lasting, writable: true, owned: make([]bool, len(d.head.tables)),
 	}
 	err = fn(tx)
 	tx.writable = false
 	if err != nil {
 		return nil, err
 	}
-	c := &commit{state: d.head, done: make(chan error, 1)}
+	c := &commit{state: d.head, sync: tx.sync || tx.renewed, done: make(chan error, 1)}
 	if tx.changed {
 		if c.rows, err = tx.rows(); err != nil {
 			return nil, err
 		}
-		c.state = &state{revision: tx.revision, tables: tx.tables, next: make(chan struct{})}
+		c.state = &state{
+			revision: tx.revision, renewed: d.head.renewed, lasting: d.head.lasting,
+			tables: tx.tables, next: make(chan struct{}),
+		}
+		for i, t := range tx.tables {
+			if tx.owned[i] && t.class.Persist {
+				c.state.lasting = tx.revision
+			}
+		}
+		if tx.renewed {
+			c.state.renewed = tx.revision
+		}
 	}
 	if err := d.enqueue(c); err != nil {
 		return nil, err

@@ -137,6 +137,7 @@ func TestChangesNeedAnUpdate(t *testing.T) {
 
 func TestMissingObjects(t *testing.T) {
 	d := open(t, db.NewMemStore())
+	opened := d.Revision()
 	update(t, d, func(tx *db.Tx) error {
 		none := xapi.Ref[xapi.VDI]("none")
 		wantCode(t, db.Modify(tx, none, func(*xapi.VDI) {}), xapi.ErrHandleInvalid, "VDI", "none")
@@ -144,7 +145,7 @@ func TestMissingObjects(t *testing.T) {
 		wantCode(t, tx.Touch(xapi.ClassOf[xapi.VDI](), "none"), xapi.ErrHandleInvalid, "VDI", "none")
 		return nil
 	})
-	if d.Revision() != 1 {
+	if d.Revision() != opened {
 		t.Errorf("an update without changes made revision %d", d.Revision())
 	}
 }

@@ -35,6 +35,19 @@
 // modified it last; a deleted object leaves a tombstone, of which each class keeps the latest few thousand.
 // Changes answers from these stamps what happened after a revision, and Wait waits for the next one, of any
 // class or of some, so a revision is all that an event token needs to hold. Revisions never go back, not even over a crash: the
-// store holds a revision that is ahead of all that were handed out. After a restart everything counts as
-// created at the opening revision, so an older token selects everything.
+// store holds a revision that is ahead of all that were handed out.
+//
+// # Restarts
+//
+// With every batch goes an entry of the history: which objects have changed since the entry before, at which revisions
+// they were created, modified or deleted, and a digest of what clients were told of them that does not survive a
+// restart. It is a row of its own in the same transaction, and a ring: the last 4,096 batches and 32,768 changes are
+// kept, about a megabyte. Open gives the objects their revisions back from it; what it does not tell of has not changed
+// since the oldest entry. So a Position of an earlier run is good for Since as long as the history goes back that far.
+// Otherwise, and when the store was used by a program without history, or the position was never in the history because
+// the process was killed before a commit or Sync, everything counts as new to its owner.
+//
+// Who opens the database calls Settle before others use it, to put back what does not survive a restart. An object
+// that is as clients saw it keeps its revision; what had been going on with one at the end, and is not any more, makes
+// it a modified one.
 package db

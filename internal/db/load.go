@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"iter"
 	"runtime"
+	"slices"
 	"sync"
 
 	"coppice/internal/xapi"
@@ -23,30 +24,78 @@ type loaded struct {
 	err     error
 }
 
-// load fills the tables of tx, which nobody else has seen yet, with all rows.
-func (tx *Tx) load(m *xapi.Model, rows iter.Seq2[Row, error]) error {
+// loader fills the tables of a transaction, which nobody else has seen yet, with all rows of a store.
+type loader struct {
+	tx     *Tx
+	model  *xapi.Model
+	stored uint64 // revision of the store
+
+	history map[string][]byte // rows by slot
+
+	past past
+	told map[rowKey]uint32 // see DB
+}
+
+func (l *loader) load(rows iter.Seq2[Row, error]) error {
+	tx := l.tx
 	tx.loading = true
-	for l := range tx.decoded(m, rows) {
-		if l.err != nil {
-			return l.err
+	l.history = make(map[string][]byte)
+	for r := range l.decoded(rows) {
+		if r.err != nil {
+			return r.err
 		}
-		if err := tx.insert(l.codec.class, l.row.Ref, l.rec, l.unknown); err != nil {
-			return &CorruptError{Class: l.row.Class, Ref: l.row.Ref, Err: err}
+		// When it was created and modified is told by the history, which may come last.
+		if err := tx.insert(r.codec.class, &object{ref: r.row.Ref, rec: r.rec, unknown: r.unknown}); err != nil {
+			return &CorruptError{Class: r.row.Class, Ref: r.row.Ref, Err: err}
 		}
 	}
 	tx.loading = false
-	for _, t := range tx.tables { // links have changed records in place
-		t.objects.Scan(func(_ string, o *object) bool {
-			o.seal = sealOf(o.rec)
-			return true
-		})
+	l.past = remember(l.stored, l.history)
+	l.told = make(map[rowKey]uint32)
+	for i, t := range tx.tables {
+		l.stamp(i, t)
 	}
 	return nil
 }
 
+// stamp gives the objects of a table, and its tombstones, the revisions that the history tells.
+func (l *loader) stamp(ordinal int, t *table) {
+	known := t.class.Persist && l.past.stamps != nil
+	if known {
+		t.floor = l.past.base
+	}
+	stamps := l.past.stamps[t.class.Name]
+	objects := make([]*object, 0, t.objects.Len())
+	t.objects.Scan(func(ref string, o *object) bool {
+		o.created, o.modified = t.floor, t.floor
+		if s := stamps[ref]; s != nil {
+			o.created, o.modified = s.created, s.modified
+			l.told[rowKey{ordinal, ref}] = s.told
+			delete(stamps, ref)
+		}
+		o.seal = sealOf(o.rec) // links have changed it in place
+		objects = append(objects, o)
+		return true
+	})
+	slices.SortFunc(objects, compareStamps)
+	for _, o := range objects {
+		t.byStamp.Load(o)
+	}
+	graves := objects[:0]
+	for ref, s := range stamps {
+		if s.deleted {
+			graves = append(graves, &object{ref: ref, created: s.created, modified: s.modified})
+		}
+	}
+	slices.SortFunc(graves, compareStamps)
+	for _, grave := range graves {
+		t.entomb(grave)
+	}
+}
+
 // decoded yields the rows of classes that the model knows in their order, up to the first error. They are decoded on
 // all processors, a few batches ahead of the caller.
-func (tx *Tx) decoded(m *xapi.Model, rows iter.Seq2[Row, error]) iter.Seq[loaded] {
+func (l *loader) decoded(rows iter.Seq2[Row, error]) iter.Seq[loaded] {
 	return func(yield func(loaded) bool) {
 		ctx, stop := context.WithCancel(context.Background())
 		batches := make(chan chan []loaded, runtime.GOMAXPROCS(0)) // in order; each gets one batch
@@ -81,15 +130,18 @@ func (tx *Tx) decoded(m *xapi.Model, rows iter.Seq2[Row, error]) iter.Seq[loaded
 				return true
 			}
 			for row, err := range rows {
-				c := m.Classes[row.Class]
+				c := l.model.Classes[row.Class]
 				switch {
 				case err != nil:
 					batch = append(batch, loaded{err: err})
+				case row.Class == historyClass:
+					l.history[row.Ref] = bytes.Clone(row.Data)
+					continue
 				case c == nil:
 					continue
 				default:
 					row.Data = bytes.Clone(row.Data)
-					batch = append(batch, loaded{row: row, codec: tx.table(c).codec})
+					batch = append(batch, loaded{row: row, codec: l.tx.table(c).codec})
 				}
 				if (len(batch) == loadBatch || err != nil) && !send() || err != nil {
 					return

@@ -141,6 +141,74 @@ type dbModel struct {
 	changed map[string]stamp // revisions of creation and last real change
 	deleted map[string]stamp // modified: revision of the deletion
 	opened  uint64           // revision at the last open
+
+	clients []*client
+}
+
+// client is somebody who has followed the changes of a database up to a position and then paused.
+type client struct {
+	at   db.Position
+	seen records // of classes that survive a restart
+}
+
+// persistent leaves out what does not survive a restart as a whole.
+func (r records) persistent() records {
+	out := maps.Clone(r)
+	maps.DeleteFunc(out, func(name string, _ map[string]any) bool { return !class(name).Persist })
+	return out
+}
+
+// pause has a client stop here who has seen everything.
+func (m *dbModel) pause(*rapid.T) {
+	_ = m.db.View(func(tx *db.Tx) error {
+		m.clients = append(m.clients, &client{tx.Position(), actual(tx).persistent()})
+		return nil
+	})
+}
+
+// resume has a paused client catch up: from what it has seen and what is told to it comes what is.
+func (m *dbModel) resume(t *rapid.T) {
+	if len(m.clients) == 0 {
+		t.Skip("nobody has paused")
+	}
+	_ = m.db.View(func(tx *db.Tx) error {
+		m.catchUp(t, tx, rapid.SampledFrom(m.clients).Draw(t, "client"))
+		return nil
+	})
+}
+
+func (m *dbModel) catchUp(t *rapid.T, tx *db.Tx, c *client) {
+	after := m.db.Since(tx, c.at)
+	if after != 0 && after != c.at.Revision && after != c.at.Lasting {
+		t.Fatalf("since %+v is after %d", c.at, after)
+	}
+	got := make(records)
+	for name, objects := range c.seen {
+		got[name] = make(map[string]any)
+		if after > 0 {
+			got[name] = maps.Clone(objects)
+		}
+		changes, complete := tx.Changes(class(name), after)
+		if !complete {
+			t.Fatalf("%s: changes after %d are not complete", name, after)
+		}
+		for ch := range changes {
+			_, had := objects[ch.Ref]
+			switch {
+			case ch.Deleted && after > 0 && !had:
+				t.Fatalf("%s is deleted, but the client has never seen it", ch.Ref)
+			case ch.Deleted:
+				delete(got[name], ch.Ref)
+			case ch.Created <= after && !had:
+				t.Fatalf("%s is only modified, but the client has never seen it", ch.Ref)
+			default:
+				got[name][ch.Ref] = class(name).Clone(ch.Rec)
+			}
+		}
+	}
+	if diff := diffRecords(actual(tx).persistent(), got.sorted()); diff != "" {
+		t.Fatalf("a client of %+v, told what came after %d, has (-want +got)\n%s", c.at, after, diff)
+	}
 }
 
 func (m *dbModel) open(t *rapid.T) {
@@ -150,32 +218,67 @@ func (m *dbModel) open(t *rapid.T) {
 		t.Fatal(err)
 	}
 	m.db, m.opened = d, d.Revision()
+	if err := d.Settle(context.Background(), func(*db.Tx) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
 }
 
-// reopen closes and opens the database: what is in memory only is gone, and everything is newer than before.
+// reopen closes and opens the database: what is in memory only is gone. Whoever paused after something lasting had
+// happened in the run goes on from there.
 func (m *dbModel) reopen(t *rapid.T) {
-	last, idle := m.db.Revision(), m.db.Revision() == m.opened
+	well, ran := m.store.left < 0, m.opened
+	m.pause(t)
+	last := m.clients[len(m.clients)-1].at
 	if err := m.db.Close(); err != nil {
 		t.Fatal(err)
 	}
 	m.open(t)
-	if m.opened < last || m.opened == last && !idle {
-		t.Fatalf("revision %d after %d", m.opened, last)
+	if m.opened <= last.Revision {
+		t.Fatalf("revision %d after %d", m.opened, last.Revision)
 	}
+	_ = m.db.View(func(tx *db.Tx) error {
+		if well && last.Lasting >= ran && m.db.Since(tx, last) == 0 {
+			t.Fatalf("position %+v of before an orderly restart is not known", last)
+		}
+		for _, c := range m.clients {
+			m.catchUp(t, tx, c)
+		}
+		return nil
+	})
 	m.touched, m.changed, m.deleted = map[string]touch{}, map[string]stamp{}, map[string]stamp{}
 	for _, name := range modelClasses {
 		c := class(name)
 		if !c.Persist {
 			clear(m.now[name])
 		}
-		for ref, rec := range m.now[name] {
+		for _, rec := range m.now[name] {
 			for _, f := range c.Fields {
 				if !f.Persist {
 					f.Set(rec, f.Get(c.New()))
 				}
 			}
-			m.changed[ref] = stamp{m.opened, m.opened}
 		}
+	}
+	_ = m.db.View(func(tx *db.Tx) error { // catchUp has checked what these are good for
+		for _, name := range modelClasses {
+			changes, _ := tx.Changes(class(name), 0)
+			for ch := range changes {
+				if !ch.Deleted {
+					m.changed[ch.Ref] = stamp{ch.Created, ch.Modified}
+				}
+			}
+		}
+		return nil
+	})
+}
+
+// sync makes the position known to later runs.
+func (m *dbModel) sync(t *rapid.T) {
+	if m.store.left >= 0 {
+		t.Skip("the store is about to fail")
+	}
+	if err := m.db.Sync(context.Background()); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -341,6 +444,8 @@ func (m *dbModel) commit(next records, written map[string]touch) {
 			if was[name][ref] == nil || written[ref].inserted == revision {
 				s.created = revision
 				delete(m.deleted, ref)
+				// References are not used again in life; whoever has seen the one before is not told of its end.
+				m.clients = slices.DeleteFunc(m.clients, func(c *client) bool { return c.seen[name][ref] != nil })
 			}
 			if s.created == revision || !reflect.DeepEqual(was[name][ref], rec) {
 				s.modified = revision
@@ -360,9 +465,6 @@ func (m *dbModel) check(t *rapid.T) {
 		for _, name := range modelClasses {
 			m.checkIndexes(t, tx, class(name))
 			m.checkChanges(t, tx, class(name), rapid.Uint64Range(m.opened, tx.Revision()).Draw(t, "after"))
-			if _, complete := tx.Changes(class(name), m.opened-1); complete && m.opened > 1 {
-				t.Fatal("changes from before the last open cannot be complete")
-			}
 		}
 		return nil
 	})
@@ -471,5 +573,8 @@ func runModel(t *rapid.T, base func() db.Store) {
 		"update": m.update,
 		"again":  m.update,
 		"reopen": m.reopen,
+		"pause":  m.pause,
+		"resume": m.resume,
+		"sync":   m.sync,
 	})
 }

@@ -26,7 +26,8 @@ type Store interface {
 	Close() error
 }
 
-// Row is the stored form of an object: its persistent fields as a JSON object by field name.
+// Row is the stored form of an object: its persistent fields as a JSON object by field name. Rows of class
+// "coppice:history" are something else: entries of the history, by slot.
 type Row struct {
 	Class string
 	Ref   string

@@ -3,6 +3,7 @@ package db
 import (
 	"cmp"
 	"encoding/json"
+	"reflect"
 	"strings"
 
 	"github.com/tidwall/btree"
@@ -34,10 +35,15 @@ type table struct {
 	uuid  *xapi.Field // nil when the class has no such field
 	label *xapi.Field
 
+	fleeting   []*xapi.Field // fields of a persistent class that do not survive a restart
+	operations *xapi.Field   // what is being done to an object; nil when the class has no such field
+
 	objects btree.Map[string, *object] // by reference
 	byUUID  btree.Map[string, string]  // reference by uuid
 	byLabel *btree.BTreeG[labelKey]
 	byStamp *btree.BTreeG[*object] // by revision of the last modification
+
+	busy btree.Map[string, struct{}] // references of the objects to which something is being done
 
 	graves btree.Map[string, *object] // tombstones by reference
 	byTime *btree.BTreeG[*object]     // tombstones by revision of the deletion
@@ -60,20 +66,20 @@ func lessLabel(a, b labelKey) bool {
 	return a.ref < b.ref
 }
 
-func lessStamp(a, b *object) bool {
-	if c := cmp.Compare(a.modified, b.modified); c != 0 {
-		return c < 0
-	}
-	return a.ref < b.ref
+func compareStamps(a, b *object) int {
+	return cmp.Or(cmp.Compare(a.modified, b.modified), strings.Compare(a.ref, b.ref))
 }
+
+func lessStamp(a, b *object) bool { return compareStamps(a, b) < 0 }
 
 func newTable(c *xapi.Class, floor uint64) *table {
 	noLocks := btree.Options{NoLocks: true, Degree: degree}
-	return &table{
+	t := &table{
 		class:   c,
 		codec:   newCodec(c),
 		uuid:    c.Field("uuid"),
 		label:   c.Field("name_label"),
+		busy:    *btree.NewMap[string, struct{}](degree),
 		byLabel: btree.NewBTreeGOptions(lessLabel, noLocks),
 		byStamp: btree.NewBTreeGOptions(lessStamp, noLocks),
 		byTime:  btree.NewBTreeGOptions(lessStamp, noLocks),
@@ -85,18 +91,30 @@ func newTable(c *xapi.Class, floor uint64) *table {
 		graves:  *btree.NewMap[string, *object](degree),
 		ghosts:  *btree.NewMap[string, any](degree),
 	}
+	if !c.Persist {
+		return t
+	}
+	t.operations = c.Field("current_operations")
+	for _, f := range c.Fields {
+		if !f.Persist && !f.Computed {
+			t.fleeting = append(t.fleeting, f)
+		}
+	}
+	return t
 }
 
 // clone returns a table of the given revision that can be changed without changing t. Only the writer may call it.
 func (t *table) clone(revision uint64) *table {
 	return &table{
 		class: t.class, codec: t.codec, uuid: t.uuid, label: t.label, floor: t.floor,
+		fleeting: t.fleeting, operations: t.operations,
 		changed: revision,
 		next:    make(chan struct{}),
 		objects: *t.objects.Copy(),
 		byUUID:  *t.byUUID.Copy(),
 		byLabel: t.byLabel.Copy(),
 		byStamp: t.byStamp.Copy(),
+		busy:    *t.busy.Copy(),
 		graves:  *t.graves.Copy(),
 		byTime:  t.byTime.Copy(),
 		ghosts:  *t.ghosts.Copy(),
@@ -109,6 +127,17 @@ func text(f *xapi.Field, rec any) string {
 		return ""
 	}
 	return *f.Pointer(rec).(*string)
+}
+
+// load adds an object of a store, best in the order of references. Its stamps and seal come later.
+func (t *table) load(o *object) {
+	t.objects.Load(o.ref, o)
+	if t.uuid != nil {
+		t.byUUID.Set(text(t.uuid, o.rec), o.ref)
+	}
+	if t.label != nil {
+		t.byLabel.Set(labelKey{text(t.label, o.rec), o.ref})
+	}
 }
 
 // put makes o the current version of its object.
@@ -129,6 +158,13 @@ func (t *table) put(o *object) {
 	} else if grave, ok := t.graves.Delete(o.ref); ok {
 		t.byTime.Delete(grave)
 	}
+	switch {
+	case t.operations == nil:
+	case reflect.ValueOf(t.operations.Pointer(o.rec)).Elem().Len() > 0:
+		t.busy.Set(o.ref, struct{}{})
+	default:
+		t.busy.Delete(o.ref)
+	}
 	if t.uuid != nil {
 		t.byUUID.Set(uuid, o.ref)
 	}
@@ -137,7 +173,7 @@ func (t *table) put(o *object) {
 	}
 }
 
-// bury deletes o and leaves a tombstone of the given revision. The oldest tombstones are dropped.
+// bury deletes o and leaves a tombstone of the given revision.
 func (t *table) bury(o *object, revision uint64) {
 	t.objects.Delete(o.ref)
 	t.byStamp.Delete(o)
@@ -147,8 +183,13 @@ func (t *table) bury(o *object, revision uint64) {
 	if t.label != nil {
 		t.byLabel.Delete(labelKey{text(t.label, o.rec), o.ref})
 	}
-	grave := &object{ref: o.ref, created: o.created, modified: revision}
-	t.graves.Set(o.ref, grave)
+	t.busy.Delete(o.ref)
+	t.entomb(&object{ref: o.ref, created: o.created, modified: revision})
+}
+
+// entomb adds a tombstone. The oldest ones are dropped.
+func (t *table) entomb(grave *object) {
+	t.graves.Set(grave.ref, grave)
 	t.byTime.Set(grave)
 	for t.byTime.Len() > maxTombstones {
 		oldest, _ := t.byTime.PopMin()

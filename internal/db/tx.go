@@ -1,7 +1,6 @@
 package db
 
 import (
-	"encoding/json"
 	"fmt"
 	"iter"
 	"slices"
@@ -17,11 +16,15 @@ type Tx struct {
 	classes  map[*xapi.Class]int
 	tables   []*table
 	revision uint64
+	lasting  uint64 // see state; in an Update, of the one that it builds on
 
 	// Only in an Update:
 	writable bool
 	owned    []bool // tables that are already a copy of our own
 	changed  bool
+	sync     bool     // the history shall tell of the state
+	renewed  bool     // everything counts as created by this transaction
+	settling uint64   // when not 0, what does not survive a restart may change of objects last modified before it
 	loading  bool     // nobody has seen the records yet: links may change them in place
 	dirty    []rowKey // persistent objects that changed, in order of their first change
 	isDirty  map[rowKey]struct{}
@@ -108,11 +111,12 @@ func (tx *Tx) ClassOf(ref string) (*xapi.Class, bool) {
 // is normalised (see xapi.Class.Normalize), and its computed sides are set to what refers to ref. The error
 // is ErrExists when the reference or the uuid is taken.
 func (tx *Tx) InsertAny(c *xapi.Class, ref string, rec any) error {
-	return tx.insert(c, ref, rec, nil)
+	return tx.insert(c, &object{ref: ref, rec: rec, created: tx.revision, modified: tx.revision})
 }
 
-// insert adds an object, with the stored fields that the model does not know.
-func (tx *Tx) insert(c *xapi.Class, ref string, rec any, unknown map[string]json.RawMessage) error {
+// insert adds an object, which it completes.
+func (tx *Tx) insert(c *xapi.Class, o *object) error {
+	ref, rec := o.ref, o.rec
 	if !tx.writable {
 		return ErrReadTx
 	}
@@ -130,9 +134,12 @@ func (tx *Tx) insert(c *xapi.Class, ref string, rec any, unknown map[string]json
 	t = tx.own(c)
 	ghost, _ := t.ghosts.Delete(ref)
 	c.CopyComputed(rec, ghost)
-	t.put(&object{
-		ref: ref, rec: rec, created: tx.revision, modified: tx.revision, unknown: unknown, seal: sealOf(rec),
-	})
+	if tx.loading {
+		t.load(o)
+	} else {
+		o.seal = sealOf(rec)
+		t.put(o)
+	}
 	tx.changed = true
 	tx.mark(c, ref)
 	tx.relink(c, ref, nil, rec)
@@ -165,10 +172,13 @@ func (tx *Tx) ModifyAny(c *xapi.Class, ref string, fn func(rec any)) error {
 			return fmt.Errorf("%w: %s %s would have the uuid of %s", ErrExists, c.Name, ref, taken)
 		}
 	}
-	tx.replace(t, old, rec)
+	modified := tx.revision
 	if slices.ContainsFunc(diff, func(f *xapi.Field) bool { return f.Persist }) {
 		tx.mark(c, ref)
+	} else if old.modified < tx.settling {
+		modified = old.modified
 	}
+	tx.replace(t, old, rec, modified)
 	tx.relink(c, ref, old.rec, rec)
 	return nil
 }
@@ -182,7 +192,7 @@ func (tx *Tx) Touch(c *xapi.Class, ref string) error {
 	if !ok {
 		return xapi.NewError(xapi.ErrHandleInvalid, c.Name, ref)
 	}
-	tx.replace(tx.own(c), o, o.rec)
+	tx.replace(tx.own(c), o, o.rec, tx.revision)
 	return nil
 }
 
@@ -209,16 +219,17 @@ func (tx *Tx) DeleteAny(c *xapi.Class, ref string) error {
 	return nil
 }
 
-// replace stores rec as the new version of old, stamped with the revision of this transaction.
-func (tx *Tx) replace(t *table, old *object, rec any) {
+// replace stores rec as the new version of old, modified at the given revision.
+func (tx *Tx) replace(t *table, old *object, rec any, modified uint64) {
 	t.put(&object{
-		ref: old.ref, rec: rec, created: old.created, modified: tx.revision, unknown: old.unknown, seal: sealOf(rec),
+		ref: old.ref, rec: rec, created: old.created, modified: modified, unknown: old.unknown, seal: sealOf(rec),
 	})
 	tx.changed = true
 }
 
-// restamp makes every object one that the transaction has created, and forgets all deletions.
-func (tx *Tx) restamp() {
+// Renew makes everything count as created by this Update, so that older tokens select everything. It is for a program
+// that makes something else of the same objects than the one that had them before.
+func (tx *Tx) Renew() {
 	for i, old := range tx.tables {
 		t := newTable(old.class, tx.revision)
 		t.codec, t.ghosts = old.codec, *old.ghosts.Copy()
@@ -230,7 +241,7 @@ func (tx *Tx) restamp() {
 		})
 		tx.tables[i], tx.owned[i] = t, true
 	}
-	tx.changed = true
+	tx.changed, tx.renewed = true, true
 }
 
 // mark remembers that the row of an object must be written, if its class has rows.

@@ -10,6 +10,9 @@
 //	bucket "class"
 //	    bucket <class name>
 //	        <reference>  JSON object of the persistent fields, by field name
+//	    bucket "coppice:history"
+//	        <slot, 4 digits>  which objects a commit has changed; see package db. Without it, or when its last
+//	                          entry is not of the stored revision, nothing is known of earlier changes
 //
 // A file of a newer version is refused with a *FormatError. A commit is one bbolt transaction: it is durable,
 // or after a crash it never happened. Rows of classes that the program does not know stay where they are.

@@ -1,0 +1,137 @@
+package api
+
+import (
+	"maps"
+	"slices"
+	"testing"
+
+	"coppice/internal/db"
+	"coppice/internal/xapi"
+)
+
+// told lists what a batch tells, as "class operation" by reference.
+func told(batch *xapi.EventBatch) map[string]string {
+	m := map[string]string{}
+	for _, ev := range batch.Events {
+		m[ev.Ref] = ev.Class + " " + string(ev.Operation)
+	}
+	return m
+}
+
+// A token of before a restart selects after it what has happened since, and
+// of what a start does itself only what it changes.
+func TestEventTokensSurviveARestart(t *testing.T) {
+	r := newRig(t)
+	gone, stays := r.vm("gone"), r.vm("stays")
+	disk := r.disk(8 << 20)
+	r.call("VDI.snapshot", disk, map[string]any{})
+	r.call("message.create", "kept", 1, "VM", record(r.core, stays).UUID, "")
+	token := r.from("", 0, "*").Token
+	for i := range 3 {
+		r.restart()
+		got := told(r.from(token, 0, "*"))
+		maps.DeleteFunc(got, func(_, what string) bool {
+			return what == "host mod" || what == "host_metrics mod" ||
+				what == "vm_metrics mod" && i == 0 // whose last_updated does not survive
+		})
+		if len(got) > 0 {
+			t.Errorf("told after a restart: %v", got)
+		}
+		token = r.from("", 0, "*").Token
+	}
+
+	r.call("VM.destroy", gone)
+	r.call("VDI.set_name_label", disk, "renamed")
+	passing := r.vm("passing")
+	r.call("VM.destroy", passing)
+	born := r.vm("born")
+	message := r.call("message.create", "new", 1, "VM", record(r.core, stays).UUID, "").(xapi.Ref[xapi.Message])
+	r.restart()
+	batch := r.from(token, 0, "vm", "vdi", "message")
+	want := map[string]string{
+		string(gone): "vm del", string(disk): "vdi mod", string(born): "vm add", string(message): "message add",
+	}
+	if got := told(batch); !maps.Equal(got, want) {
+		t.Errorf("told: %v, want %v", got, want)
+	}
+	if n := int64(len(r.call("VM.get_all").([]string))); batch.ValidRefCounts["vm"] != n || batch.ValidRefCounts["message"] != 2 {
+		t.Errorf("counts %d and %d, want %d and 2", batch.ValidRefCounts["vm"], batch.ValidRefCounts["message"], n)
+	}
+	if again := r.from(batch.Token, 0, "vm", "vdi", "message"); len(again.Events) != 0 {
+		t.Errorf("told again: %s", summary(again))
+	}
+	// A token that this server has not given out yet is one of another server.
+	if far := r.from(formatToken(db.Position{Revision: 1 << 60, Lasting: 1 << 60}), 0, "vm"); slices.ContainsFunc(far.Events, func(ev *xapi.Event) bool {
+		return ev.Operation != xapi.EventOperationAdd
+	}) || len(far.Events) == 0 {
+		t.Errorf("told to a token from the future: %s", summary(far))
+	}
+}
+
+// crash starts the API on what a crash in the middle of a call would leave now
+// of the database.
+func (r *rig) crash(c *Call) {
+	r.t.Helper()
+	t, left := r.t, db.NewMemStore()
+	revision, rows, err := r.store.Load(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := db.Batch{Revision: revision}
+	for row, err := range rows {
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.Rows = append(b.Rows, row)
+	}
+	if err := left.Commit(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	c.end(Result{}, nil)
+	r.stop(t)
+	r.store = &faultStore{Store: left, faults: r.faults}
+	r.start(t)
+}
+
+// What was being done when the server was killed is not being done any more,
+// which whoever saw it is told, and nobody else.
+func TestEventTokensSurviveACrash(t *testing.T) {
+	r := newRig(t)
+	busy, idle := r.disk(8<<20), r.disk(8<<20)
+	c := r.begun()
+	before := r.from("", 0, "vdi").Token
+	if _, err := c.Claim(t.Context(), nil, claimOn(busy, xapi.VDIOperationsDestroy)); err != nil {
+		t.Fatal(err)
+	}
+	r.call("VDI.set_name_label", idle, "renamed") // makes durable what has been told
+	during := r.from(before, 0, "vdi").Token
+	r.crash(c)
+	if got, want := told(r.from(during, 0, "vdi")), map[string]string{string(busy): "vdi mod"}; !maps.Equal(got, want) {
+		t.Errorf("told to who saw the operation: %v, want %v", got, want)
+	}
+	want := map[string]string{string(busy): "vdi mod", string(idle): "vdi mod"}
+	if got := told(r.from(before, 0, "vdi")); !maps.Equal(got, want) {
+		t.Errorf("told to who did not: %v, want %v", got, want)
+	}
+	if ops := record(r.core, busy).AllowedOperations; !slices.Contains(ops, xapi.VDIOperationsSnapshot) {
+		t.Errorf("allowed: %v", ops)
+	}
+}
+
+// A program that may make something else of the same records tells everything.
+func TestEventTokensOfAnotherVersion(t *testing.T) {
+	r := newRig(t)
+	vm := r.vm("vm")
+	token := r.from("", 0, "vm").Token
+	r.adjust = func(cfg *Config) { cfg.Version = "1.2.4" }
+	r.restart()
+	if got := told(r.from(token, 0, "vm")); got[string(vm)] != "vm add" {
+		t.Errorf("told by another version: %v", got)
+	}
+	token = r.from("", 0, "sr").Token
+	r.adjust = func(cfg *Config) { cfg.Version, cfg.RevertByClone = "1.2.4", true }
+	r.restart()
+	if got := told(r.from(token, 0, "sr")); got[string(r.sr)] != "sr add" {
+		t.Errorf("told by one that reverts otherwise: %v", got)
+	}
+}
