@@ -231,8 +231,9 @@ type conn struct {
 	transmission
 }
 
-// inputBuffer is how much may be read ahead of the requests, in bytes.
-const inputBuffer = 64 << 10
+// inputBuffer is how much may be read ahead of the requests, in bytes: with
+// one call about as many writes of 4 KiB as clients have under way.
+const inputBuffer = 128 << 10
 
 func newConn(s *Server, nc net.Conn, config *tls.Config) *conn {
 	c := &conn{srv: s, raw: &socket{Conn: nc}, tls: config, log: s.log}
