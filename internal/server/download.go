@@ -43,8 +43,28 @@ type download struct {
 // newDownload is everything of a disk.
 func newDownload(ref xapi.Ref[xapi.VDI], vdi *xapi.VDI, v storage.Volume) *download {
 	return &download{ref: string(ref), vdi: vdi, volume: v, extents: func(ctx context.Context) iter.Seq2[storage.Extent, error] {
-		return v.Extents(ctx, 0, v.Size())
+		return allExtents(ctx, v)
 	}}
+}
+
+// firstLook is how much of a disk is looked at for its first extent, in bytes.
+const firstLook = 64 << 20
+
+// allExtents are the extents of a volume. Its start is asked for on its own: a
+// driver may look at much before it yields anything, and what is sent without a
+// plan can begin meanwhile.
+func allExtents(ctx context.Context, v storage.Volume) iter.Seq2[storage.Extent, error] {
+	return func(yield func(storage.Extent, error) bool) {
+		size := v.Size()
+		first := min(firstLook, size)
+		for _, part := range [][2]int64{{0, first}, {first, size - first}} {
+			for e, err := range v.Extents(ctx, part[0], part[1]) {
+				if !yield(e, err) || err != nil {
+					return
+				}
+			}
+		}
+	}
 }
 
 // tooLarge says that a format holds at most limit bytes.

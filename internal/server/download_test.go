@@ -348,3 +348,57 @@ func TestIdentify(t *testing.T) {
 		t.Error("a malformed uuid was accepted")
 	}
 }
+
+// The two looks at a disk see it as one does.
+func TestAllExtents(t *testing.T) {
+	repo := testRepo(t)
+	if _, err := repo.Create(t.Context(), storage.Spec{ID: testID(1), Size: firstLook + 8*mib}); err != nil {
+		t.Fatal(err)
+	}
+	v := testOpen(t, repo, 1, storage.Live)
+	for off, n := range map[int64]int{mib: mib, firstLook - 2*mib: 4 * mib} {
+		if _, err := v.WriteAt(bytes.Repeat([]byte{1}, n), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var joined []storage.Extent
+	end := int64(0)
+	for e, err := range allExtents(t.Context(), v) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Off != end || e.Len <= 0 {
+			t.Errorf("extent %+v behind byte %d", e, end)
+		}
+		end = e.End()
+		if last := len(joined) - 1; last >= 0 && joined[last].Hole == e.Hole {
+			joined[last].Len += e.Len
+		} else {
+			joined = append(joined, e)
+		}
+	}
+	want := []storage.Extent{
+		{Off: 0, Len: mib, Hole: true},
+		{Off: mib, Len: mib},
+		{Off: 2 * mib, Len: firstLook - 4*mib, Hole: true},
+		{Off: firstLook - 2*mib, Len: 4 * mib},
+		{Off: firstLook + 2*mib, Len: 6 * mib, Hole: true},
+	}
+	if !slices.Equal(joined, want) {
+		t.Errorf("extents %+v, want %+v", joined, want)
+	}
+	for range allExtents(t.Context(), v) {
+		break // an iterator that goes on panics
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errTest)
+	errs := 0
+	for _, err := range allExtents(ctx, v) {
+		if errs++; !errors.Is(err, errTest) {
+			t.Errorf("error %v, want %v", err, errTest)
+		}
+	}
+	if errs != 1 {
+		t.Errorf("%d errors, want 1", errs)
+	}
+}
