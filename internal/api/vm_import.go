@@ -50,8 +50,9 @@ type heldSR struct {
 // arrivingDisk is a disk that is being filled.
 type arrivingDisk struct {
 	*batchDisk
-	id     xapi.Ref[xapi.VDI] // in the manifest
-	volume storage.Volume     // nil until it is open
+	id      xapi.Ref[xapi.VDI] // in the manifest
+	volume  storage.Volume     // nil until it is open
+	arrived bool               // has all of its contents
 }
 
 // maxArrivingDisks is how many disks an archive can have: each is open during

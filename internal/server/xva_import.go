@@ -146,25 +146,66 @@ func takeXVA(ctx context.Context, r *request, conn *stream, x *api.VMImport, tru
 		return err
 	}
 	total := b.length
-	sizes, volumes := map[string]int64{}, map[string]*storage.Overlay{}
+	sizes, arriving := map[string]int64{}, map[string]*filling{}
 	for _, d := range disks {
-		sizes[d.Name+"/"], volumes[d.Name+"/"] = d.VDI.VirtualSize, storage.NewOverlay(d.Volume)
+		sizes[d.Name+"/"], arriving[d.Name+"/"] = d.VDI.VirtualSize, &filling{ArchiveDisk: d, x: x}
 		if b.length < 0 {
 			total += d.VDI.VirtualSize
 		}
 	}
 	archive.Expect(sizes, trust)
 	progress := meter{report: x.Progress}
-	return fill(ctx, conn, archive, volumes, func() { progress.set(min(raw.n, total), total) })
+	return fill(ctx, conn, archive, arriving, func() { progress.set(min(raw.n, total), total) })
+}
+
+// filling is a disk of an archive on its way to its volume.
+type filling struct {
+	api.ArchiveDisk
+	x       *api.VMImport
+	overlay *storage.Overlay // nil until something has come
+	based   bool             // begins as a relative, so that what is not in the archive becomes zero
+	next    int64            // end of what has come
+}
+
+// write stores a chunk; those of a disk ascend, from its start to its end.
+func (f *filling) write(ctx context.Context, data []byte, off int64) (err error) {
+	if f.overlay == nil {
+		if f.based, err = f.x.Base(ctx, f.Name); err != nil {
+			return err
+		}
+		f.overlay = storage.NewOverlay(f.Volume)
+	}
+	if err := f.clear(ctx, off); err != nil {
+		return err
+	}
+	if err := f.overlay.WriteAt(ctx, data, off); err != nil {
+		return err
+	}
+	if f.next = off + int64(len(data)); f.next < f.VDI.VirtualSize {
+		return nil
+	}
+	if err := f.clear(ctx, f.Volume.Size()); err != nil {
+		return err
+	}
+	f.x.Arrived(f.Name)
+	return nil
+}
+
+// clear makes zero what lies between what has come and a chunk at off.
+func (f *filling) clear(ctx context.Context, off int64) error {
+	if !f.based || off <= f.next {
+		return nil
+	}
+	return f.overlay.Zero(ctx, f.next, off-f.next)
 }
 
 // fill writes the chunks of an archive to its disks, each one while the next
 // is being received.
-func fill(ctx context.Context, conn *stream, archive *xva.Reader, volumes map[string]*storage.Overlay, received func()) error {
+func fill(ctx context.Context, conn *stream, archive *xva.Reader, disks map[string]*filling, received func()) error {
 	type chunk struct {
-		volume *storage.Overlay
-		off    int64
-		data   []byte
+		disk *filling
+		off  int64
+		data []byte
 	}
 	buffers := make([]*chunk, writeBehind)
 	for i := range buffers {
@@ -185,13 +226,13 @@ func fill(ctx context.Context, conn *stream, archive *xva.Reader, volumes map[st
 			if err != nil {
 				return err
 			}
-			c.volume, c.off = volumes[archive.Disk()], off
+			c.disk, c.off = disks[archive.Disk()], off
 			c.data = c.data[:copy(c.data[:xva.ChunkSize], data)]
 			received()
 			send(c)
 		}
 	}
 	return relay(ctx, buffers, produce, func(c *chunk) error {
-		return c.volume.WriteAt(ctx, c.data, c.off)
+		return c.disk.write(ctx, c.data, c.off)
 	})
 }
