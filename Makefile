@@ -44,7 +44,7 @@ mutate: ## break one rule of the engine at a time and see which test notices (ON
 	scripts/mutate "$(ONLY)"
 
 bench: build ## side by side with qemu-img and the limit of the machine; prints a table
-	@scripts/need qemu-img:qemu-utils
+	@scripts/need qemu-img:qemu-utils nbdcopy:libnbd-bin nbdkit:nbdkit fio:fio
 	go run ./bench
 
 generate: ## regenerate code and documents from the datamodel

@@ -192,12 +192,12 @@ func (s *server) download(ctx context.Context, url string, w io.Writer, header m
 }
 
 // downloadFile GETs url into a new file.
-func (s *server) downloadFile(ctx context.Context, url, path string) error {
+func (s *server) downloadFile(ctx context.Context, url, path string, header map[string]string) error {
 	f, err := os.Create(path)
 	if err != nil {
 		return err
 	}
-	return errors.Join(s.download(ctx, url, f, nil), f.Close())
+	return errors.Join(s.download(ctx, url, f, header), f.Close())
 }
 
 // uploadFile PUTs a file to url and waits for the end of the response.

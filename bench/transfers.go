@@ -146,7 +146,7 @@ func benchEight(ctx context.Context, cfg config, srv *server) error {
 		if err != nil {
 			return err
 		}
-		if err := srv.downloadFile(ctx, url, image); err != nil {
+		if err := srv.downloadFile(ctx, url, image, nil); err != nil {
 			return err
 		}
 		targets := make([]string, many)
@@ -236,7 +236,7 @@ func benchDelta(ctx context.Context, cfg config, srv *server) error {
 func compareDelta(ctx context.Context, cfg config, srv *server, lim *limit, title, after, base string, changed int64) error {
 	for _, format := range []string{"qcow2", "vhd"} {
 		url, file := srv.exportURL(after, format, base), filepath.Join(cfg.scratch, "delta")
-		if err := srv.downloadFile(ctx, url, file); err != nil {
+		if err := srv.downloadFile(ctx, url, file, nil); err != nil {
 			return err
 		}
 		st, err := os.Stat(file)

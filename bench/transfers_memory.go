@@ -33,7 +33,7 @@ func benchMemory(ctx context.Context, cfg config, srv *server) error {
 				continue // is sent and received with its holes
 			}
 			image := filepath.Join(cfg.scratch, "disk.image")
-			if err := srv.downloadFile(ctx, srv.exportURL(d.vdi, f.name, ""), image); err != nil {
+			if err := srv.downloadFile(ctx, srv.exportURL(d.vdi, f.name, ""), image, nil); err != nil {
 				return err
 			}
 			out := func(ctx context.Context, _ string) error {
