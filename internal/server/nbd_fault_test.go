@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -146,16 +147,32 @@ func (r *faultRig) newDisk(sr string, size int64) (ref, uuid string) {
 // open opens an export on the socket, with extended headers.
 func (r *faultRig) open(export string) *nbd.Client {
 	r.t.Helper()
-	d := r.onSocket(r.t)
-	if err := d.Extended(); err != nil {
-		r.t.Fatal(err)
-	}
-	c, err := d.Go(export)
+	c, err := r.tryOpen(export)
 	if err != nil {
 		r.t.Fatalf("open %s: %v", export, err)
 	}
 	r.t.Cleanup(func() { c.Abort() })
 	return c
+}
+
+// tryOpen is open for any goroutine.
+func (r *faultRig) tryOpen(export string) (*nbd.Client, error) {
+	nc, err := net.Dial("unix", r.socket)
+	if err != nil {
+		return nil, err
+	}
+	d, err := nbd.Begin(nc)
+	if err != nil {
+		return nil, errors.Join(err, nc.Close())
+	}
+	if err := d.Extended(); err != nil {
+		return nil, errors.Join(err, nc.Close())
+	}
+	c, err := d.Go(export)
+	if err != nil {
+		return nil, errors.Join(err, nc.Close())
+	}
+	return c, nil
 }
 
 func wantErrno(t *testing.T, what string, err error, want nbd.Errno) {
