@@ -150,7 +150,7 @@ func (c *client) greet(r *bufio.Reader) error {
 	n, err := io.ReadFull(r, b[:len(banner)])
 	switch {
 	case strings.HasPrefix(string(b[:n]), "HTTP"):
-		return failf("Server internal error.\n")
+		return failf("Server internal error.\n%s", notXE)
 	case err != nil:
 		c.debugf("reading the banner: %v", err)
 		return failf("Unable to contact server. Please check server and port settings.\n")
@@ -168,6 +168,10 @@ func (c *client) greet(r *bufio.Reader) error {
 	}
 	return nil
 }
+
+// notXE follows the text of the stock client for a server that answers as one of
+// the web.
+const notXE = "What answers there does not take commands of xe: is the port right? A port with TLS is not for --nossl and 127.0.0.1.\n"
 
 func (c *client) lost(err error) error {
 	c.debugf("connection: %v", err)
@@ -416,7 +420,8 @@ func (c *client) prompt(ctx context.Context) error {
 		return nil
 	case in := <-typed:
 		if in.err != nil && in.line == "" {
-			return c.lost(in.err)
+			c.debugf("standard input: %v", in.err)
+			return failf("There is no answer on standard input. Commands that ask for confirmation do without with --force.\n")
 		}
 		if err := c.sendBytes(blob(nil, []byte(strings.TrimSuffix(in.line, "\n")))); err != nil {
 			return c.lost(err)

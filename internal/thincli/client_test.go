@@ -103,9 +103,9 @@ func TestLocalMessages(t *testing.T) {
 		{name: "closed at once", args: "a", peer: func(w *wire) { w.head() }, code: 1, stderr: contact},
 		{
 			name: "web server", args: "a", peer: func(w *wire) { w.send("HTTP/1.1 404 Not Found\r\n\r\n"); w.head() },
-			code: 1, stderr: "Server internal error.\n",
+			code: 1, stderr: "Server internal error.\n" + notXE,
 		},
-		{name: "short web server", args: "a", peer: func(w *wire) { w.send("HTTP/1.1 404\r\n\r\n"); w.head() }, code: 1, stderr: "Server internal error.\n"},
+		{name: "short web server", args: "a", peer: func(w *wire) { w.send("HTTP/1.1 404\r\n\r\n"); w.head() }, code: 1, stderr: "Server internal error.\n" + notXE},
 		{
 			name: "garbage", args: "a", peer: func(w *wire) { w.send(strings.Repeat("x", 40)); w.head() },
 			code: 1, stderr: "Failed to contact a running management agent.\nTry specifying a server name and port.\n" + usage,
@@ -128,7 +128,7 @@ func TestLocalMessages(t *testing.T) {
 			name: "unknown tag", args: "a", peer: func(w *wire) { w.hello(); w.send(unhex("08000000 09000000 63000000")) },
 			code: 1, stderr: "Unhandled exception\nCli_protocol.Unknown_tag(\"command\", 99)\n",
 		},
-		{name: "prompt without input", args: "a", peer: func(w *wire) { w.hello(); w.send(Prompt{}); w.expectEnd() }, code: 1, stderr: "Lost connection to the server.\n"},
+		{name: "prompt without input", args: "a", peer: func(w *wire) { w.hello(); w.send(Prompt{}); w.expectEnd() }, code: 1, stderr: "There is no answer on standard input. Commands that ask for confirmation do without with --force.\n"},
 		{name: "large exit code", args: "a", peer: func(w *wire) { w.hello(); w.send(Exit{300}) }, code: 300},
 		{name: "verbatim", args: "a", peer: func(w *wire) { w.hello(); w.send(PrintStderr{"a"}, Debug{"no"}, PrintStderr{"b\n"}, Exit{0}) }, stderr: "ab\n"},
 	} {
@@ -146,8 +146,8 @@ func TestDialFailures(t *testing.T) {
 		args []string
 		want string
 	}{
-		{&net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}, nil, "Error: Connection refused (calling connect )\n"},
-		{&net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.EHOSTUNREACH)}, nil, "Error: No route to host (calling connect )\n"},
+		{&net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}, []string{"-s", "host", "-p", "1"}, "Error: Connection refused (calling connect )\nThat was host, port 1. Is the server running there? -s and -p say where it is.\n"},
+		{&net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.EHOSTUNREACH)}, []string{"-s", "[::1]"}, "Error: No route to host (calling connect )\nThat was ::1, port 443. Is the server running there? -s and -p say where it is.\n"},
 		{&net.DNSError{Err: "no such host", Name: "nowhere"}, []string{"-s", "nowhere"}, "No addrinfo found for host: nowhere, port: 443Host 'nowhere' not found.\n"},
 		{context.DeadlineExceeded, nil, "Unable to contact server. Please check server and port settings.\n"},
 	} {

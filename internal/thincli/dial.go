@@ -60,7 +60,7 @@ func (c *client) dial(ctx context.Context, host string) (net.Conn, error) {
 	c.debugf("connecting to %s, TLS %t", address, !plain)
 	conn, err := c.dialer()(ctx, "tcp", address)
 	if err != nil {
-		return nil, &dialError{err, port}
+		return nil, &dialError{err, name, port}
 	}
 	if plain {
 		return conn, nil
@@ -74,23 +74,29 @@ func (c *client) dial(ctx context.Context, host string) (net.Conn, error) {
 	return t, nil
 }
 
-// dialError remembers the port that the options came to.
+// dialError remembers the host and the port that the options came to.
 type dialError struct {
 	error
+	host string
 	port int
 }
 
 func (e *dialError) Unwrap() error { return e.error }
 
-// dialFailure words the failure to connect as the stock client does.
+// dialFailure words the failure to connect as the stock client does, and adds
+// where nobody was found.
 func dialFailure(err error) error {
-	if e, ok := errors.AsType[*net.DNSError](err); ok {
-		d, _ := errors.AsType[*dialError](err)
+	where := ""
+	d, ok := errors.AsType[*dialError](err)
+	if ok {
+		where = fmt.Sprintf("That was %s, port %d. Is the server running there? -s and -p say where it is.\n", d.host, d.port)
+	}
+	if e, known := errors.AsType[*net.DNSError](err); known && ok {
 		return failf("No addrinfo found for host: %s, port: %dHost '%s' not found.\n", e.Name, d.port, e.Name)
 	}
 	if e, ok := errors.AsType[syscall.Errno](err); ok {
 		text := e.Error()
-		return failf("Error: %s (calling connect )\n", strings.ToUpper(text[:1])+text[1:])
+		return failf("Error: %s (calling connect )\n%s", strings.ToUpper(text[:1])+text[1:], where)
 	}
 	return failf("Unable to contact server. Please check server and port settings.\n")
 }

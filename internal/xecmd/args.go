@@ -2,6 +2,7 @@ package xecmd
 
 import (
 	"fmt"
+	"regexp"
 	"strconv"
 	"strings"
 )
@@ -30,8 +31,11 @@ func parseArgs(args []string) (*arguments, error) {
 			args = args[1:]
 		}
 	}
-	if len(args) == 0 || args[0] == "" || strings.Contains(args[0], "=") {
-		return nil, errSyntax
+	if len(args) == 0 || args[0] == "" {
+		return nil, syntaxError("there is no command")
+	}
+	if strings.Contains(args[0], "=") {
+		return nil, syntaxError("the command comes before its parameters, such as " + args[0])
 	}
 	a.command = args[0]
 	short := map[string]string{"-s": "server", "-h": "server", "-p": "port", "-u": "username", "-pw": "password"}
@@ -42,8 +46,11 @@ func parseArgs(args []string) (*arguments, error) {
 			a.params = append(a.params, parameter{arg[2:], "true"})
 		case strings.HasPrefix(arg, "-") && arg != "-":
 			key, ok := short[arg]
-			if !ok || len(rest) == 1 {
-				return nil, errSyntax
+			if !ok {
+				return nil, syntaxError("there is no option " + arg)
+			}
+			if len(rest) == 1 {
+				return nil, syntaxError("the value of " + arg + " is missing")
 			}
 			rest = rest[1:]
 			a.params = append(a.params, parameter{key, rest[0]})
@@ -133,11 +140,17 @@ func subKey(param, name string) (string, bool) {
 func (a *arguments) size(key string) (int64, error) {
 	v := a.str(key)
 	n, ok := parseSize(v)
+	if !ok && tooLarge.MatchString(v) {
+		return 0, failf("Failed to parse field '%s': %s does not fit into 63 bits", key, v)
+	}
 	if !ok {
 		return 0, failf("Failed to parse field '%s': expecting an integer (possibly with suffix KiB, MiB, GiB, TiB), got '%s'", key, v)
 	}
 	return n, nil
 }
+
+// tooLarge matches sizes that parseSize refuses for what they amount to.
+var tooLarge = regexp.MustCompile(`(?i)^[0-9]+ *(b|bytes|[kmgt](i?b)?)?$`)
 
 // parseSize reads 24GiB and the like. All suffixes are binary.
 func parseSize(s string) (int64, bool) {
@@ -169,16 +182,15 @@ func parseSize(s string) (int64, bool) {
 	return n << shift, true
 }
 
-// A usageError is reported with a pointer to the help.
-type usageError struct{ text string }
+// A usageError is reported with what may help, "" for nothing, and a pointer to
+// the help.
+type usageError struct{ text, hint string }
 
 func (e *usageError) Error() string { return e.text }
 
-var errSyntax = &usageError{"Syntax error: "}
+func syntaxError(reason string) error { return &usageError{text: "Syntax error: " + reason} }
 
-func missing(param string) error { return &usageError{"Required parameter not found: " + param} }
-
-func unknownCommand(name string) error { return &usageError{"Unknown command: " + name} }
+func missing(param string) error { return &usageError{text: "Required parameter not found: " + param} }
 
 // A failure is an error of a command itself; the user sees its text.
 type failure struct{ text string }

@@ -2,6 +2,8 @@ package xecmd
 
 import (
 	"errors"
+	"fmt"
+	"slices"
 	"strings"
 
 	"coppice/internal/thincli"
@@ -14,11 +16,12 @@ func (r *run) report(err error) {
 	if errors.Is(err, thincli.ErrGone) || errors.Is(err, errSomeFailed) {
 		return
 	}
+	line := func(text string) { _ = r.conn.PrintStderr(text + "\n") }
 	if e, ok := errors.AsType[*unknownParameter](err); ok {
 		_ = r.conn.Error("Missing parameter", e.name)
+		line(fmt.Sprintf("A %s has no parameter %s. To see what there is: xe %s-param-list uuid=%s", e.noun, e.name, e.noun, r.args.str("uuid")))
 		return
 	}
-	line := func(text string) { _ = r.conn.PrintStderr(text + "\n") }
 	lines, unknown := r.explain(err)
 	if unknown != nil {
 		_ = r.conn.Error(unknown.Code, unknown.Params...)
@@ -32,11 +35,15 @@ func (r *run) report(err error) {
 	}
 }
 
-// explain puts an error in words, unless it is one of the API's whose
-// parameters the datamodel does not name: that is returned instead.
+// explain puts an error in words. One of the API's whose parameters the
+// datamodel does not name is returned, to be shown before the lines.
 func (r *run) explain(err error) (lines []string, unknown *xapi.Error) {
 	if e, ok := errors.AsType[*usageError](err); ok {
-		return []string{e.text, "For usage run: 'xe help'"}, nil
+		lines = []string{e.text}
+		if e.hint != "" {
+			lines = append(lines, e.hint)
+		}
+		return append(lines, "For usage run: 'xe help'"), nil
 	}
 	if e, ok := errors.AsType[*failure](err); ok {
 		return []string{"Error: " + e.text}, nil
@@ -46,11 +53,31 @@ func (r *run) explain(err error) (lines []string, unknown *xapi.Error) {
 		e = xapi.InternalError(err)
 	}
 	params := r.describeRefs(e.Params)
+	if hint := remedy(e.Code, params); hint != "" {
+		lines = append(lines, hint)
+	}
 	names := xapi.Datamodel().Errors[e.Code]
 	if names == nil {
-		return nil, xapi.NewError(e.Code, params...)
+		return lines, xapi.NewError(e.Code, params...)
 	}
-	return append([]string{sentence(e.Code)}, labelled(names, params)...), nil
+	return slices.Concat([]string{sentence(e.Code)}, labelled(names, params), lines), nil
+}
+
+// remedy says what to do about an error whose own text does not, "" for
+// nothing. The texts of backends are in their parameters: what, and more of it.
+func remedy(code string, params []string) string {
+	switch {
+	case strings.HasPrefix(code, "SR_BACKEND_FAILURE_") && len(params) > 1 && params[1] != "":
+		return "The storage says: " + params[1] + "."
+	case code == xapi.ErrRevertOnlyAllowedOnSnapshot:
+		return "What is given is not a snapshot. To see the snapshots of a disk: xe vdi-list snapshot-of=<uuid>"
+	case code == xapi.ErrOperationBlocked && len(params) > 1 && strings.HasPrefix(params[1], "coppice:hold"):
+		uuid, _, _ := strings.Cut(params[0], " ")
+		return "It is on hold. If it may go: xe <vm, snapshot or vdi>-param-remove uuid=" + uuid + " param-name=other-config param-key=coppice:hold"
+	case code == xapi.ErrVMSSHasVM:
+		return "VMs follow it. For each of them: xe vm-param-set uuid=<uuid> snapshot-schedule="
+	}
+	return ""
 }
 
 // labelled puts the documented names in front of the parameters of an error.
@@ -152,7 +179,7 @@ func sentence(code string) string {
 	return "The operation failed: " + strings.ToLower(strings.ReplaceAll(code, "_", " ")) + "."
 }
 
-// unknownParameter reports a param-name that no field has.
-type unknownParameter struct{ name string }
+// unknownParameter reports a param-name that no field of a noun has.
+type unknownParameter struct{ noun, name string }
 
 func (e *unknownParameter) Error() string { return "unknown parameter " + e.name }

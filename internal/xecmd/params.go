@@ -46,7 +46,7 @@ func (n *noun) named(r *run) (*field, error) {
 	if f := n.field(name); f != nil {
 		return f, nil
 	}
-	return nil, &unknownParameter{name}
+	return nil, &unknownParameter{n.name, name}
 }
 
 // paramGet is C-param-get.

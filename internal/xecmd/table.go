@@ -53,6 +53,47 @@ func (t *table) names(pass func(*command) bool) []string {
 	return out
 }
 
+// unknown is the error for a command that does not exist, with those that may
+// have been meant.
+func (t *table) unknown(name string) error {
+	e := &usageError{text: "Unknown command: " + name}
+	const most = 3
+	var near []string
+	for limit := 1; limit <= 2 && len(near) == 0; limit++ {
+		near = t.names(func(c *command) bool { return !c.hidden && distance(c.name, name) <= limit })
+	}
+	if len(near) > 0 {
+		e.hint = "Did you mean " + strings.Join(near[:min(len(near), most)], ", ") + "?"
+	}
+	return e
+}
+
+// distance is how many letters must be inserted, removed or replaced to make
+// one word of another (Levenshtein); for words of very different lengths, how
+// different these are.
+func distance(a, b string) int {
+	if d := max(len(a)-len(b), len(b)-len(a)); d > 2 {
+		return d
+	}
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			replaced := diagonal
+			if a[i] != b[j] {
+				replaced++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(replaced, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}
+
 // commands returns the table. It is built at the first call: read only.
 var commands = sync.OnceValue(commandTable)
 

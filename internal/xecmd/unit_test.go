@@ -33,7 +33,7 @@ func TestParseArgs(t *testing.T) {
 	} {
 		got, err := parseArgs(strings.Fields(tc.in))
 		if tc.want == nil {
-			if !errors.Is(err, errSyntax) {
+			if e, ok := errors.AsType[*usageError](err); !ok || !strings.HasPrefix(e.text, "Syntax error: ") {
 				t.Errorf("%q: error %v, want a syntax error", tc.in, err)
 			}
 			continue
@@ -51,7 +51,7 @@ func FuzzParseArgs(f *testing.F) {
 	f.Fuzz(func(t *testing.T, body string) {
 		a, err := parseArgs(strings.Split(body, "\n"))
 		if err != nil {
-			if !errors.Is(err, errSyntax) {
+			if e, ok := errors.AsType[*usageError](err); !ok || !strings.HasPrefix(e.text, "Syntax error: ") {
 				t.Fatal(err)
 			}
 			return
@@ -71,6 +71,26 @@ func FuzzParseArgs(f *testing.F) {
 			}
 		}
 	})
+}
+
+func TestUnknownCommand(t *testing.T) {
+	for name, want := range map[string]string{
+		"vdi-lst": "Did you mean vdi-list?", "vm-instal": "Did you mean vm-install?", "sr-lists": "Did you mean sr-list?",
+		"nosuch": "", "": "", "vmss-snapshotnow": "Did you mean vmss-snapshot-now?",
+	} {
+		e, ok := errors.AsType[*usageError](commands().unknown(name))
+		if !ok || e.text != "Unknown command: "+name || e.hint != want {
+			t.Errorf("%q: %+v, want %q", name, e, want)
+		}
+	}
+	for _, tc := range []struct {
+		a, b string
+		want int
+	}{{"", "", 0}, {"", "ab", 2}, {"abc", "abc", 0}, {"abc", "abd", 1}, {"abc", "bc", 1}, {"ab", "ba", 2}, {"abcdef", "a", 5}} {
+		if got := distance(tc.a, tc.b); got != tc.want {
+			t.Errorf("%q to %q: %d, want %d", tc.a, tc.b, got, tc.want)
+		}
+	}
 }
 
 func TestParseSize(t *testing.T) {
