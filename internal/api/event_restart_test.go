@@ -135,3 +135,29 @@ func TestEventTokensOfAnotherVersion(t *testing.T) {
 		t.Errorf("told by one that reverts otherwise: %v", got)
 	}
 }
+
+// The same, as clients of both syntaxes see it, on storage of both types.
+func TestEventTokensOnTheWire(t *testing.T) {
+	onWire(t, func(t *testing.T, w *wire) {
+		disk := w.call("VDI.create", diskArgs(w.sr, 8<<20)).(string)
+		snapshot := w.call("VDI.snapshot", disk, map[string]any{}).(string)
+		w.call("VDI.snapshot", disk, map[string]any{})
+		token := w.call("event.from", []string{"vdi"}, "", 0.0).(map[string]any)["token"]
+		w.call("VDI.destroy", snapshot)
+		born := w.call("VDI.clone", disk, map[string]any{}).(string)
+		w.restart()
+		batch := w.call("event.from", []string{"vdi"}, token, 0.0).(map[string]any)
+		got := map[string]string{}
+		for _, ev := range batch["events"].([]any) {
+			ev := ev.(map[string]any)
+			got[ev["ref"].(string)] = ev["operation"].(string)
+		}
+		want := map[string]string{snapshot: "del", disk: "mod", born: "add"}
+		if !maps.Equal(got, want) {
+			t.Errorf("told after a restart: %v, want %v", got, want)
+		}
+		for _, ref := range w.call("VDI.get_all").([]any) {
+			w.call("VDI.destroy", ref)
+		}
+	})
+}
