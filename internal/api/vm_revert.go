@@ -113,6 +113,7 @@ func (a *API) claimRevert(ctx context.Context, c *Call, snapshot xapi.Ref[xapi.V
 		if err != nil {
 			return nil, nil, err
 		}
+		a.nbdSettle(ctx, r.written)
 		claims := r.claims
 		release, err := c.Claim(ctx, func(tx *db.Tx) error {
 			now, err := a.planRevert(tx, c, snapshot)
@@ -129,6 +130,21 @@ func (a *API) claimRevert(ctx context.Context, c *Call, snapshot xapi.Ref[xapi.V
 			return r, release, err
 		}
 	}
+}
+
+// written says that a client writes by NBD to a disk whose contents are replaced.
+func (r *vmRevertWork) written(t *nbdTable) bool {
+	for _, disk := range r.inPlace {
+		if nbdWritten(disk, "")(t) {
+			return true
+		}
+	}
+	for disk := range r.doomed {
+		if nbdWritten(disk, "")(t) {
+			return true
+		}
+	}
+	return false
 }
 
 // planRevert decides what becomes of every disk.
