@@ -138,9 +138,10 @@ func (a *API) use(ref xapi.Ref[xapi.VDI], how diskUse) (drop func()) {
 // contents changed, as well as they can be had.
 func (a *API) noteWritten(ctx context.Context, d *openDisk) {
 	info, err := d.repo.Stat(ctx, storage.ID(d.rec.UUID))
-	if err == nil {
-		err = a.noteInfo(ctx, &diskWork{ref: d.ref, rec: d.rec, repo: d.repo}, info)
+	if err != nil { // one of the sizes is known
+		info = storage.Info{Size: d.Size(), Used: d.rec.PhysicalUtilisation}
 	}
+	err = cmpErr(err, a.noteInfo(ctx, &diskWork{ref: d.ref, rec: d.rec, repo: d.repo}, info))
 	if err != nil {
 		a.log.Warn("sizes of a disk are out of date", "vdi", d.ref, "err", err)
 	}

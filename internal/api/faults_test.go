@@ -288,6 +288,15 @@ func (v *faultVolume) WriteAt(p []byte, off int64) (n int, err error) {
 	return n, err
 }
 
+func (v *faultVolume) Version(ctx context.Context) (version string, err error) {
+	named, ok := v.Volume.(storage.Versioned)
+	if !ok {
+		return "", storage.ErrInvalid
+	}
+	err = v.faults.do(false, func() (err error) { version, err = named.Version(ctx); return err })
+	return version, err
+}
+
 func (v *faultVolume) Zero(ctx context.Context, off, n int64) error {
 	return v.faults.do(false, func() error { return v.Volume.Zero(ctx, off, n) })
 }

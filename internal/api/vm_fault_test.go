@@ -301,38 +301,42 @@ func (r *rig) undoOfDisk(disk vdiRef) (undo vdiRef) {
 // belongs to a disk.
 func TestVMFaultAtEveryCall(t *testing.T) {
 	for name, c := range vmFaultCases {
-		t.Run(name, func(t *testing.T) {
-			r := newRig(t)
-			on := c.setup(r)
-			before := r.world()
-			if err := c.run(r, on); err != nil {
-				t.Fatalf("without a fault: %v", err)
-			}
-			after := r.world()
-			if before == after {
-				t.Fatalf("nothing happened:\n%s", before)
-			}
-			r.wantConsistent()
-			r.restart()
-			if again := r.world(); again != after {
-				t.Fatalf("a restart changes\n%s\nto\n%s", after, again)
-			}
-			for _, commits := range []bool{false, true} {
-				for _, kind := range []faultKind{failBefore, failAfter, failAlways} {
-					for n := 1; vmFaultOnce(t, c, n, kind, commits, before, after); n++ {
-						if t.Failed() {
-							t.Fatalf("commits %v, %v, call %d", commits, kind, n)
-						}
-					}
+		t.Run(name, func(t *testing.T) { sweepFaults(t, c, func(*rig) {}) })
+	}
+}
+
+// sweepFaults does for one operation what TestVMFaultAtEveryCall says. then
+// looks at each server after its restart.
+func sweepFaults(t *testing.T, c vmFaultCase, then func(*rig)) {
+	r := newRig(t)
+	on := c.setup(r)
+	before := r.world()
+	if err := c.run(r, on); err != nil {
+		t.Fatalf("without a fault: %v", err)
+	}
+	after := r.world()
+	if before == after {
+		t.Fatalf("nothing happened:\n%s", before)
+	}
+	r.wantConsistent()
+	r.restart()
+	if again := r.world(); again != after {
+		t.Fatalf("a restart changes\n%s\nto\n%s", after, again)
+	}
+	for _, commits := range []bool{false, true} {
+		for _, kind := range []faultKind{failBefore, failAfter, failAlways} {
+			for n := 1; vmFaultOnce(t, c, n, kind, commits, before, after, then); n++ {
+				if t.Failed() {
+					t.Fatalf("commits %v, %v, call %d", commits, kind, n)
 				}
 			}
-		})
+		}
 	}
 }
 
 // vmFaultOnce runs an operation with one fault and reports whether it came to
 // that.
-func vmFaultOnce(t *testing.T, c vmFaultCase, n int, kind faultKind, commits bool, before, after string) bool {
+func vmFaultOnce(t *testing.T, c vmFaultCase, n int, kind faultKind, commits bool, before, after string, then func(*rig)) bool {
 	r := newRig(t)
 	on := c.setup(r)
 	r.faults.arm(n, kind, commits)
@@ -361,6 +365,7 @@ func vmFaultOnce(t *testing.T, c vmFaultCase, n int, kind faultKind, commits boo
 	r.restart()
 	check("after a restart")
 	r.wantConsistent()
+	then(r)
 	return fired
 }
 
