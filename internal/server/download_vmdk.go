@@ -25,21 +25,29 @@ func planVMDK(ctx context.Context, d *download) (image, error) {
 	if err != nil {
 		return nil, err
 	}
-	var grains, next int64
-	err = d.scan(ctx, func(off, n int64) {
-		first, end := max(next, off/vmdk.GrainSize), (off+n+vmdk.GrainSize-1)/vmdk.GrainSize
-		grains += max(0, end-first)
-		next = max(next, end)
-	})
-	if err != nil {
-		return nil, err
-	}
-	if grains*vmdk.GrainSize > vmdk.MaxData { // its room, not the size of the disk
-		return nil, d.tooLarge(vmdk.MaxData)
+	if size > vmdk.MaxData { // which is about the room of the data, not the size of the disk
+		n, err := grains(ctx, d)
+		if err != nil {
+			return nil, err
+		}
+		if n > vmdk.MaxData/vmdk.GrainSize {
+			return nil, d.tooLarge(vmdk.MaxData)
+		}
 	}
 	// The two highest values mean something else.
 	cid := binary.BigEndian.Uint32(self.uuid[:]) &^ (1 << 31)
-	return vmdkImage{d, cid, d.tag("vmdk 1", self, base)}, nil
+	return vmdkImage{d, cid, d.tag("vmdk 2", self, base)}, nil
+}
+
+// grains is how many grains of a disk have data.
+func grains(ctx context.Context, d *download) (n int64, err error) {
+	var next int64
+	err = d.scan(ctx, func(off, length int64) {
+		first, end := max(next, off/vmdk.GrainSize), (off+length+vmdk.GrainSize-1)/vmdk.GrainSize
+		n += max(0, end-first)
+		next = max(next, end)
+	})
+	return n, err
 }
 
 func (v vmdkImage) length() int64 { return -1 }
