@@ -263,7 +263,7 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 	disks := server.NewNBD(a, log, o.grace)
 	i.nbd.serve(disks, i.cert)
 	opened(disks.Close)
-	i.server = server.New(server.Config{API: a, Log: log, Version: build.version, Grace: o.grace, TransferIdle: o.idle, Metrics: i.watchers.metrics})
+	i.server = server.New(server.Config{API: a, Log: log, Version: build.version, Grace: o.grace, TransferIdle: o.idle, Metrics: i.watchers.metrics, Audit: i.watchers.audit})
 	return i, nil
 }
 

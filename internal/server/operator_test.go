@@ -62,7 +62,7 @@ func newOperated(t *testing.T) *operated {
 	if err != nil {
 		t.Fatal(err)
 	}
-	o.Server = New(Config{API: o.api, Version: "1.2.3", Metrics: metrics})
+	o.Server = New(Config{API: o.api, Version: "1.2.3", Metrics: metrics, Audit: o.audit})
 	t.Cleanup(func() {
 		if err := errors.Join(o.api.Close(), objects.Close(), o.audit.Close()); err != nil {
 			t.Error(err)
@@ -354,7 +354,7 @@ func TestEveryHandlerWithEveryRole(t *testing.T) {
 	}
 	actions := map[string]string{
 		"GET /export_raw_vdi": "get_export_raw_vdi", "HEAD /export_raw_vdi": "get_export_raw_vdi",
-		"PUT /import_raw_vdi": "put_import_raw_vdi", "HEAD /import_raw_vdi": "put_import_raw_vdi", "GET /metrics": metricsAction,
+		"PUT /import_raw_vdi": "put_import_raw_vdi", "HEAD /import_raw_vdi": "put_import_raw_vdi", "GET /metrics": metricsAction, "GET /audit_log": "get_audit_log",
 		"GET /export": "get_export", "HEAD /export": "get_export",
 		"GET /export_metadata": "get_export_metadata", "HEAD /export_metadata": "get_export_metadata", "PUT /import": "put_import", "PUT /import_metadata": "put_import_metadata",
 	}

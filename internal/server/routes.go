@@ -38,6 +38,7 @@ func routes() []route {
 		{http.MethodHead, "/export_metadata", exportVM(true)},
 		{http.MethodPut, "/import", importVM(false)},
 		{http.MethodPut, "/import_metadata", importVM(true)},
+		{http.MethodGet, "/audit_log", (*Server).auditLog},
 		{http.MethodGet, "/metrics", (*Server).serveMetrics},
 		{http.MethodGet, "/healthz", (*Server).healthz},
 		{http.MethodGet, "/readyz", (*Server).readyz},

@@ -78,6 +78,7 @@ type Config struct {
 	Version string        // shown on the welcome page
 	Grace   time.Duration // 0: DefaultGrace
 	Metrics *Metrics      // nil: the server makes its own
+	Audit   *Audit        // what GET /audit_log sends; nil for none
 
 	// TransferIdle is how long the client of a transfer may neither send nor
 	// take a byte before it is given up; 0 for ever.
@@ -92,6 +93,7 @@ type Server struct {
 	version string
 	grace   time.Duration
 	metrics *Metrics
+	audit   *Audit
 	idle    time.Duration // of transfers
 	router  router
 
@@ -117,6 +119,7 @@ func New(cfg Config) *Server {
 		grace:   cfg.Grace,
 		idle:    cfg.TransferIdle,
 		metrics: cfg.Metrics,
+		audit:   cfg.Audit,
 		router:  newRouter(routes()),
 	}
 	if s.log == nil {

@@ -28,6 +28,14 @@ func operatorCommands() []command {
 			run:  vmssSnapshotNow,
 		},
 		{
+			name: "audit-log-get", required: []string{"filename"}, optional: []string{"since"},
+			help: "Write the audit log of the server to a file; with since, an ISO 8601 time, only its entries since then.",
+			run: func(ctx context.Context, r *run) error {
+				_, err := r.transfer(ctx, "Audit log", "/audit_log", r.query("since"), r.conn.HTTPGet)
+				return err
+			},
+		},
+		{
 			name: "subject-add", required: []string{"subject-name"},
 			help: "Add a user, with the role pool-admin. \"coppice user passwd\" on the server gives it a password.", run: subjectAdd,
 		},
