@@ -641,3 +641,34 @@ func TestXVAMetadata(t *testing.T) {
 		t.Errorf("with a disk in its place: %v", vdis(got))
 	}
 }
+
+// An import that finds no room fails with the code of that and gives back what
+// it took, at once and after a power cut.
+func TestXVAFull(t *testing.T) {
+	y := newYard(t)
+	const size = 24 * mib
+	y.do("VDI.resize", y.session, y.disks[1], int64(size))
+	y.upload(y.disks[1], "raw", random(size, 3, [2]int64{0, size}))
+	body := y.archive("/export", "ref", y.vm)
+
+	r := newFaultRig(t, &faultHost{capacity: 20 << 20, options: smallRegions()})
+	at := &yard{depot: &depot{fixture: r.fixture, t: t, session: r.session}}
+	o := at.bring("/import", body)
+	if len(o) < 2 || o[0] != "failure" || o[1] != "SR_BACKEND_FAILURE_44" {
+		t.Errorf("task says %q", o)
+	}
+	nothing := func(when string) {
+		t.Helper()
+		r.must("SR.scan", r.defaultSR())
+		if disks := r.must("VDI.get_all").([]any); len(disks) > 0 {
+			t.Errorf("%s: disks %v", when, disks)
+		}
+	}
+	nothing("at once")
+	r.close()
+	r.host.cutPower()
+	r.start()
+	nothing("after a power cut")
+	r.close()
+	r.host.check(t)
+}
