@@ -64,6 +64,11 @@ var vmRules = map[xapi.VMOperations]vmRule{
 	xapi.VMOperationsPoolMigrate:   {states: running, hypervisor: true},
 }
 
+// publishedVMOps are the operations that allowed_operations may list, in order.
+var publishedVMOps = slices.DeleteFunc(slices.Sorted(maps.Keys(vmRules)), func(op xapi.VMOperations) bool {
+	return vmRules[op].hypervisor
+})
+
 // cloneSuspendedKey in the pool's other_config lets suspended VMs be cloned.
 const cloneSuspendedKey = "allow_clone_suspended_vm"
 
@@ -99,6 +104,11 @@ func (a *API) vmAllows(tx *db.Tx, ref xapi.Ref[xapi.VM], op xapi.VMOperations) e
 	if err != nil {
 		return err
 	}
+	return a.vmAllowsNow(tx, ref, vm, op)
+}
+
+// vmAllowsNow is vmAllows for a VM whose record is known.
+func (a *API) vmAllowsNow(tx *db.Tx, ref xapi.Ref[xapi.VM], vm *xapi.VM, op xapi.VMOperations) error {
 	rule, ok := vmRules[op]
 	if !ok {
 		return xapi.NewError(xapi.ErrNotImplemented, "VM."+string(op))
@@ -164,8 +174,12 @@ func vmSnapshotable(tx *db.Tx, ref xapi.Ref[xapi.VM], vm *xapi.VM) error {
 // allowedVMOps lists the operations that may begin on a VM now.
 func (a *API) allowedVMOps(tx *db.Tx, ref xapi.Ref[xapi.VM]) []xapi.VMOperations {
 	allowed := []xapi.VMOperations{}
-	for _, op := range slices.Sorted(maps.Keys(vmRules)) {
-		if a.vmAllows(tx, ref, op) == nil {
+	vm, err := db.Get(tx, ref)
+	if err != nil {
+		return allowed
+	}
+	for _, op := range publishedVMOps {
+		if a.vmAllowsNow(tx, ref, vm, op) == nil {
 			allowed = append(allowed, op)
 		}
 	}
