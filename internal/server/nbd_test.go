@@ -12,6 +12,7 @@ import (
 	"sync"
 	"testing"
 
+	"coppice/internal/api"
 	"coppice/internal/nbd"
 	"coppice/internal/xapi"
 )
@@ -52,6 +53,7 @@ func serveNBD(t *testing.T, on *fixture) *nbdFixture {
 	if err != nil {
 		t.Fatal(err)
 	}
+	f.nbd.Store(&api.NBDEndpoints{Socket: f.socket})
 	f.server.Serve(tcp, f.cert.TLS())
 	f.server.Serve(local, nil)
 	rest := f.close

@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -39,6 +40,7 @@ type fixture struct {
 	stopped   func() error
 	close     func() // stops it and closes what is below it; so does the end of the test
 	broken    bool   // the storage has failed: closing may say so
+	nbd       atomic.Pointer[api.NBDEndpoints]
 }
 
 // logBuffer collects the log of a server.
@@ -75,14 +77,16 @@ func startOn(t *testing.T, driver storage.Driver, records db.Store, grace time.D
 	if err != nil {
 		t.Fatal(err)
 	}
+	f := &fixture{log: new(logBuffer)}
+	f.nbd.Store(&api.NBDEndpoints{})
 	a, err := api.New(t.Context(), api.Config{
-		DB: objects, Storage: storage.Registry{driver.Type: driver}, RootPassword: rootVerifier(), DataDir: t.TempDir(),
+		NBD: func() api.NBDEndpoints { return *f.nbd.Load() },
+		DB:  objects, Storage: storage.Registry{driver.Type: driver}, RootPassword: rootVerifier(), DataDir: t.TempDir(),
 		Sources: NewSources(remote.Networks{netip.MustParsePrefix("127.0.0.1/32"), netip.MustParsePrefix("127.0.0.2/32")}, 0),
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &fixture{log: new(logBuffer)}
 	f.Server = New(Config{
 		API: a, Version: "1.2.3", Grace: grace,
 		Log: slog.New(slog.NewTextHandler(f.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
