@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"hash/crc32"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
@@ -295,13 +296,16 @@ func (r *rig) undoOfDisk(disk vdiRef) (undo vdiRef) {
 }
 
 // TestVMFaultAtEveryCall makes the n-th call to the storage, or the n-th commit
-// of the database, fail in every way, for every n, during each operation on a
+// of the database, fail in every way, for every n (see [faultStep]), during each operation on a
 // VM. At once, where the server still works, and after a restart, the world is
 // as before or as after, acknowledged operations are done, and every volume
 // belongs to a disk.
 func TestVMFaultAtEveryCall(t *testing.T) {
 	for name, c := range vmFaultCases {
-		t.Run(name, func(t *testing.T) { sweepFaults(t, c, func(*rig) {}) })
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			sweepFaults(t, c, func(*rig) {})
+		})
 	}
 }
 
@@ -325,7 +329,7 @@ func sweepFaults(t *testing.T, c vmFaultCase, then func(*rig)) {
 	}
 	for _, commits := range []bool{false, true} {
 		for _, kind := range []faultKind{failBefore, failAfter, failAlways} {
-			for n := 1; vmFaultOnce(t, c, n, kind, commits, before, after, then); n++ {
+			for n := 1 + rand.IntN(faultStep); vmFaultOnce(t, c, n, kind, commits, before, after, then); n += faultStep {
 				if t.Failed() {
 					t.Fatalf("commits %v, %v, call %d", commits, kind, n)
 				}
