@@ -166,7 +166,7 @@ func (s *socket) writeAll(parts net.Buffers) error {
 		case cerr != nil:
 			err = cerr
 		case errors.Is(err, unix.EINTR):
-			err = nil
+			n, err = 0, nil
 		case errors.Is(err, unix.EAGAIN):
 			n, err = 0, s.park(writing)
 		}

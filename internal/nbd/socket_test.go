@@ -10,6 +10,8 @@ import (
 	"runtime"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // sockets returns both ends of a connection, ours taken.
@@ -55,18 +57,19 @@ func forEachNetwork(t *testing.T, test func(t *testing.T, s *socket, there net.C
 // awaitParked returns when a call of a direction waits in the poller.
 func (s *socket) awaitParked(t *testing.T, dir int) {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); ; {
-		s.mu.Lock()
-		c := s.parked[dir]
-		s.mu.Unlock()
-		if c != nil {
-			return
-		}
+	for deadline := time.Now().Add(time.Minute); !s.isParked(dir); {
 		if time.Now().After(deadline) {
 			t.Fatal("the call does not wait in the poller")
 		}
 		runtime.Gosched() // for as long as the patience of the call
 	}
+}
+
+// isParked tells whether a call of a direction waits in the poller.
+func (s *socket) isParked(dir int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.parked[dir] != nil
 }
 
 // TestSocketParked has a read that waits in the poller go on when there is
@@ -124,6 +127,49 @@ func TestSocketSlowReader(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
+}
+
+// TestSocketInterrupted sends signals, as the runtime does before it collects
+// garbage, to a thread that waits for a client to take something.
+func TestSocketInterrupted(t *testing.T) {
+	s, there := sockets(t, "unix") // whose room does not grow by itself
+	filled := make(chan int, 1)
+	go func() {
+		n, _ := s.Write(make([]byte, 16<<20)) // until the deadline
+		filled <- n
+	}()
+	s.awaitParked(t, writing)
+	if err := s.SetWriteDeadline(time.Unix(1, 0)); err != nil {
+		t.Fatal(err)
+	}
+	n := <-filled
+	if err := s.SetWriteDeadline(time.Time{}); err != nil {
+		t.Fatal(err)
+	}
+	thread, wrote := make(chan int, 1), make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		thread <- unix.Gettid()
+		wrote <- s.writeAll(net.Buffers{[]byte("one"), []byte("two")})
+	}()
+	for tid := <-thread; !s.isParked(writing); {
+		if err := unix.Tgkill(unix.Getpid(), tid, unix.SIGURG); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case err := <-wrote:
+			t.Fatalf("nobody has taken anything, and the end is %v", err)
+		default:
+		}
+	}
+	got := make([]byte, n+6)
+	if _, err := io.ReadFull(there, got); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-wrote; err != nil || string(got[n:]) != "onetwo" {
+		t.Fatalf("came %q, %v", got[n:], err)
+	}
 }
 
 // TestSocketDeadline ends reads and writes by a deadline that comes while
