@@ -247,3 +247,34 @@ func BenchmarkEqualWrite(b *testing.B) {
 		off += benchCall
 	}
 }
+
+// BenchmarkExtents finds 256 stretches of 4 MiB in a disk of 1 TiB, as an
+// export does that has to know its length before its first byte.
+func BenchmarkExtents(b *testing.B) {
+	ctx := context.Background()
+	s := benchStore(b)
+	d := newDisk(b, s, 1, 1<<40, nil)
+	p := noise(4 << 20)
+	for i := range int64(256) {
+		if _, err := d.WriteAt(p, i<<32); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if err := s.sync(ctx); err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		n := 0
+		for e, err := range d.Extents(ctx, 0, d.Size()) {
+			if err != nil {
+				b.Fatal(err)
+			}
+			if !e.Hole {
+				n++
+			}
+		}
+		if n != 256 {
+			b.Fatalf("%d stretches", n)
+		}
+	}
+}

@@ -148,13 +148,12 @@ func (w *sinceWalk) walk(e entry, level int, lo uint64) error {
 	if level == 1 {
 		return w.units(e, lo)
 	}
+	children, err := w.childrenOf(e, level)
+	if err != nil {
+		return err
+	}
 	for i := range w.geo.Fanout {
-		w.at = lo
-		c, err := w.childOf(e, level, i)
-		if err != nil {
-			return err
-		}
-		if err := w.walk(c, level-1, lo+uint64(i)*w.geo.span(level-1)); err != nil {
+		if err := w.walk(children.at(i), level-1, lo+uint64(i)*w.geo.span(level-1)); err != nil {
 			return err
 		}
 	}

@@ -204,21 +204,23 @@ func (w *diffWalk) walk(x, y entry, level int, lo uint64) error {
 		return nil
 	}
 	w.pages++
+	if level == 1 && !(plainX && plainY) {
+		return w.layered(lo)
+	}
+	old, err := w.childrenOf(x, level)
+	if err != nil {
+		w.inOld = true
+		return err
+	}
+	now, err := w.childrenOf(y, level)
+	if err != nil {
+		return err
+	}
 	if level == 1 {
-		return w.leaf(lo)
+		return w.plain(lo, old, now)
 	}
 	for i := range w.geo.Fanout {
-		w.at = lo
-		cx, err := w.childOf(x, level, i)
-		if err != nil {
-			w.inOld = true
-			return err
-		}
-		cy, err := w.childOf(y, level, i)
-		if err != nil {
-			return err
-		}
-		if err := w.walk(cx, cy, level-1, lo+uint64(i)*w.geo.span(level-1)); err != nil {
+		if err := w.walk(old.at(i), now.at(i), level-1, lo+uint64(i)*w.geo.span(level-1)); err != nil {
 			return err
 		}
 	}
@@ -243,16 +245,33 @@ func (v *view) under(e entry, chunk, n uint64) (_ entry, plain bool) {
 	return e, plain
 }
 
-// childOf returns child i of e seen as a page of the given level: a lower
+// children are those of an entry seen as a page of some level.
+type children struct {
+	page        []byte // that has them, or
+	first, rest entry
+}
+
+func (c *children) at(i int) entry {
+	switch {
+	case c.page != nil:
+		return getEntry(c.page[i*entrySize:])
+	case i == 0:
+		return c.first
+	}
+	return c.rest
+}
+
+// childrenOf returns those of e seen as a page of the given level: a lower
 // tree is entry 0 of a higher one.
-func (w *diffWalk) childOf(e entry, level, i int) (entry, error) {
-	if !e.refers() || int(e.level) == level {
-		return w.child(e, i)
+func (w *diffWalk) childrenOf(e entry, level int) (*children, error) {
+	switch {
+	case !e.refers():
+		return &children{first: e, rest: e}, nil
+	case int(e.level) < level:
+		return &children{first: e, rest: hole(0)}, nil
 	}
-	if i == 0 {
-		return e, nil
-	}
-	return hole(0), nil
+	b, err := w.page(e)
+	return &children{page: b}, err
 }
 
 func (w *diffWalk) touched(chunk, n uint64) bool {
@@ -264,8 +283,16 @@ func (w *diffWalk) touched(chunk, n uint64) bool {
 	return false
 }
 
-// leaf compares one chunk unit by unit.
-func (w *diffWalk) leaf(lo uint64) error {
+// plain compares one chunk in which no layer has anything.
+func (w *diffWalk) plain(lo uint64, old, now *children) error {
+	return w.units(lo, func(i int) (slotState, slotState, bool) {
+		x, y := old.at(i), now.at(i)
+		return x.slotState(), y.slotState(), x.sameContent(y)
+	})
+}
+
+// layered compares one chunk in which layers have something.
+func (w *diffWalk) layered(lo uint64) error {
 	chunk := lo / uint64(w.geo.Fanout)
 	if err := w.resolve(w.a, chunk, 0, w.old); err != nil {
 		w.inOld = true
@@ -274,21 +301,28 @@ func (w *diffWalk) leaf(lo uint64) error {
 	if err := w.resolve(w.b, chunk, 0, w.now); err != nil {
 		return err
 	}
+	return w.units(lo, func(i int) (slotState, slotState, bool) {
+		return w.old[i].state, w.now[i].state, w.now[i].same(w.old[i])
+	})
+}
+
+// units gathers the units of the chunk at lo that are not the same.
+func (w *diffWalk) units(lo uint64, at func(i int) (old, now slotState, same bool)) error {
 	u := int64(w.geo.UnitSize)
-	for i := range w.now {
+	for i := range w.geo.Fanout {
 		from := max(w.first, int64(lo+uint64(i))*u)
 		to := min(w.end, int64(lo+uint64(i)+1)*u)
 		if from >= to {
 			continue
 		}
-		if w.inOld = w.old[i].state == slotLost; w.inOld || w.now[i].state == slotLost {
+		old, now, same := at(i)
+		if w.inOld = old == slotLost; w.inOld || now == slotLost {
 			w.at = lo + uint64(i)
 			return errLost()
 		}
-		if w.now[i].same(w.old[i]) {
-			continue
+		if !same {
+			w.add(from, to, now == slotZero)
 		}
-		w.add(from, to, w.now[i].state == slotZero)
 	}
 	return nil
 }

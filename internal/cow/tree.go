@@ -197,17 +197,22 @@ func (r *pageReader) lostLeaf(e entry) []byte {
 
 // leafSlot is what a leaf, nil for a hole, has for the unit idx.
 func leafSlot(page []byte, idx int) slot {
-	s := slot{idx: uint16(idx), state: slotZero}
 	if page == nil {
-		return s
+		return slot{idx: uint16(idx), state: slotZero}
 	}
-	switch c := getEntry(page[idx*entrySize:]); c.kind {
+	c := getEntry(page[idx*entrySize:])
+	return slot{idx: uint16(idx), state: c.slotState(), addr: c.addr, crc: c.crc}
+}
+
+// slotState is what an entry of a leaf says of its unit.
+func (e entry) slotState() slotState {
+	switch e.kind {
 	case kindData:
-		s.state, s.addr, s.crc = slotAddr, c.addr, c.crc
+		return slotAddr
 	case kindLost:
-		s.state = slotLost
+		return slotLost
 	}
-	return s
+	return slotZero
 }
 
 // fill sets those of out, the units from idx lo on of a chunk, that are not
