@@ -215,9 +215,11 @@ func (c *idleConn) Read(p []byte) (int, error) {
 	return c.Conn.Read(p)
 }
 
+// Write gives a Read that waits the time from now on, too: before there is a
+// request nobody is silent.
 func (c *idleConn) Write(p []byte) (int, error) {
 	if c.idle > 0 {
-		if err := c.SetWriteDeadline(time.Now().Add(c.idle)); err != nil {
+		if err := c.SetDeadline(time.Now().Add(c.idle)); err != nil {
 			return 0, err
 		}
 	}

@@ -2,9 +2,13 @@ package remote
 
 import (
 	"errors"
+	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
 func TestParseURL(t *testing.T) {
@@ -110,4 +114,41 @@ func TestFingerprint(t *testing.T) {
 			t.Errorf("%q is no fingerprint", bad)
 		}
 	}
+}
+
+// The time that a server may be silent for begins with the request, not when
+// somebody began to wait for what it might say.
+func TestIdleConn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		here, there := net.Pipe()
+		defer there.Close()
+		c := &idleConn{here, time.Minute}
+		defer c.Close()
+		type reply struct {
+			n   int
+			err error
+		}
+		read := make(chan reply)
+		go func() {
+			for range 2 {
+				n, err := c.Read(make([]byte, 8))
+				read <- reply{n, err}
+			}
+		}()
+		time.Sleep(59 * time.Second)
+		go func() {
+			_, _ = there.Read(make([]byte, 8))
+			time.Sleep(59 * time.Second)
+			_, _ = there.Write([]byte("answer"))
+		}()
+		if _, err := c.Write([]byte("request")); err != nil {
+			t.Fatal(err)
+		}
+		if r := <-read; r.n != 6 || r.err != nil {
+			t.Errorf("read %d bytes, %v", r.n, r.err)
+		}
+		if r := <-read; !errors.Is(r.err, os.ErrDeadlineExceeded) {
+			t.Errorf("a server that is silent: %d bytes, %v", r.n, r.err)
+		}
+	})
 }
