@@ -65,6 +65,9 @@ func TestRedact(t *testing.T) {
 		{"username=root password=p", "username=root password=…"},
 		{"Authorization: abc", "Authorization: …"},
 		{"vdi=2", "vdi=2"},
+		{"https://root:a:b/c@d@host:443", "https://root:…@host:443"},
+		{"https://:p@[::1]/ a@b", "https://:…@[::1]/ a@b"},
+		{"https://root@host:443 and https://host:443/x", "https://root@host:443 and https://host:443/x"},
 	}
 	for _, tt := range tests {
 		if got := Redact(tt.in); got != tt.want {

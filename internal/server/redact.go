@@ -10,6 +10,9 @@ import (
 // command line arguments.
 var secret = regexp.MustCompile(`(?i)((?:session_id|pool_secret|password|passwd|new_pwd|old_pwd|authorization)(?:=|%3d|:\s*))[^&;\s"]+`)
 
+// userinfo matches the password in a URL.
+var userinfo = regexp.MustCompile(`(://[^\s"/@:]*:)[^\s"]*@`)
+
 // secretKey matches the names of attributes, parameters and keys of maps whose
 // whole value must not be seen.
 var secretKey = regexp.MustCompile(`(?i)(^|-)(session|session_id|authorization|cookie|pwd|psecret|private_key)$|passw|secret|_pwd$`)
@@ -18,7 +21,9 @@ var secretKey = regexp.MustCompile(`(?i)(^|-)(session|session_id|authorization|c
 const hidden = "…"
 
 // Redact returns s without the secrets in it.
-func Redact(s string) string { return secret.ReplaceAllString(s, "${1}"+hidden) }
+func Redact(s string) string {
+	return userinfo.ReplaceAllString(secret.ReplaceAllString(s, "${1}"+hidden), "${1}"+hidden+"@")
+}
 
 // RedactAttr is a [slog.HandlerOptions] ReplaceAttr: the last line of defence
 // for every log line of the process, whoever wrote it.
