@@ -85,7 +85,7 @@ func open(ctx context.Context, m *xapi.Model, s Store) (*DB, error) {
 		return nil, err
 	}
 	d.past, d.told = l.past, l.told
-	d.history = &l.past.ring
+	d.history = &d.past.ring // not l's, with which the first state of all tables would stay
 	d.history.logged, d.history.first = d.opened, true
 	d.head = &state{revision: tx.revision, lasting: d.history.logged, tables: tx.tables, next: make(chan struct{})}
 	d.past.stamps = nil
@@ -193,10 +193,12 @@ func (d *DB) Sync(ctx context.Context) error {
 	return <-c.done
 }
 
-// conclude has the history tell of the last state. When it cannot, later runs know less of positions, nothing else.
+// conclude has the history tell of the last state. When it cannot, later runs know less of positions, nothing else. A
+// database in which nothing has changed stays as it is, with the revision that the store has: who only looks does not
+// make a copy look newer than it is.
 func (d *DB) conclude() {
-	if d.commits.mu.err == nil {
-		_, _ = d.write([]*commit{{state: d.visible.Load(), sync: true}}, d.commits.mu.ceiling)
+	if s := d.visible.Load(); d.commits.mu.err == nil && s.lasting > d.history.logged {
+		_, _ = d.write([]*commit{{state: s, sync: true}}, d.commits.mu.ceiling)
 	}
 }
 

@@ -5,7 +5,9 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"runtime"
 	"testing"
+	"weak"
 
 	"coppice/internal/db"
 	"coppice/internal/xapi"
@@ -232,6 +234,53 @@ func TestHistoryThatCannotBeUsed(t *testing.T) {
 			run(t, s, func(d *db.DB) { wantSince(t, d, at, map[string]string{"v": "mod"}) })
 		})
 	}
+}
+
+// TestLookingChangesNothing opens a database, reads it and closes it: the store is as it was, above all its revision, by
+// which a copy is recognised that is older than what was made with the original since.
+func TestLookingChangesNothing(t *testing.T) {
+	s := db.NewMemStore()
+	run(t, s, func(d *db.DB) { update(t, d, func(tx *db.Tx) error { return vdi(tx, "v") }) })
+	commits := s.Commits()
+	before, _, err := s.Load(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := db.Open(t.Context(), xapi.Datamodel(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	position(t, d)
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	after, _, err := s.Load(t.Context())
+	if err != nil || after != before || s.Commits() != commits {
+		t.Errorf("revision %d and %d commits, want %d and %d; %v", after, s.Commits(), before, commits, err)
+	}
+}
+
+// TestReplacedRecordsGo replaces a record that was loaded: nothing keeps the old one in memory.
+func TestReplacedRecordsGo(t *testing.T) {
+	s := db.NewMemStore()
+	run(t, s, func(d *db.DB) { update(t, d, func(tx *db.Tx) error { return vdi(tx, "v") }) })
+	run(t, s, func(d *db.DB) {
+		var loaded weak.Pointer[xapi.VDI]
+		view(t, d, func(tx *db.Tx) {
+			v, err := db.Get[xapi.VDI](tx, "v")
+			if err != nil {
+				t.Fatal(err)
+			}
+			loaded = weak.Make(v)
+		})
+		update(t, d, rename("v", "new"))
+		for range 10 { // what goroutines that have just ended refer to may need more than one
+			if runtime.GC(); loaded.Value() == nil {
+				return
+			}
+		}
+		t.Error("the record that was replaced is still in memory")
+	})
 }
 
 // TestRenew makes everything count as created anew, for tokens of this run and of earlier ones.
