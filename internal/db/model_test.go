@@ -420,6 +420,7 @@ func (m *dbModel) update(t *rapid.T) {
 		}
 		m.check(t)
 		if m.store.apply {
+			m.dismiss(written)
 			m.now = next
 		}
 		m.reopen(t)
@@ -430,6 +431,7 @@ func (m *dbModel) update(t *rapid.T) {
 
 // commit takes over what an update has made and notes which objects really changed.
 func (m *dbModel) commit(next records, written map[string]touch) {
+	m.dismiss(written)
 	revision := m.db.Revision()
 	was, is := m.now.complete(), next.complete()
 	for _, name := range modelClasses {
@@ -443,9 +445,6 @@ func (m *dbModel) commit(next records, written map[string]touch) {
 			s := m.changed[ref]
 			if was[name][ref] == nil || written[ref].inserted == revision {
 				s.created = revision
-				delete(m.deleted, ref)
-				// References are not used again in life; whoever has seen the one before is not told of its end.
-				m.clients = slices.DeleteFunc(m.clients, func(c *client) bool { return c.seen[name][ref] != nil })
 			}
 			if s.created == revision || !reflect.DeepEqual(was[name][ref], rec) {
 				s.modified = revision
@@ -454,6 +453,21 @@ func (m *dbModel) commit(next records, written map[string]touch) {
 		}
 	}
 	m.now, m.touched = next, written
+}
+
+// dismiss sends the clients away that have seen an object before one that an update has inserted under its reference,
+// whether that is still there or not: references are not used again in life, and whoever has seen the first object is not
+// told of its end.
+func (m *dbModel) dismiss(written map[string]touch) {
+	for ref, w := range written {
+		if w.inserted == m.touched[ref].inserted {
+			continue
+		}
+		delete(m.deleted, ref)
+		m.clients = slices.DeleteFunc(m.clients, func(c *client) bool {
+			return slices.ContainsFunc(modelClasses, func(name string) bool { return c.seen[name][ref] != nil })
+		})
+	}
 }
 
 func (m *dbModel) check(t *rapid.T) {
