@@ -50,7 +50,7 @@ func (f *failedLogins) add(o Origin, user string, now time.Time) {
 	if err != nil {
 		ip = "" // the Unix socket
 	}
-	c := loginClient{short(user), short(o.Originator), short(o.UserAgent), ip}
+	c := loginClient{short(user), short(o.Originator), short(o.UserAgent), strings.Clone(ip)}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	known := f.clients[c]
@@ -68,12 +68,13 @@ func (f *failedLogins) add(o Origin, user string, now time.Time) {
 	known.number, known.last = known.number+1, now
 }
 
-// short cuts a text that a client made up, at a rune.
+// short copies the beginning of a text that a client made up, up to a rune, so
+// that the rest of the request is not kept with it.
 func short(s string) string {
-	if len(s) <= maxLoginText {
-		return s
+	if len(s) > maxLoginText {
+		s = strings.ToValidUTF8(s[:maxLoginText], "")
 	}
-	return strings.ToValidUTF8(s[:maxLoginText], "")
+	return strings.Clone(s)
 }
 
 // take returns the body of the alert about what was counted, "" for nothing,

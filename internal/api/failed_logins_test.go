@@ -3,10 +3,13 @@ package api
 import (
 	"encoding/xml"
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
+	"weak"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -76,6 +79,30 @@ func TestFailedLoginAlert(t *testing.T) {
 		c.stop(errStopping)
 		<-done
 	})
+}
+
+// The names of refused logins do not keep the requests in memory that they came
+// with.
+func TestFailedLoginsKeepNoRequests(t *testing.T) {
+	var f failedLogins
+	refused := func() weak.Pointer[byte] {
+		body := make([]byte, 1<<20)
+		text := unsafe.String(&body[0], len(body))
+		f.add(Origin{Peer: "192.0.2.7:1", UserAgent: text[:10], Originator: text[:maxLoginText]}, text, time.Unix(1_000_000_000, 0))
+		return weak.Make(&body[0])
+	}
+	gone := refused()
+	for range 10 { // the collector is free to find it late
+		if runtime.GC(); gone.Value() == nil {
+			break
+		}
+	}
+	if gone.Value() != nil {
+		t.Error("a request is kept in memory")
+	}
+	if f.take() == "" {
+		t.Error("nothing was counted")
+	}
 }
 
 // What clients say of themselves is bounded, and so is how many are told apart.
