@@ -1,11 +1,14 @@
 package api
 
 import (
+	"context"
 	"maps"
 	"slices"
+	"strconv"
 	"testing"
 
 	"coppice/internal/db"
+	"coppice/internal/storage"
 	"coppice/internal/xapi"
 )
 
@@ -115,6 +118,43 @@ func TestEventTokensSurviveACrash(t *testing.T) {
 	}
 	if ops := record(r.core, busy).AllowedOperations; !slices.Contains(ops, xapi.VDIOperationsSnapshot) {
 		t.Errorf("allowed: %v", ops)
+	}
+}
+
+// forget makes so many commits that the history of the database goes back no
+// further than to here.
+func (r *rig) forget() {
+	r.t.Helper()
+	for i := range 4200 {
+		r.update(func(tx *db.Tx) error {
+			return db.Modify(tx, r.pool, func(p *xapi.Pool) { p.NameDescription = strconv.Itoa(i) })
+		})
+	}
+}
+
+// The disks of an SR that cannot be opened, and of one that can be again, allow
+// something else than before, which clients are told however old the disks are.
+func TestEventTokensAndAnUnavailableSR(t *testing.T) {
+	r := newRig(t)
+	disk := r.disk(8 << 20)
+	good := r.driver.Open
+	for _, open := range []func(context.Context, map[string]string, bool) (storage.Repo, error){
+		func(context.Context, map[string]string, bool) (storage.Repo, error) { return nil, storage.ErrCorrupt },
+		good,
+	} {
+		r.forget()
+		before := record(r.core, disk).AllowedOperations
+		token := r.from("", 0, "*").Token
+		r.stop(t)
+		r.driver.Open = open
+		r.start(t)
+		if now := record(r.core, disk).AllowedOperations; slices.Equal(now, before) {
+			t.Errorf("allowed as before: %v", now)
+		}
+		got := told(r.from(token, 0, "vdi", "sr"))
+		if want := map[string]string{string(disk): "vdi mod", string(r.sr): "sr mod"}; !maps.Equal(got, want) {
+			t.Errorf("told: %v, want %v", got, want)
+		}
 	}
 }
 

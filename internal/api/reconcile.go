@@ -64,10 +64,11 @@ func (a *API) openStorage(ctx context.Context) error {
 		}
 		a.log.Error("an SR cannot be opened and is left detached", "pbd", ref, "err", failed)
 		err := a.db.Update(ctx, func(tx *db.Tx) error {
-			return db.Modify(tx, ref, func(p *xapi.PBD) {
+			err := db.Modify(tx, ref, func(p *xapi.PBD) {
 				p.CurrentlyAttached = false
 				p.OtherConfig[unavailableKey] = failed.Error()
 			})
+			return cmpErr(err, touchDisksOf(tx, wanted[ref].SR))
 		})
 		if err != nil {
 			return err
@@ -79,6 +80,22 @@ func (a *API) openStorage(ctx context.Context) error {
 	a.repos.wake = make(chan struct{}, 1)
 	a.background.Go(a.watchUsage)
 	return nil
+}
+
+// touchDisksOf counts an SR and its disks as modified, which allow something
+// else from now on than clients were told before the start: the database does
+// not remember what for all of them.
+func touchDisksOf(tx *db.Tx, ref xapi.Ref[xapi.SR]) error {
+	sr, err := db.Get(tx, ref)
+	if err != nil {
+		return nil // no disks then
+	}
+	for _, v := range sr.VDIs {
+		if err := tx.Touch(xapi.ClassOf[xapi.VDI](), string(v)); err != nil {
+			return err
+		}
+	}
+	return tx.Touch(xapi.ClassOf[xapi.SR](), string(ref))
 }
 
 // reopen opens the repository of an attached SR and reconciles it. It is
