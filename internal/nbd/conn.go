@@ -254,7 +254,7 @@ func (c *conn) dispatch(w *worker, r *request) (mine bool) {
 		return true
 	}
 	class := r.class()
-	if cost := headroom + int64(min(n+c.returns(r), pieceSize)); c.parallel(class) && c.srv.memory.take(cost) {
+	if cost := bufferSize(int(min(n+c.returns(r), pieceSize))); c.parallel(class) && c.srv.memory.take(cost) {
 		x := &worker{c: c, held: cost}
 		p, err := x.receive(w, int(n))
 		if err != nil {

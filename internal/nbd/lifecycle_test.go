@@ -167,6 +167,71 @@ func TestSlowRequest(t *testing.T) {
 	})
 }
 
+// slowWrites takes its time for writes at 0, and for ever for others until it
+// is let go.
+type slowWrites struct {
+	slow
+}
+
+func (s *slowWrites) WriteAt(p []byte, off int64) (int, error) {
+	if off == 0 {
+		time.Sleep(time.Millisecond)
+	} else {
+		s.entered.Add(1)
+		<-s.gate
+	}
+	return s.Volume.WriteAt(p, off)
+}
+
+// TestMemoryOfSlowWrites has short writes held up: there are no more of them
+// under way than the memory that they really take allows.
+func TestMemoryOfSlowWrites(t *testing.T) {
+	_, v := newVolume(t, 1<<20)
+	dev := &slowWrites{slow{Volume: v}}
+	const buffers, memory = 5, 5 * (headroom + smallSize)
+	overPipe(t, &shelf{exports: map[string]*Export{"": {Device: dev}}}, Options{Memory: memory}, func(s *Server, nc net.Conn) {
+		dev.gate = make(chan struct{})
+		d, err := Begin(nc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := d.Go("")
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := make([]byte, 512)
+		for range 20 { // until they are expected to be slow
+			if _, err := c.WriteAt(p, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		sent := make(chan error)
+		go func() {
+			for range 4 * buffers {
+				if _, err := c.send(request{cmd: cmdWrite, off: 4096, length: 512}, p, nil); err != nil {
+					sent <- err
+					return
+				}
+			}
+			_, err := c.WriteAt(p, 8192)
+			sent <- err
+		}()
+		time.Sleep(time.Second)
+		if n := dev.entered.Load(); n != buffers+1 { // and the one that every connection may have
+			t.Errorf("%d writes are under way, want %d", n, buffers+1)
+		}
+		close(dev.gate)
+		if err := <-sent; err != nil {
+			t.Error(err)
+		}
+		c.Abort()
+		synctest.Wait()
+		if left := s.memory.left.Load(); left != memory {
+			t.Errorf("%d bytes of the budget of %d are left", left, memory)
+		}
+	})
+}
+
 func TestHandshakeTimeout(t *testing.T) {
 	_, v := newVolume(t, 1<<20)
 	b := &shelf{exports: map[string]*Export{"": {Device: v}}}

@@ -51,6 +51,13 @@ func getBuffer(n int) *[]byte {
 	panic("nbd: a piece that is too long")
 }
 
+// bufferSize is how many bytes a buffer for n bytes takes, which is at most
+// pieceSize. As it is never little, it bounds the requests under way as well.
+func bufferSize(n int) int64 {
+	i, _ := slices.BinarySearch(bufferSizes[:], n)
+	return int64(headroom + bufferSizes[i])
+}
+
 func putBuffer(b *[]byte) {
 	for i, size := range bufferSizes {
 		if len(*b) == headroom+size {
