@@ -17,8 +17,10 @@ import (
 	engine "coppice/internal/cow"
 	"coppice/internal/db"
 	"coppice/internal/nbd"
+	"coppice/internal/rpc"
 	"coppice/internal/storage/cow"
 	"coppice/internal/vfs"
+	"coppice/internal/xapi"
 )
 
 // faultHost is the directories of a host in memory, in which calls can be made
@@ -114,14 +116,21 @@ func (r *faultRig) start() {
 	r.session = r.login(r.t)
 }
 
-// must calls a method with the rig's session.
+// must calls a method with the rig's session. The server takes note in its own
+// time of clients that have gone, so until then their disks may be in use.
 func (r *faultRig) must(method string, params ...any) any {
 	r.t.Helper()
-	result, err := r.call(method, append([]any{r.session}, params...)...)
-	if err != nil {
-		r.t.Fatalf("%s: %v", method, err)
+	ctx, cancel := context.WithTimeout(r.t.Context(), patience)
+	defer cancel()
+	for {
+		result, err := r.call(method, append([]any{r.session}, params...)...)
+		if err == nil {
+			return result
+		}
+		if f, ok := errors.AsType[*rpc.Fault](err); !ok || f.Code != xapi.ErrVDIInUse || ctx.Err() != nil {
+			r.t.Fatalf("%s: %v", method, err)
+		}
 	}
-	return result
 }
 
 // defaultSR returns the reference of the SR that every server has.
