@@ -40,7 +40,7 @@ type Config struct {
 
 	// The server's certificate must have one of the Fingerprints; without any
 	// it must be valid for the host and come from Roots, by default those of
-	// the system. Insecure takes any.
+	// the system. Insecure takes any. Without TLS there must be neither.
 	Fingerprints []Fingerprint
 	Roots        *x509.CertPool
 	Insecure     bool
@@ -79,6 +79,9 @@ func Open(ctx context.Context, cfg Config) (*Client, error) {
 	u, err := parseURL(cfg.URL, cfg.Insecure)
 	if err != nil {
 		return nil, err
+	}
+	if u.Scheme == "http" && (len(cfg.Fingerprints) > 0 || cfg.Roots != nil) {
+		return nil, &URLError{"the URL must begin with https:// where a certificate is to be checked"}
 	}
 	c := &Client{data: *u, api: *u, session: cfg.Session}
 	c.http.Transport = transport(cfg)

@@ -260,6 +260,7 @@ func TestPullRefused(t *testing.T) {
 		{"fingerprint", second, []string{"remote-fingerprint", "00"}, xapi.ErrInvalidValue, "remote-fingerprint"},
 		{"CA", second, []string{"remote-ca", "hush"}, xapi.ErrInvalidValue, "remote-ca"},
 		{"plain", second, []string{"remote-url", "http://" + p.from.tcp}, xapi.ErrInvalidValue, "insecure"},
+		{"plain and recognised", second, []string{"remote-url", "http://" + p.from.tcp, "remote-insecure", "true"}, xapi.ErrInvalidValue, "certificate"},
 		{"password in URL", second, []string{"remote-url", strings.Replace(p.front.URL, "://", "://root:hush@", 1)}, xapi.ErrInvalidValue, "remote-url"},
 		{"path in URL", second, []string{"remote-url", p.front.URL + "/latest/meta-data"}, xapi.ErrInvalidValue, "remote-url"},
 		{"address", second, []string{"remote-url", "https://127.0.0.3"}, xapi.ErrOperationNotAllowed, "127.0.0.3"},
