@@ -118,6 +118,13 @@ func TestOlderDatabase(t *testing.T) {
 		r.later(kept, gone)
 		r.stop(t)
 		r.store.Store = backup
+		d, err := db.Open(t.Context(), xapi.Datamodel(), backup) // a check of the stores asks it where they are
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
 		r.start(t)
 		r.wantRecovered(kept)
 		if n := r.count(recoveredAlert); n != 1 {
