@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -57,6 +58,34 @@ func generation(round int) []string {
 	return []string{"--verify=pattern", "--verify_interval=4096", fmt.Sprintf(`--verify_pattern="round%03d"%%o`, round)}
 }
 
+// saying is what a program says, and whether it has said something yet.
+type saying struct {
+	text  string
+	heard chan struct{} // closed when it has
+
+	mu  sync.Mutex
+	all strings.Builder // guarded by mu
+}
+
+func newSaying(text string) *saying { return &saying{text: text, heard: make(chan struct{})} }
+
+func (s *saying) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before := strings.Contains(s.all.String(), s.text)
+	s.all.Write(p)
+	if !before && strings.Contains(s.all.String(), s.text) {
+		close(s.heard)
+	}
+	return len(p), nil
+}
+
+func (s *saying) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.all.String()
+}
+
 // TestKillUnderFIO kills the server while one fio writes and flushes as much as
 // it can and after another one has ended with a flush. What the latter wrote is
 // there, all of it and no older; of the former every block is whole. The
@@ -91,17 +120,23 @@ func TestKillUnderFIO(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), fioPatience)
 		load := r.command(ctx, "load", loaded, "--rw=randwrite", "--norandommap=1", "--verify=crc32c", "--do_verify=0",
 			"--fsync=16", "--loops=1000000", fmt.Sprintf("--randseed=%d", round))
-		var said strings.Builder
-		load.Stdout, load.Stderr = &said, &said
+		said := newSaying("connected to NBD server")
+		load.Stdout, load.Stderr = said, said
 		if err := load.Start(); err != nil {
 			t.Fatal(err)
+		}
+		select {
+		case <-said.heard:
+		case <-ctx.Done():
+			_ = load.Wait()
+			t.Fatalf("round %d: the load does not begin\n%s", round, said)
 		}
 		r.must("settle", settled, append(generation(round), "--rw=randwrite", "--do_verify=0", "--end_fsync=1")...)
 		_ = p.cmd.Process.Kill()
 		err := load.Wait()
 		cancel()
-		if err == nil || !strings.Contains(said.String(), "connected to NBD server") || ctx.Err() == context.DeadlineExceeded {
-			t.Fatalf("round %d: the load ended before the server or not with it: %v\n%s", round, err, said.String())
+		if err == nil || ctx.Err() == context.DeadlineExceeded {
+			t.Fatalf("round %d: the load ended before the server or not with it: %v\n%s", round, err, said)
 		}
 		_ = p.cmd.Wait()
 		p = startProcess(t, data, flags...)
