@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"slices"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -446,7 +447,8 @@ func foreign(from *depot) http.Handler {
 		if err != nil {
 			panic(err)
 		}
-		in.Header = r.Header
+		in.Header = r.Header.Clone()
+		in.Header.Set("Accept-Encoding", "identity")
 		resp, err := http.DefaultTransport.RoundTrip(in)
 		if err != nil {
 			panic(http.ErrAbortHandler)
@@ -456,7 +458,11 @@ func foreign(from *depot) http.Handler {
 		if err != nil {
 			panic(http.ErrAbortHandler)
 		}
-		from.do("task.remove_from_other_config", from.session, r.URL.Query().Get("task_id"), sha256Key)
+		task := r.URL.Query().Get("task_id")
+		for r.Context().Err() == nil && from.do("task.get_status", from.session, task) == "pending" { // the digest comes last
+			runtime.Gosched()
+		}
+		from.do("task.remove_from_other_config", from.session, task, sha256Key)
 		conn, _, err := http.NewResponseController(w).Hijack()
 		if err != nil {
 			panic(err)
