@@ -74,7 +74,7 @@ func (m storeMark) strangeTo(pool string, stored uint64) string {
 // compares their marks with the database, before anything is committed to it:
 // from then on its age could not be told. What is recognised is noted in one
 // commit, so that no crash can make it forgotten. A store that cannot be opened
-// now is left to openStorage.
+// now is left to openStorage, which then trusts nothing about it.
 func (a *API) recognize(ctx context.Context) error {
 	stored, pool := a.db.Stored(), ""
 	attached := map[xapi.Ref[xapi.PBD]]*xapi.PBD{}

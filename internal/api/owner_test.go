@@ -2,6 +2,7 @@ package api
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"slices"
 	"testing"
@@ -160,6 +161,41 @@ func TestOlderDatabase(t *testing.T) {
 		if _, v := r.named("later"); v.Missing || v.OtherConfig[recoveredKey] != "" {
 			t.Errorf("the newer database has %+v", v)
 		}
+		r.wantConsistent()
+		for _, uuid := range r.disks(r.sr) {
+			r.call("VDI.destroy", r.ref(uuid))
+		}
+	})
+}
+
+// A store that cannot be opened when its mark is to be compared, and can a
+// moment later, is treated as one of which nothing is known.
+func TestOlderDatabaseAndALateStore(t *testing.T) {
+	onDrivers(t, func(t *testing.T, r *rig) {
+		kept, gone := r.disk(2<<20), r.disk(2<<20)
+		r.call("VDI.set_name_label", kept, "kept")
+		backup := copyStore(t, r.store.Store)
+		r.later(kept, gone)
+		r.stop(t)
+		r.store.Store = backup
+		open, tried := r.driver.Open, false
+		r.driver.Open = func(ctx context.Context, config map[string]string, create bool) (storage.Repo, error) {
+			if !tried {
+				tried = true
+				return nil, storage.ErrCorrupt
+			}
+			return open(ctx, config, create)
+		}
+		r.start(t)
+		ref, v := r.named("later")
+		if got := r.contents(ref)[1<<20 : 1<<20+8]; string(got) != "precious" || v.Missing {
+			t.Errorf("%q in %+v", got, v)
+		}
+		pbd := record(r.core, xapi.Ref[xapi.PBD](r.pbd(r.sr)))
+		if !tried || !pbd.CurrentlyAttached || pbd.OtherConfig[unavailableKey] != "" {
+			t.Errorf("PBD %+v", pbd)
+		}
+		r.call("SR.scan", string(r.sr)) // what has been destroyed since the backup
 		r.wantConsistent()
 		for _, uuid := range r.disks(r.sr) {
 			r.call("VDI.destroy", r.ref(uuid))

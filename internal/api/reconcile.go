@@ -51,10 +51,10 @@ func (a *API) openStorage(ctx context.Context) error {
 	}
 	for _, ref := range slices.Sorted(maps.Keys(wanted)) {
 		var failed error
-		if pbd := wanted[ref]; pbd.CurrentlyAttached {
-			failed = a.reopen(ctx, ref)
+		if repo := a.repos.takeEarly(wanted[ref].SR); repo != nil {
+			failed = a.reopen(ctx, repo)
 		} else { // what happened to it since is not known, so nothing is reclaimed
-			failed = a.plug(ctx, ref, pbd)
+			failed = a.plug(ctx, ref, wanted[ref])
 		}
 		if failed == nil {
 			continue
@@ -98,37 +98,13 @@ func touchDisksOf(tx *db.Tx, ref xapi.Ref[xapi.SR]) error {
 	return tx.Touch(xapi.ClassOf[xapi.SR](), string(ref))
 }
 
-// reopen opens the repository of an attached SR and reconciles it. It is
-// closed after an error.
-func (a *API) reopen(ctx context.Context, ref xapi.Ref[xapi.PBD]) error {
-	var pbd *xapi.PBD
-	var sr *xapi.SR
-	err := a.db.View(func(tx *db.Tx) (err error) {
-		if pbd, err = db.Get(tx, ref); err != nil {
-			return err
-		}
-		sr, err = db.Get(tx, pbd.SR)
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	drv, err := a.driver(sr.Type)
-	if err != nil {
-		return err
-	}
-	repo := a.repos.takeEarly(pbd.SR)
-	if repo == nil {
-		r, err := drv.Open(ctx, pbd.DeviceConfig, false)
-		if err != nil {
-			return fmt.Errorf("open the storage of SR %s: %w", sr.UUID, err)
-		}
-		repo = newRepository(pbd.SR, r)
-	}
+// reopen attaches a repository that recognize has opened, and reconciles it. It
+// is closed after an error.
+func (a *API) reopen(ctx context.Context, repo *repository) error {
 	a.repos.put(repo)
 	if err := a.reconcile(ctx, repo); err != nil {
-		a.repos.take(pbd.SR)
-		return errors.Join(fmt.Errorf("reconcile SR %s: %w", sr.UUID, err), repo.Close())
+		a.repos.take(repo.sr)
+		return errors.Join(fmt.Errorf("reconcile SR %s: %w", repo.sr, err), repo.Close())
 	}
 	return nil
 }
