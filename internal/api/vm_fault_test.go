@@ -262,35 +262,30 @@ func (r *rig) choose(key, value string) {
 }
 
 // undoOf returns the undo snapshot of a VM.
-func (r *rig) undoOf(vm vmRef) (undo vmRef) {
+func (r *rig) undoOf(vm vmRef) vmRef {
 	r.t.Helper()
-	for _, s := range record(r.core, vm).Snapshots {
-		if record(r.core, s).OtherConfig[undoKey] == "true" {
-			if undo != "" {
-				r.t.Errorf("two undo snapshots of VM %s", vm)
-			}
-			undo = s
-		}
-	}
-	if undo == "" {
-		r.t.Fatalf("no undo snapshot of VM %s", vm)
-	}
-	return undo
+	return onlyUndo(r, record(r.core, vm).Snapshots, func(s vmRef) map[string]string { return record(r.core, s).OtherConfig })
 }
 
 // undoOfDisk returns the undo snapshot of a disk.
-func (r *rig) undoOfDisk(disk vdiRef) (undo vdiRef) {
+func (r *rig) undoOfDisk(disk vdiRef) vdiRef {
 	r.t.Helper()
-	for _, s := range record(r.core, disk).Snapshots {
-		if record(r.core, s).OtherConfig[undoKey] == "true" {
+	return onlyUndo(r, record(r.core, disk).Snapshots, func(s vdiRef) map[string]string { return record(r.core, s).OtherConfig })
+}
+
+// onlyUndo returns the one of some snapshots that is an undo snapshot.
+func onlyUndo[R ~string](r *rig, snapshots []R, otherConfig func(R) map[string]string) (undo R) {
+	r.t.Helper()
+	for _, s := range snapshots {
+		if otherConfig(s)[undoKey] == "true" {
 			if undo != "" {
-				r.t.Errorf("two undo snapshots of VDI %s", disk)
+				r.t.Errorf("two undo snapshots, %s and %s", undo, s)
 			}
 			undo = s
 		}
 	}
 	if undo == "" {
-		r.t.Fatalf("no undo snapshot of VDI %s", disk)
+		r.t.Fatalf("no undo snapshot in %q", snapshots)
 	}
 	return undo
 }
