@@ -75,21 +75,7 @@ func TestEventTokensSurviveARestart(t *testing.T) {
 // of the database.
 func (r *rig) crash(c *Call) {
 	r.t.Helper()
-	t, left := r.t, db.NewMemStore()
-	revision, rows, err := r.store.Load(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	b := db.Batch{Revision: revision}
-	for row, err := range rows {
-		if err != nil {
-			t.Fatal(err)
-		}
-		b.Rows = append(b.Rows, row)
-	}
-	if err := left.Commit(t.Context(), b); err != nil {
-		t.Fatal(err)
-	}
+	t, left := r.t, copyStore(r.t, r.store)
 	c.end(Result{}, nil)
 	r.stop(t)
 	r.store = &faultStore{Store: left, faults: r.faults}

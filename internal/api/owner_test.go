@@ -16,20 +16,8 @@ import (
 // copyStore makes a copy of a database, as a backup of its file does.
 func copyStore(t *testing.T, s db.Store) *db.MemStore {
 	t.Helper()
-	revision, rows, err := s.Load(t.Context())
+	dup, err := db.CopyStore(t.Context(), s)
 	if err != nil {
-		t.Fatal(err)
-	}
-	b := db.Batch{Revision: revision}
-	for row, err := range rows {
-		if err != nil {
-			t.Fatal(err)
-		}
-		row.Data = bytes.Clone(row.Data)
-		b.Rows = append(b.Rows, row)
-	}
-	dup := db.NewMemStore()
-	if err := dup.Commit(t.Context(), b); err != nil {
 		t.Fatal(err)
 	}
 	return dup

@@ -590,19 +590,11 @@ func TestAdvance(t *testing.T) {
 	}
 	add(d, "old")
 	before := d.Stored()
-	revision, rows, err := store.Load(t.Context())
-	if err != nil || revision != before {
+	if revision, _, err := store.Load(t.Context()); err != nil || revision != before {
 		t.Fatalf("the store has revision %d, %v, want %d", revision, err, before)
 	}
-	batch := db.Batch{Revision: revision}
-	for row, err := range rows {
-		if err != nil {
-			t.Fatal(err)
-		}
-		batch.Rows = append(batch.Rows, row)
-	}
-	old := db.NewMemStore()
-	if err := old.Commit(t.Context(), batch); err != nil {
+	old, err := db.CopyStore(t.Context(), store)
+	if err != nil {
 		t.Fatal(err)
 	}
 	for range 3 {

@@ -304,19 +304,8 @@ func TestRenew(t *testing.T) {
 func TestCopiesOfADatabase(t *testing.T) {
 	s := db.NewMemStore()
 	run(t, s, func(d *db.DB) { update(t, d, func(tx *db.Tx) error { return vdi(tx, "v") }) })
-	revision, rows, err := s.Load(t.Context())
+	dup, err := db.CopyStore(t.Context(), s)
 	if err != nil {
-		t.Fatal(err)
-	}
-	b := db.Batch{Revision: revision}
-	for row, err := range rows {
-		if err != nil {
-			t.Fatal(err)
-		}
-		b.Rows = append(b.Rows, row)
-	}
-	dup := db.NewMemStore()
-	if err := dup.Commit(t.Context(), b); err != nil {
 		t.Fatal(err)
 	}
 	var lost db.Position

@@ -1,6 +1,7 @@
 package db
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -96,6 +97,24 @@ func NewMemStore() *MemStore {
 	s := new(MemStore)
 	s.mu.rows = make(map[[2]string][]byte)
 	return s
+}
+
+// CopyStore returns a store in memory with what another one has: what a backup of it, or a crash now, would leave.
+func CopyStore(ctx context.Context, from Store) (*MemStore, error) {
+	revision, rows, err := from.Load(ctx)
+	if err != nil {
+		return nil, err
+	}
+	b := Batch{Revision: revision}
+	for row, err := range rows {
+		if err != nil {
+			return nil, err
+		}
+		row.Data = bytes.Clone(row.Data)
+		b.Rows = append(b.Rows, row)
+	}
+	s := NewMemStore()
+	return s, s.Commit(ctx, b)
 }
 
 // Load implements Store.
