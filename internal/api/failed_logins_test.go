@@ -18,16 +18,18 @@ import (
 
 // loginReport is the body of the alert as clients read it.
 type loginReport struct {
-	Total int `xml:"total"`
-	Known []struct {
-		Username   string `xml:"username"`
-		Originator string `xml:"originator"`
-		Useragent  string `xml:"useragent"`
-		IP         string `xml:"ip"`
-		Number     int    `xml:"number"`
-		Date       string `xml:"date"`
-	} `xml:"known"`
-	Unknown int `xml:"unknown"`
+	Total   int          `xml:"total"`
+	Known   []knownLogin `xml:"known"`
+	Unknown int          `xml:"unknown"`
+}
+
+type knownLogin struct {
+	Username   string `xml:"username"`
+	Originator string `xml:"originator"`
+	Useragent  string `xml:"useragent"`
+	IP         string `xml:"ip"`
+	Number     int    `xml:"number"`
+	Date       string `xml:"date"`
 }
 
 // Refused logins of an hour make one alert, an hour without makes none.
@@ -64,14 +66,7 @@ func TestFailedLoginAlert(t *testing.T) {
 				t.Fatalf("%v in %s", err, m.Body)
 			}
 			want.Total = 2
-			want.Known = append(want.Known, struct {
-				Username   string `xml:"username"`
-				Originator string `xml:"originator"`
-				Useragent  string `xml:"useragent"`
-				IP         string `xml:"ip"`
-				Number     int    `xml:"number"`
-				Date       string `xml:"date"`
-			}{"root", "test", `<"&>`, "192.0.2.7", 2, last.UTC().Format("20060102T15:04:05Z")})
+			want.Known = append(want.Known, knownLogin{"root", "test", `<"&>`, "192.0.2.7", 2, last.UTC().Format("20060102T15:04:05Z")})
 			if diff := cmp.Diff(want, got); diff != "" {
 				t.Errorf("body (-want +got):\n%s", diff)
 			}
