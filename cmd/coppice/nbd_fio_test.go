@@ -97,24 +97,7 @@ func TestKillUnderFIO(t *testing.T) {
 	flags := []string{"--admin-password-file", writePassword(t), "--nbd", "off"}
 	p := startProcess(t, data, flags...)
 	session := p.login(t)
-	pools, err := p.call("pool.get_all_records", session)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, pool := range pools.(map[string]any) {
-		vdi, err := p.call("VDI.create", session, map[string]any{
-			"SR": pool.(map[string]any)["default_SR"], "virtual_size": 2 * r.size, "type": "user",
-			"sharable": true, "read_only": false, "other_config": map[string]any{}, "name_label": "disk",
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		uuid, err := p.call("VDI.get_uuid", session, vdi)
-		if err != nil {
-			t.Fatal(err)
-		}
-		r.uri = "nbd+unix:///rw/" + uuid.(string) + "?socket=" + url.PathEscape(dataDir(data).nbdSocket())
-	}
+	r.uri = "nbd+unix:///rw/" + p.disk(t, session, 2*r.size, true) + "?socket=" + url.PathEscape(dataDir(data).nbdSocket())
 	r.must("fill", loaded, "--rw=write", "--verify=crc32c", "--do_verify=0", "--end_fsync=1")
 	for round := 1; round <= *nbdKills; round++ {
 		ctx, cancel := context.WithTimeout(t.Context(), fioPatience)

@@ -74,23 +74,17 @@ func dialNBD(data, export string) (*nbd.Client, error) {
 	return d.Go(export)
 }
 
-// TestKillUnderNBD kills a server while several connections write to a disk
-// and flush. What was flushed is there again, every block is whole, and the
-// store is sound.
-func TestKillUnderNBD(t *testing.T) {
-	data := filepath.Join(t.TempDir(), "data")
-	flags := []string{"--admin-password-file", writePassword(t), "--nbd", "off"}
-	p := startProcess(t, data, flags...)
-	session := p.login(t)
-	sr, err := p.call("pool.get_all_records", session)
+// disk makes a disk in the default SR and returns its uuid.
+func (p *process) disk(t *testing.T, session any, size int64, sharable bool) string {
+	t.Helper()
+	pools, err := p.call("pool.get_all_records", session)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var export string
-	for _, pool := range sr.(map[string]any) {
+	for _, pool := range pools.(map[string]any) {
 		vdi, err := p.call("VDI.create", session, map[string]any{
-			"SR": pool.(map[string]any)["default_SR"], "virtual_size": int64(killBlock * killBlocks), "type": "user",
-			"sharable": false, "read_only": false, "other_config": map[string]any{}, "name_label": "disk",
+			"SR": pool.(map[string]any)["default_SR"], "virtual_size": size, "type": "user",
+			"sharable": sharable, "read_only": false, "other_config": map[string]any{}, "name_label": "disk",
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -99,8 +93,21 @@ func TestKillUnderNBD(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		export = "rw/" + uuid.(string)
+		return uuid.(string)
 	}
+	t.Fatal("there is no pool")
+	return ""
+}
+
+// TestKillUnderNBD kills a server while several connections write to a disk
+// and flush. What was flushed is there again, every block is whole, and the
+// store is sound.
+func TestKillUnderNBD(t *testing.T) {
+	data := filepath.Join(t.TempDir(), "data")
+	flags := []string{"--admin-password-file", writePassword(t), "--nbd", "off"}
+	p := startProcess(t, data, flags...)
+	session := p.login(t)
+	export := "rw/" + p.disk(t, session, killBlock*killBlocks, false)
 	history := make(blockHistory, killBlocks)
 	for i := range history {
 		history[i] = []uint64{0}
