@@ -143,14 +143,13 @@ func (s *Store) writeBatch(b *batch) error {
 		}
 	}
 	limit := int(s.log.maxFrame()) - frameHeader
-	payload := s.log.payload[:0]
-	defer func() { s.log.payload = reusable(payload) }()
+	payload := s.log.begin()
 	emit := func(r *logRecord, size int) error {
 		if len(payload) > 0 && len(payload)+size > limit {
 			if err := s.log.write(s.durableGen.Load(), payload); err != nil {
 				return err
 			}
-			payload = payload[:0]
+			payload = s.log.begin()
 		}
 		payload = r.append(payload)
 		return nil

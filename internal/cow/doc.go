@@ -30,7 +30,8 @@
 // A flush catches the top layer and writes it to the redo log: small writes
 // with their contents, large ones, whose contents went to the space files at
 // once, by address. Volume operations are records of the log, too. All that
-// wait at the same time share a frame, which is one write and one sync. A
+// wait at the same time share a frame, which is one write, durable when it
+// returns. A
 // snapshot seals the layers of its source and puts them under both volumes;
 // that is all it does.
 //

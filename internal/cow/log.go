@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"slices"
 
 	"coppice/internal/vfs"
 )
@@ -31,21 +30,12 @@ type redoLog struct {
 	head  logPos
 	tail  uint64 // virtual position from which a recovery would replay
 
-	// Memory that one frame leaves to the next.
-	payload, frame []byte
+	buf []byte // aligned memory that one frame leaves to the next
 }
 
 // maxReused is how many bytes one frame may leave to the next: what a flush
 // of a few dozen writes takes.
 const maxReused = 1 << 20
-
-// reusable is b if it may be kept, nil otherwise.
-func reusable(b []byte) []byte {
-	if cap(b) > maxReused {
-		return nil
-	}
-	return b
-}
 
 // createLog makes a log of n bytes, all of them written: space that has only
 // been allocated would cost the host a commit of its own journal with each
@@ -100,6 +90,33 @@ func (l *redoLog) next(p logPos) logPos {
 	return p
 }
 
+// begin returns the place for a payload: what is appended to it and fits need
+// not be copied by write.
+func (l *redoLog) begin() []byte {
+	if len(l.buf) < frameHeader {
+		return nil
+	}
+	return l.buf[frameHeader:frameHeader]
+}
+
+// around returns aligned memory for a frame of n bytes that has the payload,
+// and only zeros behind it.
+func (l *redoLog) around(payload []byte, n int) []byte {
+	b := l.buf
+	inPlace := n <= len(b) && len(payload) > 0 && &payload[0] == &b[frameHeader]
+	if n > len(b) {
+		b = vfs.Aligned(n)
+		if n <= maxReused {
+			l.buf = b
+		}
+	}
+	if b = b[:n]; !inPlace {
+		copy(b[frameHeader:], payload)
+	}
+	clear(b[frameHeader+len(payload):])
+	return b
+}
+
 // write writes one frame with the given payload and makes it durable.
 func (l *redoLog) write(gen uint64, payload []byte) error {
 	p := l.next(l.head)
@@ -107,16 +124,11 @@ func (l *redoLog) write(gen uint64, payload []byte) error {
 	if n > l.maxFrame() || p.virt+n-l.tail > l.size {
 		return fmt.Errorf("log: frame of %d bytes does not fit", n)
 	}
-	b := slices.Grow(l.frame[:0], int(n))[:n]
-	defer func() { l.frame = reusable(b) }()
-	clear(b[frameHeader+copy(b[frameHeader:], payload):])
+	b := l.around(payload, int(n))
 	f := frameInfo{gen: gen, seq: p.seq, prev: p.prev, n: uint32(len(payload)), crc: l.codec.sum(payload)}
 	l.codec.put(b, f)
-	if _, err := l.file.WriteAt(b, int64(p.off)); err != nil {
+	if err := l.file.WriteSync(b, int64(p.off)); err != nil {
 		return fmt.Errorf("writing log: %w", err)
-	}
-	if err := l.file.Datasync(); err != nil {
-		return fmt.Errorf("syncing log: %w", err)
 	}
 	l.head = logPos{off: p.off + n, seq: p.seq + 1, prev: f.crc, virt: p.virt + n}
 	return nil

@@ -139,7 +139,7 @@ func (d *Dir) open(op, name string, flag int) (File, error) {
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	return &dirFile{name: name, f: f, raw: raw}, nil
+	return &dirFile{dir: d.root, name: name, f: f, raw: raw}, nil
 }
 
 func (d *Dir) Remove(name string) error {
@@ -220,14 +220,16 @@ func (d *Dir) Lock() (io.Closer, error) {
 // runs, so that a Close beside it cannot hit a reused number, and repeats
 // interrupted and short calls.
 type dirFile struct {
-	name string
-	f    *os.File
-	raw  syscall.RawConn
+	dir    *os.Root
+	name   string
+	f      *os.File
+	raw    syscall.RawConn
+	direct directWriter
 }
 
 func (f *dirFile) ReadAt(p []byte, off int64) (int, error)  { return f.f.ReadAt(p, off) }
 func (f *dirFile) WriteAt(p []byte, off int64) (int, error) { return f.f.WriteAt(p, off) }
-func (f *dirFile) Close() error                             { return f.f.Close() }
+func (f *dirFile) Close() error                             { return errors.Join(f.f.Close(), f.direct.close()) }
 func (f *dirFile) Truncate(size int64) error                { return f.f.Truncate(size) }
 
 func (f *dirFile) Size() (int64, error) {

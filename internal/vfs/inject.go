@@ -35,7 +35,7 @@ type Call struct {
 	Name string // the file; the old name of a rename; "" for the directory
 	To   string // the new name of a rename
 	Off  int64  // bytes; the new size of a truncate
-	Len  int64  // bytes
+	Len  int64  // bytes; of a datasync 0, or what a WriteSync makes durable
 }
 
 // ShortWrite, returned by the hook of an [Inject] for a write, lets the first
@@ -51,7 +51,8 @@ func (e *ShortWrite) Unwrap() error { return e.Err }
 // Inject makes calls fail. A hook sees every call before it is made; the
 // error it returns, if any, is the call's result and the call is not made.
 // The hook may be entered by several goroutines at once and may use the
-// wrapped directory, say to take a crash clone of it at that point.
+// wrapped directory, say to take a crash clone of it at that point. A WriteSync
+// is two calls to it, a write and then a datasync of the same range.
 //
 // A failing Datasync on a [Mem] does what a real one does: of each sector
 // some version reaches the device, the cache goes on showing the newest, and
@@ -188,11 +189,36 @@ func (f *injectFile) Datasync() error {
 	return f.File.Datasync()
 }
 
-// syncFailer is a file that can act out a failed sync.
-type syncFailer interface{ failDatasync(Choose) }
+// WriteSync lets the hook see the time between the write and its end.
+func (f *injectFile) WriteSync(p []byte, off int64) error {
+	call := Call{Op: OpWrite, Name: f.name, Off: off, Len: int64(len(p))}
+	err := f.i.hook(call)
+	if short, ok := errors.AsType[*ShortWrite](err); ok {
+		_, werr := f.File.WriteAt(p[:min(short.N, len(p))], off)
+		return errors.Join(werr, err)
+	}
+	if err != nil {
+		return err
+	}
+	call.Op = OpDatasync
+	if s, ok := f.File.(simulated); ok {
+		return s.writeSync(p, off, f.i.choose, func() error { return f.i.hook(call) })
+	}
+	if err := f.i.hook(call); err != nil {
+		return err
+	}
+	return f.File.WriteSync(p, off)
+}
+
+// simulated is a file that can act out a sync that fails, and a WriteSync step
+// by step.
+type simulated interface {
+	failDatasync(Choose)
+	writeSync(p []byte, off int64, choose Choose, sync func() error) error
+}
 
 func (f *injectFile) failDatasync(choose Choose) {
-	if s, ok := f.File.(syncFailer); ok {
+	if s, ok := f.File.(simulated); ok {
 		s.failDatasync(choose)
 	}
 }

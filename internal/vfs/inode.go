@@ -150,6 +150,72 @@ func (n *inode) sync() {
 	clear(n.dirty)
 }
 
+// syncRange makes [off, end) durable, and the size if it was not there before.
+func (n *inode) syncRange(off, end int64) {
+	if slices.Min(n.sizes) < end {
+		n.sizes = append(n.sizes[:0], n.size())
+	}
+	n.settleRange(off, end, func(pg *page, s int) []byte { return pg.cache.sector(s) })
+}
+
+// failRange is a sync of [off, end) that failed; see failDatasync.
+func (n *inode) failRange(off, end int64, choose Choose) {
+	n.settleRange(off, end, func(pg *page, s int) []byte {
+		options := pg.options(s, nil)
+		if len(options) == 1 {
+			return options[0]
+		}
+		return options[choose(len(options))]
+	})
+}
+
+// settleRange puts what pick says of each sector of [off, end) that has been
+// written onto the device, and forgets what it might have been otherwise.
+func (n *inode) settleRange(off, end int64, pick func(pg *page, sector int) []byte) {
+	for i := off / pageSize; i*pageSize < end; i++ {
+		if _, ok := n.dirty[i]; !ok {
+			continue
+		}
+		pg := n.pages[i]
+		device := new(block)
+		if pg.device != nil {
+			*device = *pg.device
+		}
+		done := uint8(0)
+		for s := range pageSize / sectorSize {
+			if at := i*pageSize + int64(s)*sectorSize; at < end && at+sectorSize > off {
+				copy(device[s*sectorSize:], pick(pg, s))
+				done |= 1 << s
+			}
+		}
+		pg.device = device
+		pg.forget(done)
+		if len(pg.pending) > 0 {
+			continue
+		}
+		delete(n.dirty, i)
+		switch {
+		case !pg.cache.equal(device):
+			n.stale[i] = struct{}{}
+		case pg.cache == nil:
+			delete(n.pages, i)
+		default:
+			pg.device = pg.cache
+		}
+	}
+}
+
+// forget takes sectors out of the pending versions of a page.
+func (pg *page) forget(sectors uint8) {
+	var left []version
+	for _, v := range pg.pending {
+		if v.sectors &^= sectors; v.sectors != 0 {
+			left = append(left, v)
+		}
+	}
+	pg.pending = left
+}
+
 func (n *inode) failSync(choose Choose) {
 	for _, i := range slices.Sorted(maps.Keys(n.dirty)) {
 		pg := n.pages[i]
@@ -179,6 +245,27 @@ func (b *block) sector(s int) []byte {
 	return b[s*sectorSize:][:sectorSize]
 }
 
+// equal tells whether two pages read the same.
+func (b *block) equal(c *block) bool {
+	for s := range pageSize / sectorSize {
+		if !bytes.Equal(b.sector(s), c.sector(s)) {
+			return false
+		}
+	}
+	return true
+}
+
+// options appends what sector s of the page may be on the device, oldest first.
+func (pg *page) options(s int, to [][]byte) [][]byte {
+	to = append(to, pg.device.sector(s))
+	for _, v := range pg.pending {
+		if v.sectors&(1<<s) != 0 && !bytes.Equal(v.data.sector(s), to[len(to)-1]) {
+			to = append(to, v.data.sector(s))
+		}
+	}
+	return to
+}
+
 // settle picks what of the page at byte off reaches the device, sector by
 // sector, in a file that ends at size.
 func (pg *page) settle(off, size int64, choose Choose) *block {
@@ -189,13 +276,7 @@ func (pg *page) settle(off, size int64, choose Choose) *block {
 		if off+int64(s)*sectorSize >= size {
 			break
 		}
-		options = append(options[:0], pg.device.sector(s))
-		for _, v := range pg.pending {
-			if v.sectors&(1<<s) != 0 && !bytes.Equal(v.data.sector(s), options[len(options)-1]) {
-				options = append(options, v.data.sector(s))
-			}
-		}
-		if len(options) == 1 {
+		if options = pg.options(s, options[:0]); len(options) == 1 {
 			continue
 		}
 		k := choose(len(options))

@@ -333,6 +333,32 @@ func (f *memFile) Datasync() error {
 	return nil
 }
 
+// WriteSync is a write and a sync of what it wrote. A clone that is taken
+// between the two has it torn.
+func (f *memFile) WriteSync(p []byte, off int64) error {
+	return f.writeSync(p, off, nil, func() error { return nil })
+}
+
+// writeSync is WriteSync that calls sync between the write and the sync. If
+// that fails, what choose picks of each sector is on the device.
+func (f *memFile) writeSync(p []byte, off int64, choose Choose, sync func() error) error {
+	if _, err := f.WriteAt(p, off); err != nil {
+		return err
+	}
+	err := sync()
+	if cerr := f.check("write", off, int64(len(p))); cerr != nil {
+		return cerr // closed meanwhile
+	}
+	f.m.mu.Lock()
+	defer f.m.mu.Unlock()
+	if err != nil {
+		f.n.failRange(off, off+int64(len(p)), choose)
+		return err
+	}
+	f.n.syncRange(off, off+int64(len(p)))
+	return nil
+}
+
 // failDatasync is a sync that failed: of every sector some version, which
 // choose picks, is on the device; the cache shows the newest and believes
 // that it is clean.

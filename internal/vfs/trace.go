@@ -104,6 +104,10 @@ func (f *traceFile) PunchHole(off, n int64) error {
 
 func (f *traceFile) Datasync() error { return f.t.log(f.File.Datasync(), "datasync %s", f.name) }
 
+func (f *traceFile) WriteSync(p []byte, off int64) error {
+	return f.t.log(f.File.WriteSync(p, off), "writesync %s %d+%d", f.name, off, len(p))
+}
+
 func (f *traceFile) Evict() {
 	f.File.Evict()
 	_ = f.t.log(nil, "evict %s", f.name)
@@ -112,7 +116,17 @@ func (f *traceFile) Evict() {
 func (f *traceFile) Close() error { return f.t.log(f.File.Close(), "close %s", f.name) }
 
 func (f *traceFile) failDatasync(choose Choose) {
-	if s, ok := f.File.(syncFailer); ok {
+	if s, ok := f.File.(simulated); ok {
 		s.failDatasync(choose)
 	}
+}
+
+func (f *traceFile) writeSync(p []byte, off int64, choose Choose, sync func() error) error {
+	var err error
+	if s, ok := f.File.(simulated); ok {
+		err = s.writeSync(p, off, choose, sync)
+	} else if err = sync(); err == nil {
+		err = f.File.WriteSync(p, off)
+	}
+	return f.t.log(err, "writesync %s %d+%d", f.name, off, len(p))
 }

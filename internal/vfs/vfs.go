@@ -5,9 +5,9 @@
 //
 // An [FS] is rooted in one directory and knows only plain file names. A
 // [File] is addressed by absolute offsets; nothing in this package has a
-// cursor. Durability has exactly two verbs: [File.Datasync] makes a file's
-// contents and size durable, [FS.SyncDir] makes creations, removals and
-// renames durable. Everything not covered by one of them may be lost, kept or
+// cursor. Durability has three verbs: [File.Datasync] makes a file's contents
+// and size durable, [File.WriteSync] what it writes itself, and [FS.SyncDir]
+// creations, removals and renames. Everything not covered by one of them may be lost, kept or
 // torn at 512-byte granularity by a crash, in any order, per file. The death
 // of the process alone loses nothing that was written, but makes nothing
 // durable either.
@@ -93,6 +93,13 @@ type File interface {
 	// is known about any write since the last success: the caller must not
 	// retry and must stop trusting the file.
 	Datasync() error
+
+	// WriteSync is WriteAt that returns when what it wrote is durable, and
+	// the size as far as that needs it; it says nothing of other writes. Until
+	// then a crash may keep any of its sectors. After an error nothing is
+	// known about the range: see Datasync. It is quickest where the address of p, its length
+	// and off are multiples of 4096: see [Aligned].
+	WriteSync(p []byte, off int64) error
 
 	// WriteBehind asks the host to start writing [off, off+n) back, without
 	// waiting and without any promise. It keeps a later Datasync short.

@@ -197,7 +197,13 @@ func TestClosedFile(t *testing.T) {
 		fails(t, f.Allocate(0, 1), fs.ErrClosed)
 		fails(t, f.PunchHole(0, 1), fs.ErrClosed)
 		fails(t, f.Datasync(), fs.ErrClosed)
+		fails(t, f.WriteSync(make([]byte, 1), 0), fs.ErrClosed)
 		fails(t, f.Close(), fs.ErrClosed)
+		g := create(t, fsys, "g")
+		page := vfs.Aligned(4096)
+		ok(t, g.WriteSync(page, 0))
+		ok(t, g.Close())
+		fails(t, g.WriteSync(page, 0), fs.ErrClosed)
 	})
 }
 
@@ -251,7 +257,7 @@ func TestRandom(t *testing.T) {
 		}
 		for i := range 2000 {
 			off, n := rng.IntN(40000), rng.IntN(9000)
-			switch rng.IntN(12) {
+			switch rng.IntN(14) {
 			case 0:
 				if off < len(model) {
 					clear(model[off:])
@@ -268,6 +274,18 @@ func TestRandom(t *testing.T) {
 			case 3:
 				ok(t, f.Datasync())
 				f.Evict()
+			case 4: // past the cache of the host, if it lets us
+				off, n = off&^4095, n&^4095+4096
+				b := vfs.Aligned(n)
+				copy(b, bytes.Repeat([]byte{byte(i)}, n))
+				grow(off + n)
+				ok(t, f.WriteSync(b, int64(off)))
+				copy(model[off:], b)
+			case 5:
+				b := bytes.Repeat([]byte{byte(i)}, n+1)
+				grow(off + n + 1)
+				ok(t, f.WriteSync(b, int64(off)))
+				copy(model[off:], b)
 			default:
 				b := bytes.Repeat([]byte{byte(i)}, n)
 				if n > 0 {

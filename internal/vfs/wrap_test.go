@@ -27,6 +27,7 @@ func busy(fsys vfs.FS) error {
 		func() error { return f.Allocate(0, 8192) },
 		func() error { _, err := f.WriteAt([]byte("hello"), 4096); return err },
 		f.Datasync,
+		func() error { return f.WriteSync([]byte("world"), 4096) },
 		fsys.SyncDir,
 		func() error { return f.PunchHole(0, 4096) },
 		func() error { return f.Truncate(4096) },
@@ -64,6 +65,7 @@ create f
 allocate f 0+8192
 write f 4096+5
 datasync f
+writesync f 4096+5
 syncdir
 punch f 0+4096
 truncate f 4096
@@ -89,8 +91,8 @@ func TestFaultSweep(t *testing.T) {
 		err := busy(vfs.NewInject(vfs.NewMem(0), nil, fault.Hook))
 		if fault.Calls() < n {
 			ok(t, err)
-			if n != 14 {
-				t.Errorf("%d calls seen, want 13", n-1)
+			if n != 16 { // a WriteSync is two
+				t.Errorf("%d calls seen, want 15", n-1)
 			}
 			return
 		}
@@ -172,4 +174,59 @@ func TestFailedSyncKeepsSome(t *testing.T) {
 	if got := sectors(t, "f")(m); got != "xb" {
 		t.Errorf("the device has %q", got)
 	}
+}
+
+// TestFailedWriteSync fails the two steps of a WriteSync: what the device has
+// of the range is anything, and of the rest nothing that was not synced.
+func TestFailedWriteSync(t *testing.T) {
+	for _, step := range []vfs.Op{vfs.OpWrite, vfs.OpDatasync} {
+		m, f := durable(t, "abc")
+		ok(t, f.Close())
+		fault := vfs.Fault{Ops: []vfs.Op{step}, Nth: 2, Err: syscall.EIO}
+		if step == vfs.OpDatasync {
+			fault.Nth = 1
+		}
+		last := func(n int) int { return n - 1 }
+		f, err := vfs.NewTrace(vfs.NewInject(m, last, fault.Hook), t.Output()).Open("f")
+		ok(t, err)
+		write(t, f, run("z"), 1024)
+		fails(t, f.WriteSync([]byte(run("x")), 0), syscall.EIO)
+		f.Evict()
+		want := map[vfs.Op][]string{vfs.OpWrite: {"abc", "abz"}, vfs.OpDatasync: {"xbc", "xbz"}}[step]
+		same(t, outcomes(t, m, sectors(t, "f")), want...)
+	}
+
+	// A short write says how much of it there may be.
+	m, f := durable(t, "ab")
+	fault := vfs.Fault{Ops: []vfs.Op{vfs.OpWrite}, Nth: 1, Err: &vfs.ShortWrite{N: 512, Err: syscall.EIO}}
+	g, err := vfs.NewInject(m, nil, fault.Hook).Open("f")
+	ok(t, err)
+	fails(t, g.WriteSync([]byte(run("xy")), 0), syscall.EIO)
+	same(t, outcomes(t, m, sectors(t, "f")), "ab", "xb")
+	ok(t, f.Close())
+}
+
+// TestWriteSyncIsTorn takes the power away between the write and its end, and
+// after it.
+func TestWriteSyncIsTorn(t *testing.T) {
+	m, f := durable(t, "abc")
+	ok(t, f.Close())
+	var torn []string
+	hook := func(c vfs.Call) error {
+		if c.Op == vfs.OpDatasync && c.Off == 0 && c.Len == 1024 {
+			torn = outcomes(t, m, sectors(t, "f"))
+		}
+		return nil
+	}
+	f, err := vfs.NewTrace(vfs.NewInject(m, nil, hook), t.Output()).Open("f")
+	ok(t, err)
+	write(t, f, run("z"), 1024)
+	ok(t, f.WriteSync([]byte(run("xy")), 0))
+	same(t, torn, "abc", "abz", "ayc", "ayz", "xbc", "xbz", "xyc", "xyz")
+	same(t, outcomes(t, m, sectors(t, "f")), "xyc", "xyz")
+	same(t, outcomes(t, m.Kill(), sectors(t, "f")), "xyc", "xyz")
+
+	// Growth that it needs is durable as well.
+	ok(t, f.WriteSync([]byte(run("ghi")), 1536))
+	same(t, outcomes(t, m, sectors(t, "f")), "xycghi", "xyzghi")
 }
