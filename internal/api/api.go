@@ -116,6 +116,7 @@ type API struct {
 	sessions sessionTable
 	running  taskTable
 	claims   claimTable
+	watching watchTable
 	repos    repoTable
 	nbd      nbdTable
 
@@ -201,6 +202,7 @@ func prepare(ctx context.Context, cfg Config) (*API, error) {
 	}
 	a.roles = newRoleTable(a.model)
 	a.sessions.init()
+	a.watching.init()
 	a.running.init()
 	a.ctx, a.stop = context.WithCancelCause(context.WithoutCancel(ctx))
 	a.shut = sync.OnceValue(a.shutdown)

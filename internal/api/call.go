@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"coppice/internal/db"
+	"coppice/internal/rpc"
 	"coppice/internal/xapi"
 )
 
@@ -37,7 +38,8 @@ type Call struct {
 	args    []any
 	detail  string // what a transfer is about
 	async   bool
-	opened  *session // by a login
+	opened  *session    // by a login
+	text    *rpc.Shared // of the result, when others get the same
 
 	api    *API
 	begun  time.Time
@@ -218,12 +220,17 @@ func (c *Call) finish(res Result, err error) error {
 type Result struct {
 	Type  *xapi.Type
 	Value any
+
+	text *rpc.Shared // of Value, when others get the same
 }
 
 // Encode writes the value to e.
 func (r Result) Encode(e xapi.Encoder) error {
 	if s, ok := r.Value.(streamed); ok {
 		return s.encode(e)
+	}
+	if s, ok := e.(rpc.Sharer); ok && r.text != nil {
+		return s.Shared(r.text, func(e rpc.Encoder) error { return r.Type.Encode(e, r.Value) })
 	}
 	return r.Type.Encode(e, r.Value)
 }

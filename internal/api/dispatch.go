@@ -157,5 +157,5 @@ func (a *API) execute(ctx context.Context, c *Call, m *method, args []any) (res 
 	if err != nil {
 		return Result{}, err
 	}
-	return Result{Type: m.msg.Result, Value: v}, nil
+	return Result{Type: m.msg.Result, Value: v, text: c.text}, nil
 }

@@ -167,7 +167,7 @@ func (a *API) changes(tx *db.Tx, subs []subscription, after uint64) (events []*x
 
 // refCounts counts the objects of every class.
 func (a *API) refCounts(tx *db.Tx) map[string]int64 {
-	counts := map[string]int64{}
+	counts := make(map[string]int64, len(a.model.Ordered))
 	for _, class := range a.model.Ordered {
 		if class.Stored || class.Events {
 			counts[strings.ToLower(class.Name)] = int64(tx.Count(class))
@@ -194,29 +194,26 @@ func (a *API) eventFrom(ctx context.Context, c *Call, classes []string, token st
 	ctx, cancel := a.eventContext(ctx, c, wait)
 	defer cancel()
 
-	batch := &xapi.EventBatch{}
 	for {
-		var seen db.Position
-		err := a.db.View(func(tx *db.Tx) error {
-			seen = tx.Position()
-			batch.Events, _ = a.changes(tx, subs, a.db.Since(tx, from))
-			if len(batch.Events) > 0 || ctx.Err() != nil {
-				batch.ValidRefCounts = a.refCounts(tx)
+		q := question{subs: subscriptionKey(subs)}
+		var told *answer
+		_ = a.db.View(func(tx *db.Tx) error {
+			q.after = a.db.Since(tx, from)
+			if told = a.answer(tx, subs, q, ctx.Err() != nil); told == nil {
+				from = tx.Position() // up to there nothing is of interest
+				q.after = tx.LastChange(classesOf(subs)...)
 			}
 			return nil
 		})
-		if err != nil {
-			return nil, err
+		if told == nil {
+			told = a.awaitAnswer(ctx, subs, q)
+		} else if cause := context.Cause(ctx); len(told.batch.Events) == 0 && cause != errEventTimeout {
+			return nil, cause
 		}
-		if batch.ValidRefCounts != nil {
-			if cause := context.Cause(ctx); len(batch.Events) == 0 && cause != errEventTimeout {
-				return nil, cause
-			}
-			batch.Token = formatToken(seen)
-			return batch, nil
+		if told != nil {
+			c.text = told.text
+			return told.batch, nil
 		}
-		from = seen // up to there nothing is of interest
-		a.awaitChange(ctx, subs, seen.Revision)
 	}
 }
 

@@ -51,6 +51,20 @@ func (tx *Tx) Changes(c *xapi.Class, after uint64) (changes iter.Seq[Change], co
 	return seq, after == 0 || after >= t.floor
 }
 
+// LastChange returns the revision after which nothing has happened to some classes; with none of them, to any. Changes
+// after it and after any later revision up to that of the state are the same in all later states.
+func (tx *Tx) LastChange(classes ...*xapi.Class) (last uint64) {
+	if len(classes) == 0 {
+		for _, t := range tx.tables {
+			last = max(last, t.changed)
+		}
+	}
+	for _, c := range classes {
+		last = max(last, tx.table(c).changed)
+	}
+	return last
+}
+
 // Position names a state of the database so that this run and later ones know what has changed since.
 type Position struct {
 	Revision uint64 // of the state
