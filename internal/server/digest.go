@@ -1,6 +1,7 @@
 package server
 
 import (
+	"container/list"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
@@ -8,7 +9,9 @@ import (
 	"io"
 	"net/http"
 	"net/textproto"
+	"strconv"
 	"strings"
+	"sync"
 )
 
 // hashed computes the SHA-256 of what goes through it, beside sending it.
@@ -58,25 +61,89 @@ const sha256Key = "coppice:sha256"
 
 func sumText(sum []byte) string { return hex.EncodeToString(sum) }
 
-// digestTrailer is the trailer with the hash of a body, nothing for none.
-func digestTrailer(sum []byte) string {
-	if sum == nil {
-		return ""
-	}
-	return "Content-Digest: sha-256=:" + base64.StdEncoding.EncodeToString(sum) + ":\r\n"
+// digestField is a header field, or trailer, with a SHA-256.
+func digestField(name string, sum []byte) string {
+	return name + ": sha-256=:" + base64.StdEncoding.EncodeToString(sum) + ":"
 }
 
-// wantsDigest tells whether a client may be interested in the SHA-256 of a
-// body. It costs more than all else about an export, so one that has a use for
-// the speed can decline it: Want-Content-Digest with sha-256=0, as RFC 9530
-// (section 4) says.
-func wantsDigest(h http.Header) bool {
-	for _, line := range h.Values("Want-Content-Digest") {
+// wantsDigest tells whether the SHA-256 of a body is to be computed. It costs as
+// much as all else about an export, so it is done when somebody is going to see
+// it: a client that brought a task, or gets a trailer; others ask for it, and
+// those two can decline it, with Want-Content-Digest or Want-Repr-Digest as RFC
+// 9530 (section 4) says.
+func wantsDigest(h http.Header, seen bool) bool {
+	for _, name := range []string{"Want-Content-Digest", "Want-Repr-Digest"} {
+		if wish, ok := digestWish(h.Values(name)); ok {
+			return wish
+		}
+	}
+	return seen
+}
+
+// digestWish is what a preference of digests says about SHA-256, if it does:
+// an integer from 0, not wanted, to 10.
+func digestWish(lines []string) (wanted, ok bool) {
+	for _, line := range lines {
 		for item := range strings.SplitSeq(line, ",") {
-			if key, value, _ := strings.Cut(textproto.TrimString(item), "="); key == "sha-256" && value == "0" {
-				return false
+			key, value, _ := strings.Cut(textproto.TrimString(item), "=")
+			if key != "sha-256" {
+				continue
+			}
+			if n, err := strconv.ParseUint(value, 10, 8); err == nil && n <= 10 {
+				wanted, ok = n > 0, true
 			}
 		}
 	}
-	return true
+	return wanted, ok
+}
+
+// maxDigests is how many digests a server remembers, some 100 bytes each.
+const maxDigests = 1024
+
+// digests remembers the SHA-256 of representations that have been sent, by
+// their entity tags: equal ones stand for equal bytes. Of too many the one goes
+// that has been asked for least recently. The zero value is ready to use.
+type digests struct {
+	mu struct {
+		sync.Mutex
+		byTag map[string]*list.Element
+		order list.List // of knownDigest, the latest in front
+	}
+}
+
+type knownDigest struct {
+	tag string
+	sum []byte
+}
+
+// get returns the digest of what has a tag, nil when it is not known.
+func (d *digests) get(tag string) []byte {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	e := d.mu.byTag[tag]
+	if e == nil {
+		return nil
+	}
+	d.mu.order.MoveToFront(e)
+	return e.Value.(knownDigest).sum
+}
+
+// put remembers the digest of what has a tag.
+func (d *digests) put(tag string, sum []byte) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.mu.byTag == nil {
+		d.mu.byTag = make(map[string]*list.Element)
+	}
+	if e := d.mu.byTag[tag]; e != nil {
+		e.Value = knownDigest{tag, sum}
+		d.mu.order.MoveToFront(e)
+		return
+	}
+	d.mu.byTag[tag] = d.mu.order.PushFront(knownDigest{tag, sum})
+	if len(d.mu.byTag) > maxDigests {
+		last := d.mu.order.Back()
+		d.mu.order.Remove(last)
+		delete(d.mu.byTag, last.Value.(knownDigest).tag)
+	}
 }

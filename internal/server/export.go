@@ -46,6 +46,7 @@ func (s *Server) exportRawVDI(w http.ResponseWriter, r *request) {
 		s.refuseExport(w, r, x, err)
 		return
 	}
+	out.recall(&s.digests)
 	s.deliver(ctx, w, r, x, out, out.head(string(x.Task), x.VDI.UUID))
 }
 
@@ -80,8 +81,16 @@ type outgoing struct {
 	encoding string // of the body: "", zstd or gzip
 	tag      string
 	chunked  bool
-	digest   bool // of the body is wanted
+	digest   bool     // of the body is wanted
+	digests  *digests // of what has been sent before
+	known    []byte   // that of the representation, nil when it is not known
 }
+
+// recall looks up whether the representation has been sent before.
+func (o *outgoing) recall(d *digests) { o.digests, o.known = d, d.get(o.tag) }
+
+// whole tells whether the body is all of the representation.
+func (o *outgoing) whole() bool { return o.from == 0 && (o.to < 0 || o.to == o.length()) }
 
 // planExport finds the format, plans the image of an opened VDI and decides
 // what is sent of it.
@@ -111,7 +120,7 @@ func planExport(ctx context.Context, r *request, name string, x *api.Export) (*o
 	if err != nil {
 		return nil, err
 	}
-	out := &outgoing{format: f, image: img, download: d, tag: img.etag(), digest: wantsDigest(r.Header)}
+	out := &outgoing{format: f, image: img, download: d, tag: img.etag(), digest: wantsDigest(r.Header, r.auth("task_id") != "")}
 	length := img.length()
 	if f.name == "raw" {
 		if out.encoding = acceptedEncoding(r.Request); out.encoding != "" {
@@ -119,7 +128,9 @@ func planExport(ctx context.Context, r *request, name string, x *api.Export) (*o
 			out.tag = encodedTag(out.tag, out.encoding)
 		}
 	}
-	out.chunked = length < 0 && r.ProtoAtLeast(1, 1)
+	if out.chunked = length < 0 && r.ProtoAtLeast(1, 1); out.chunked {
+		out.digest = wantsDigest(r.Header, true)
+	}
 	out.part, err = choosePart(r.Header, out.tag, length)
 	return out, err
 }
@@ -140,6 +151,7 @@ func (o *outgoing) head(task, uuid string) []byte {
 	if o.base != nil {
 		more = append(more, "Coppice-Changed-Bytes: "+strconv.FormatInt(o.bytes, 10))
 	}
+	more = append(more, o.reprDigest()...)
 	switch {
 	case o.status == http.StatusNotModified:
 	case o.to < 0:
@@ -157,6 +169,15 @@ func (o *outgoing) head(task, uuid string) []byte {
 		more = append(more, o.place()...)
 	}
 	return head(o.status, task, o.contentType, more...)
+}
+
+// reprDigest is the line of the head with the digest of the representation, of
+// which a part may be sent, if it is known.
+func (o *outgoing) reprDigest() []string {
+	if o.known == nil || o.status == http.StatusNotModified {
+		return nil
+	}
+	return []string{digestField("Repr-Digest", o.known)}
 }
 
 // place are the lines of the head that say which bytes are sent, of a reply
@@ -197,6 +218,9 @@ func (o *outgoing) send(ctx context.Context, conn *stream, x described) error {
 	}
 	if err == nil && o.digest {
 		x.Describe(sha256Key, sumText(sum))
+		if o.whole() && o.known == nil {
+			o.digests.put(o.tag, sum)
+		}
 	}
 	return err
 }
@@ -204,7 +228,7 @@ func (o *outgoing) send(ctx context.Context, conn *stream, x described) error {
 // body puts what a body needs between the image and the client: from the
 // inside its encoding, the hash and the framing. finish ends them, in order if
 // all of the image was written, and returns the hash of the encoded body, nil
-// when no digest is wanted.
+// when no digest is wanted. One that is known is not computed again.
 func (o *outgoing) body(conn io.Writer) (body io.Writer, finish func(complete bool) ([]byte, error), err error) {
 	body = conn
 	var frames *chunkedBody
@@ -213,7 +237,10 @@ func (o *outgoing) body(conn io.Writer) (body io.Writer, finish func(complete bo
 		body = frames
 	}
 	sum := func() []byte { return nil }
-	if o.digest {
+	switch {
+	case o.digest && o.whole() && o.known != nil:
+		sum = func() []byte { return o.known }
+	case o.digest:
 		hash := newHashed(body)
 		body, sum = hash, hash.sum
 	}
@@ -226,7 +253,11 @@ func (o *outgoing) body(conn io.Writer) (body io.Writer, finish func(complete bo
 		err := enc.Close() // of one that failed it only ends its goroutines
 		sum := sum()
 		if err == nil && complete && frames != nil {
-			err = frames.end(digestTrailer(sum))
+			trailer := ""
+			if sum != nil {
+				trailer = digestField("Content-Digest", sum) + "\r\n"
+			}
+			err = frames.end(trailer)
 		}
 		return sum, err
 	}, nil

@@ -39,6 +39,9 @@ func TestExportForms(t *testing.T) {
 			if len(tag) != 34 {
 				t.Errorf("entity tag %s", tag)
 			}
+			if strings.Contains(got, "Repr-Digest: ") { // one of the others was first
+				got, _ = cutHeader(got, "Repr-Digest")
+			}
 			want := "HTTP/1.1 200 OK\r\nConnection: close\r\nCache-Control: no-cache, no-store\r\ntask-id: " + task +
 				"\r\ncontent-type: application/octet-stream\r\ncontent-disposition: attachment; filename=\"" + uuid + ".raw\"" +
 				"\r\nCoppice-Basis: exact\r\nCoppice-Virtual-Size: 6291456\r\nAccept-Ranges: bytes\r\nContent-Length: 6291456\r\n\r\n"

@@ -98,6 +98,7 @@ type Server struct {
 	router  router
 
 	streams  streams
+	digests  digests // of exports
 	handlers activity
 	draining context.Context // ends when a stop begins
 	drain    context.CancelCauseFunc

@@ -41,6 +41,7 @@ func exportVM(metadata bool) handler {
 			s.refuseExport(w, r, x, err)
 			return
 		}
+		out.recall(&s.digests)
 		s.deliver(ctx, w, r, x, out, out.xvaHead(string(x.Task)))
 	}
 }
@@ -123,7 +124,7 @@ func planXVA(ctx context.Context, r *request, x *api.VMExport) (*outgoing, error
 		img.disks = append(img.disks, xvaDisk{d, layout})
 	}
 	img.tag = `"` + hex.EncodeToString(hash.Sum(nil)[:16]) + `"`
-	out := &outgoing{image: img, encoding: encoding, tag: img.tag, digest: wantsDigest(r.Header)}
+	out := &outgoing{image: img, encoding: encoding, tag: img.tag, digest: wantsDigest(r.Header, r.auth("task_id") != "")}
 	out.contentType = "application/octet-stream"
 	length := img.length()
 	if encoding != "" {
@@ -138,6 +139,7 @@ func planXVA(ctx context.Context, r *request, x *api.VMExport) (*outgoing, error
 // and no content coding; it ends where the connection does.
 func (o *outgoing) xvaHead(task string) []byte {
 	more := []string{`content-disposition: attachment; filename="export.xva"`, "ETag: " + o.tag}
+	more = append(more, o.reprDigest()...)
 	switch {
 	case o.status == http.StatusNotModified:
 	case o.to < 0:
