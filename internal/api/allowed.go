@@ -41,7 +41,7 @@ func (a *API) refreshVDI(tx *db.Tx, ref xapi.Ref[xapi.VDI]) error {
 	if err != nil {
 		return nil
 	}
-	allowed := a.allowedVDIOps(tx, ref)
+	allowed := a.lists.vdi.shared(a.allowedVDIOps(tx, ref))
 	if slices.Equal(allowed, v.AllowedOperations) {
 		return nil
 	}
@@ -80,44 +80,71 @@ func (a *API) refreshVM(tx *db.Tx, ref xapi.Ref[xapi.VM]) error {
 	if err != nil {
 		return nil
 	}
-	allowed := a.allowedVMOps(tx, ref)
+	allowed := a.lists.vm.shared(a.allowedVMOps(tx, ref))
 	if slices.Equal(allowed, vm.AllowedOperations) {
 		return nil
 	}
 	return db.Modify(tx, ref, func(vm *xapi.VM) { vm.AllowedOperations = allowed })
 }
 
-// refreshAll recomputes every object, at start-up: allowed_operations do not
-// survive a restart.
-func (a *API) refreshAll(tx *db.Tx) error {
-	var srs []xapi.Ref[xapi.SR]
-	for ref := range db.All[xapi.SR](tx) {
-		srs = append(srs, ref)
-	}
-	for _, ref := range srs {
-		if err := a.refreshDisksOf(tx, ref); err != nil {
+// restoreAllowed computes the allowed_operations of every object at start-up:
+// they do not survive a restart.
+func (a *API) restoreAllowed(tx *db.Tx) error {
+	for ref, sr := range db.All[xapi.SR](tx) {
+		facts := factsOfSR(tx, ref)
+		for _, r := range sr.VDIs {
+			v, err := db.Get(tx, r)
+			if err != nil {
+				continue
+			}
+			allowed := a.lists.vdi.shared(a.diskFactsOn(tx, facts, r, v, xapi.NullRef).allowed(tx))
+			if err := db.Restore(tx, r, func(v *xapi.VDI) { v.AllowedOperations = allowed }); err != nil {
+				return err
+			}
+		}
+		allowed := a.allowedSROps(tx, ref)
+		if err := db.Restore(tx, ref, func(sr *xapi.SR) { sr.AllowedOperations = allowed }); err != nil {
 			return err
 		}
 	}
-	var vms []xapi.Ref[xapi.VM]
 	for ref := range db.All[xapi.VM](tx) {
-		vms = append(vms, ref)
-	}
-	for _, ref := range vms {
-		if err := a.refreshVM(tx, ref); err != nil {
+		allowed := a.lists.vm.shared(a.allowedVMOps(tx, ref))
+		if err := db.Restore(tx, ref, func(vm *xapi.VM) { vm.AllowedOperations = allowed }); err != nil {
 			return err
 		}
 	}
-	var vbds []xapi.Ref[xapi.VBD]
-	for ref := range db.All[xapi.VBD](tx) {
-		vbds = append(vbds, ref)
-	}
-	for _, ref := range vbds {
-		if err := a.refreshVBD(tx, ref); err != nil {
+	for ref, vbd := range db.All[xapi.VBD](tx) {
+		allowed := a.lists.vbd.shared(allowedVBDOps(tx, vbd))
+		if err := db.Restore(tx, ref, func(b *xapi.VBD) { b.AllowedOperations = allowed }); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// operationLists are the lists that allowed_operations have had. Thousands of
+// objects share one, and records do not change.
+type operationLists struct {
+	vdi operationList[xapi.VDIOperations]
+	vm  operationList[xapi.VMOperations]
+	vbd operationList[xapi.VBDOperations]
+}
+
+// operationList holds different lists; there are few, because they follow from
+// a handful of rules. It is used in transactions that change the database,
+// of which there is one at a time.
+type operationList[O ~string] struct{ all [][]O }
+
+// shared returns the list that says the same as l.
+func (s *operationList[O]) shared(l []O) []O {
+	for _, known := range s.all {
+		if slices.Equal(known, l) {
+			return known
+		}
+	}
+	l = slices.Clone(l) // as small as can be
+	s.all = append(s.all, l)
+	return l
 }
 
 // refreshChoices recomputes what depends on choices in the pool's

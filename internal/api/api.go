@@ -119,6 +119,7 @@ type API struct {
 	watching watchTable
 	repos    repoTable
 	nbd      nbdTable
+	lists    operationLists
 
 	failedLogins failedLogins
 

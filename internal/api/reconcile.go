@@ -74,7 +74,7 @@ func (a *API) openStorage(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := a.db.Settle(ctx, a.refreshAll); err != nil {
+	if err := a.db.Settle(ctx, a.restoreAllowed); err != nil {
 		return err
 	}
 	a.repos.wake = make(chan struct{}, 1)

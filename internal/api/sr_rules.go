@@ -149,6 +149,22 @@ func (a *API) allowedSROps(tx *db.Tx, ref xapi.Ref[xapi.SR]) []xapi.StorageOpera
 	return allowed
 }
 
+// srFacts are what the rules of an SR's disks look at of the SR. One look serves
+// all its disks, as long as nothing changes.
+type srFacts struct {
+	rec      *xapi.SR // nil when it is gone
+	attached bool
+	features map[string]int64 // of the driver
+}
+
+func factsOfSR(tx *db.Tx, ref xapi.Ref[xapi.SR]) srFacts {
+	sr, err := db.Get(tx, ref)
+	if err != nil {
+		return srFacts{}
+	}
+	return srFacts{rec: sr, attached: srAttached(tx, ref), features: srFeatures(tx, ref)}
+}
+
 // srAttached says whether an SR has an attached PBD.
 func srAttached(tx *db.Tx, ref xapi.Ref[xapi.SR]) bool {
 	sr, err := db.Get(tx, ref)

@@ -77,13 +77,11 @@ func (a *API) vdiAllowsBeside(tx *db.Tx, ref xapi.Ref[xapi.VDI], op xapi.VDIOper
 // diskFacts is a disk with its surroundings, as far as the rules of its
 // operations look at them.
 type diskFacts struct {
-	ref      xapi.Ref[xapi.VDI]
-	v        *xapi.VDI
-	sr       *xapi.SR // nil when it is gone
-	attached bool     // the SR is
-	features map[string]int64
-	busy     error // the operation that others wait for; nil for none
-	vbdBusy  error // likewise, on one of its VBDs
+	ref     xapi.Ref[xapi.VDI]
+	v       *xapi.VDI
+	sr      srFacts
+	busy    error // the operation that others wait for; nil for none
+	vbdBusy error // likewise, on one of its VBDs
 
 	// How the disk is attached. A disk that the server itself writes counts
 	// as attached read-write.
@@ -97,10 +95,12 @@ func (a *API) diskFacts(tx *db.Tx, ref xapi.Ref[xapi.VDI], beside xapi.Ref[xapi.
 	if err != nil {
 		return nil, err
 	}
-	f := &diskFacts{ref: ref, v: v, attached: srAttached(tx, v.SR), features: srFeatures(tx, v.SR)}
-	if sr, err := db.Get(tx, v.SR); err == nil {
-		f.sr = sr
-	}
+	return a.diskFactsOn(tx, factsOfSR(tx, v.SR), ref, v, beside), nil
+}
+
+// diskFactsOn is diskFacts for a disk whose record and SR are known.
+func (a *API) diskFactsOn(tx *db.Tx, sr srFacts, ref xapi.Ref[xapi.VDI], v *xapi.VDI, beside xapi.Ref[xapi.VM]) *diskFacts {
+	f := &diskFacts{ref: ref, v: v, sr: sr}
 	for _, task := range slices.Sorted(maps.Keys(v.CurrentOperations)) {
 		if cur := v.CurrentOperations[task]; cur != xapi.VDIOperationsCopy {
 			f.busy = otherOperation("VDI", string(ref), string(cur), task)
@@ -127,7 +127,7 @@ func (a *API) diskFacts(tx *db.Tx, ref xapi.Ref[xapi.VDI], beside xapi.Ref[xapi.
 		vm, err := db.Get(tx, vbd.VM)
 		f.onlySnapshots = f.onlySnapshots && err == nil && vm.IsASnapshot
 	}
-	return f, nil
+	return f
 }
 
 // allow applies the rules of an operation, in their order.
@@ -139,7 +139,7 @@ func (f *diskFacts) allow(tx *db.Tx, op xapi.VDIOperations) error {
 	if f.busy != nil {
 		return f.busy
 	}
-	if !f.attached && !slices.Contains(vdiOpsOnRecord, op) {
+	if !f.sr.attached && !slices.Contains(vdiOpsOnRecord, op) {
 		return xapi.NewError(xapi.ErrSRHasNoPBDs, string(v.SR))
 	}
 	switch {
@@ -153,7 +153,7 @@ func (f *diskFacts) allow(tx *db.Tx, op xapi.VDIOperations) error {
 		return f.vbdBusy
 	}
 	if need := vdiOpFeature[op]; need != "" {
-		if _, ok := f.features[need]; !ok {
+		if _, ok := f.sr.features[need]; !ok {
 			return xapi.NewError(xapi.ErrSROperationNotSupported, string(v.SR))
 		}
 	}
@@ -166,10 +166,10 @@ func (f *diskFacts) allow(tx *db.Tx, op xapi.VDIOperations) error {
 	if v.Missing && !slices.Contains(vdiOpsWhileMissing, op) {
 		return xapi.NewError(xapi.ErrVDIMissing, string(v.SR), string(f.ref))
 	}
-	if f.sr == nil {
+	if f.sr.rec == nil {
 		return xapi.NewError(xapi.ErrHandleInvalid, "SR", string(v.SR))
 	}
-	return vdiOpSpecific(tx, f.ref, v, f.sr, op)
+	return vdiOpSpecific(tx, f.ref, v, f.sr.rec, op)
 }
 
 // vdiOpSpecific applies the rules that concern one operation only.
@@ -309,11 +309,16 @@ func (a *API) vdiReadable(tx *db.Tx, ref xapi.Ref[xapi.VDI]) error {
 
 // allowedVDIOps lists the published operations that may begin on a disk now.
 func (a *API) allowedVDIOps(tx *db.Tx, ref xapi.Ref[xapi.VDI]) []xapi.VDIOperations {
-	allowed := []xapi.VDIOperations{}
 	f, err := a.diskFacts(tx, ref, xapi.NullRef)
 	if err != nil {
-		return allowed
+		return []xapi.VDIOperations{}
 	}
+	return f.allowed(tx)
+}
+
+// allowed lists the published operations that may begin on the disk now.
+func (f *diskFacts) allowed(tx *db.Tx) []xapi.VDIOperations {
+	allowed := make([]xapi.VDIOperations, 0, len(publishedVDIOps))
 	for _, op := range publishedVDIOps {
 		if f.allow(tx, op) == nil {
 			allowed = append(allowed, op)

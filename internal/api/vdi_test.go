@@ -26,6 +26,20 @@ func set[T any](r *rig, ref xapi.Ref[T], change func(*T)) {
 	r.update(func(tx *db.Tx) error { return cmpErr(db.Modify(tx, ref, change), r.refreshAll(tx)) })
 }
 
+// refreshAll recomputes the allowed_operations of every object.
+func (r *rig) refreshAll(tx *db.Tx) (err error) {
+	for ref := range db.All[xapi.SR](tx) {
+		err = cmpErr(err, r.refreshDisksOf(tx, ref))
+	}
+	for ref := range db.All[xapi.VM](tx) {
+		err = cmpErr(err, r.refreshVM(tx, ref))
+	}
+	for ref := range db.All[xapi.VBD](tx) {
+		err = cmpErr(err, r.refreshVBD(tx, ref))
+	}
+	return err
+}
+
 // fails checks that a message fails with exactly this code and parameters.
 func (r *rig) fails(want, name string, params ...any) {
 	r.t.Helper()

@@ -161,8 +161,8 @@ func (d *DB) Advance(ctx context.Context, beyond uint64) error {
 }
 
 // Settle is the Update with which whoever opened the database brings back what does not survive a restart, before
-// anybody else uses it. What fn changes of fields that do not survive one makes no object modified; but those count as
-// modified of which that differs, when fn has returned, from what the history says that clients were told.
+// anybody else uses it. What fn restores makes no object modified; but those count as modified of which that differs,
+// when fn has returned, from what the history says that clients were told.
 func (d *DB) Settle(ctx context.Context, fn func(*Tx) error) error {
 	return d.Update(ctx, func(tx *Tx) error {
 		tx.settling = d.opened
@@ -172,7 +172,7 @@ func (d *DB) Settle(ctx context.Context, fn func(*Tx) error) error {
 		for key, told := range d.told {
 			t := tx.tables[key.class]
 			if o, ok := t.objects.Get(key.ref); ok && o.modified < d.opened && t.digest(o.rec) != told {
-				tx.replace(tx.own(t.class), o, o.rec, tx.revision)
+				tx.replace(tx.own(t.class), o, o.rec)
 			}
 		}
 		d.told = nil

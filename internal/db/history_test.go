@@ -3,6 +3,7 @@ package db_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"runtime"
@@ -158,11 +159,21 @@ func TestSettle(t *testing.T) {
 		at = position(t, d)
 	})
 	d := open(t, s)
+	restore := func(tx *db.Tx, ref xapi.Ref[xapi.VDI], ops ...xapi.VDIOperations) error {
+		return db.Restore(tx, ref, func(v *xapi.VDI) { v.AllowedOperations = ops })
+	}
 	err := d.Settle(context.Background(), func(tx *db.Tx) error {
-		return cmpErr(allow(tx, "same", "copy"), allow(tx, "other", "clone"), allow(tx, "busy", "copy"), rename("none", "4099")(tx))
+		if err := restore(tx, "gone"); !errors.Is(err, xapi.NewError(xapi.ErrHandleInvalid)) {
+			t.Errorf("restoring what is not there: %v", err)
+		}
+		return cmpErr(restore(tx, "same", "copy"), restore(tx, "other", "clone"), restore(tx, "busy", "copy"), rename("none", "4099")(tx))
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+	err = d.Update(t.Context(), func(tx *db.Tx) error { return restore(tx, "same") })
+	if !errors.Is(err, db.ErrReadTx) {
+		t.Errorf("restoring while the database is in use: %v", err)
 	}
 	got, known := since(t, d, at)
 	delete(got, "other") // which has not changed for so long that it is not known what was told of it

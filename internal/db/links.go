@@ -44,7 +44,7 @@ func (tx *Tx) link(side *xapi.Field, target, ref string) {
 		}
 		rec := side.Class.Clone(o.rec)
 		side.AddRef(rec, ref)
-		tx.replace(t, o, rec, tx.revision)
+		tx.replace(t, o, rec)
 		return
 	}
 	ghost, ok := t.ghosts.Get(target)
@@ -64,7 +64,7 @@ func (tx *Tx) unlink(side *xapi.Field, target, ref string) {
 	if o, ok := t.objects.Get(target); ok {
 		rec := side.Class.Clone(o.rec)
 		side.RemoveRef(rec, ref)
-		tx.replace(t, o, rec, tx.revision)
+		tx.replace(t, o, rec)
 		return
 	}
 	ghost, _ := t.ghosts.Get(target)

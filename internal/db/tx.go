@@ -24,7 +24,7 @@ type Tx struct {
 	changed  bool
 	sync     bool     // the history shall tell of the state
 	renewed  bool     // everything counts as created by this transaction
-	settling uint64   // when not 0, what does not survive a restart may change of objects last modified before it
+	settling uint64   // in Settle, the revision at which the database was opened: older records may be changed where they are
 	loading  bool     // nobody has seen the records yet: links may change them in place
 	dirty    []rowKey // persistent objects that changed, in order of their first change
 	isDirty  map[rowKey]struct{}
@@ -172,13 +172,10 @@ func (tx *Tx) ModifyAny(c *xapi.Class, ref string, fn func(rec any)) error {
 			return fmt.Errorf("%w: %s %s would have the uuid of %s", ErrExists, c.Name, ref, taken)
 		}
 	}
-	modified := tx.revision
 	if slices.ContainsFunc(diff, func(f *xapi.Field) bool { return f.Persist }) {
 		tx.mark(c, ref)
-	} else if old.modified < tx.settling {
-		modified = old.modified
 	}
-	tx.replace(t, old, rec, modified)
+	tx.replace(t, old, rec)
 	tx.relink(c, ref, old.rec, rec)
 	return nil
 }
@@ -192,7 +189,7 @@ func (tx *Tx) Touch(c *xapi.Class, ref string) error {
 	if !ok {
 		return xapi.NewError(xapi.ErrHandleInvalid, c.Name, ref)
 	}
-	tx.replace(tx.own(c), o, o.rec, tx.revision)
+	tx.replace(tx.own(c), o, o.rec)
 	return nil
 }
 
@@ -219,10 +216,31 @@ func (tx *Tx) DeleteAny(c *xapi.Class, ref string) error {
 	return nil
 }
 
-// replace stores rec as the new version of old, modified at the given revision.
-func (tx *Tx) replace(t *table, old *object, rec any, modified uint64) {
+// RestoreAny has fn change what does not survive a restart, other than current_operations, in the record itself, which
+// it gets. The object does not count as modified, unless it has been since the database was opened. Only the function of
+// Settle may call it, and what it has changed stays when Settle fails. The error is HANDLE_INVALID when there is no such
+// object.
+func (tx *Tx) RestoreAny(c *xapi.Class, ref string, fn func(rec any)) error {
+	if tx.settling == 0 {
+		return ErrReadTx
+	}
+	o, ok := tx.table(c).objects.Get(ref)
+	if !ok {
+		return xapi.NewError(xapi.ErrHandleInvalid, c.Name, ref)
+	}
+	o.verify()
+	fn(o.rec)
+	o.seal = sealOf(o.rec)
+	if o.modified >= tx.settling { // what the history says of it is from before
+		tx.replace(tx.own(c), o, o.rec)
+	}
+	return nil
+}
+
+// replace stores rec as the new version of old.
+func (tx *Tx) replace(t *table, old *object, rec any) {
 	t.put(&object{
-		ref: old.ref, rec: rec, created: old.created, modified: modified, unknown: old.unknown, seal: sealOf(rec),
+		ref: old.ref, rec: rec, created: old.created, modified: tx.revision, unknown: old.unknown, seal: sealOf(rec),
 	})
 	tx.changed = true
 }

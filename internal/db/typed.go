@@ -66,6 +66,11 @@ func Modify[T any](tx *Tx, r xapi.Ref[T], fn func(*T)) error {
 	return tx.ModifyAny(xapi.ClassOf[T](), string(r), func(rec any) { fn(rec.(*T)) })
 }
 
+// Restore brings back what does not survive a restart of an object; see Tx.RestoreAny.
+func Restore[T any](tx *Tx, r xapi.Ref[T], fn func(*T)) error {
+	return tx.RestoreAny(xapi.ClassOf[T](), string(r), func(rec any) { fn(rec.(*T)) })
+}
+
 // Delete removes an object; see Tx.DeleteAny.
 func Delete[T any](tx *Tx, r xapi.Ref[T]) error {
 	return tx.DeleteAny(xapi.ClassOf[T](), string(r))
