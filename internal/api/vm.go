@@ -57,8 +57,8 @@ func (a *API) vmCreate(ctx context.Context, c *Call, args *xapi.VM) (ref xapi.Re
 	if vm.OtherConfig == nil {
 		vm.OtherConfig = map[string]string{}
 	}
-	if vm.OtherConfig["mac_seed"] == "" {
-		vm.OtherConfig["mac_seed"] = uuid.NewString()
+	if vm.OtherConfig[macSeedKey] == "" {
+		vm.OtherConfig[macSeedKey] = uuid.NewString()
 	}
 	err = a.db.Update(ctx, func(tx *db.Tx) error {
 		if !vm.SuspendVDI.IsNull() {

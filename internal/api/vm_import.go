@@ -18,8 +18,8 @@ type VMImportRequest struct {
 	Action    string // name of the HTTP action in the datamodel, whose role is checked
 
 	SR       string            // reference or UUID: where disks go; "" for the pool's default
-	Restore  bool              // VMs keep their UUIDs and MACs, disks their SRs
-	Force    bool              // in spite of checksums, or of disks that are missing
+	Restore  bool              // VMs keep their UUIDs and MACs, disks their SRs; older VMs are replaced
+	Force    bool              // in spite of checksums, of disks that are missing, or of a VM that is no older
 	Metadata bool              // disks are already here
 	DryRun   bool              // metadata: see whether it would work
 	VDIs     map[string]string // metadata: UUIDs of the disks that stand for others
@@ -301,6 +301,13 @@ func (x *VMImport) rehearse(ctx context.Context) error {
 				return err
 			}
 		}
+		refs, err := x.replaced(tx)
+		if err != nil {
+			return err
+		}
+		if err := x.removable(tx, refs); err != nil && !busy(err) {
+			return err
+		}
 		if err := x.insert(tx); err != nil {
 			return err
 		}
@@ -380,7 +387,7 @@ func (x *VMImport) record(ctx context.Context) ([]xapi.Ref[xapi.VM], error) {
 	if x.req.DryRun {
 		return refs, x.rehearse(ctx)
 	}
-	if err := x.batch.commit(ctx, x.insert); err != nil {
+	if err := x.commit(x.call.Context()); err != nil {
 		return nil, err
 	}
 	for _, id := range x.ar.vms {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"testing"
+	"testing/synctest"
 
 	"coppice/internal/db"
 	"coppice/internal/storage"
@@ -29,8 +30,12 @@ func (r *rig) archive(vm vmRef) (a sealedArchive) {
 }
 
 // bring imports an archive as its handler does.
-func (r *rig) bring(a sealedArchive) error {
-	x, err := r.ImportVM(r.t.Context(), trusted, VMImportRequest{Session: string(r.root), Action: "put_import", SR: string(r.sr)})
+func (r *rig) bring(a sealedArchive, how VMImportRequest) error {
+	how.Session, how.Action = string(r.root), "put_import"
+	if !how.Metadata {
+		how.SR = string(r.sr)
+	}
+	x, err := r.ImportVM(r.t.Context(), trusted, how)
 	if err != nil {
 		return err
 	}
@@ -68,10 +73,87 @@ func TestVMImportFaultAtEveryCall(t *testing.T) {
 		t.Fatalf("%d disks", len(a.disks))
 	}
 	nothing := func(*rig) vmRef { return xapi.NullRef }
-	sweepFaults(t, vmFaultCase{nothing, func(r *rig, _ vmRef) error { return r.bring(a) }}, func(r *rig) {
-		if err := r.bring(a); err != nil {
+	sweepFaults(t, vmFaultCase{nothing, func(r *rig, _ vmRef) error { return r.bring(a, VMImportRequest{}) }}, func(r *rig) {
+		if err := r.bring(a, VMImportRequest{}); err != nil {
 			t.Errorf("the next import: %v", err)
 		}
+	})
+}
+
+// An import that replaces a VM leaves the old one or the new one, whatever
+// fails: never none, and never both.
+func TestVMImportReplaceFaultAtEveryCall(t *testing.T) {
+	for name, how := range map[string]VMImportRequest{
+		"with disks": {Restore: true, Force: true},
+		"metadata":   {Restore: true, Force: true, Metadata: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var a sealedArchive
+			var uuid, mac string
+			setup := func(r *rig) vmRef {
+				vm, disk := r.vm("guest"), r.disk(2<<20)
+				r.vbd(vm, disk, "0", "RW")
+				r.vif(vm, "0")
+				if how.Metadata {
+					r.call("VM.snapshot", vm, "snap")
+				}
+				a = r.archive(vm)
+				uuid, mac = record(r.core, vm).UUID, record(r.core, record(r.core, vm).VIFs[0]).MAC
+				r.call("VM.set_name_description", vm, "changed since")
+				r.write(disk, []byte("changed since"), 8192)
+				return vm
+			}
+			sweepFaults(t, vmFaultCase{setup, func(r *rig, _ vmRef) error { return r.bring(a, how) }}, func(r *rig) {
+				r.view(func(tx *db.Tx) {
+					_, vm, err := db.ByUUID[xapi.VM](tx, uuid)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if vif, err := db.Get(tx, vm.VIFs[0]); err != nil || vif.MAC != mac {
+						t.Errorf("%v, MAC %+v, was %s", err, vif, mac)
+					}
+				})
+			})
+		})
+	}
+}
+
+// A VM is replaced when nobody uses it any more, and not at all when it runs.
+func TestVMImportReplaceWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		vm, _ := r.guest("guest")
+		a, how := r.archive(vm), VMImportRequest{Restore: true, Force: true}
+		uuid := record(r.core, vm).UUID
+		for _, state := range []xapi.VMPowerState{xapi.VMPowerStateSuspended, xapi.VMPowerStatePaused, xapi.VMPowerStateRunning} {
+			set(r, vm, func(v *xapi.VM) { v.PowerState = state })
+			if err := r.bring(a, how); code(err) != xapi.ErrVMBadPowerState {
+				t.Errorf("%s: %v", state, err)
+			}
+		}
+		set(r, vm, func(v *xapi.VM) { v.PowerState = xapi.VMPowerStateHalted })
+		export, err := r.ExportVM(t.Context(), trusted, VMExportRequest{Session: string(r.root), Action: "get_export", VM: string(vm)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		go func() { done <- r.bring(a, how) }()
+		synctest.Wait()
+		if record(r.core, vm); len(done) > 0 {
+			t.Error("a VM that is being exported has been replaced")
+		}
+		if err := export.Finish(nil); err != nil {
+			t.Error(err)
+		}
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		r.view(func(tx *db.Tx) {
+			if ref, _, err := db.ByUUID[xapi.VM](tx, uuid); err != nil || ref == vm {
+				t.Errorf("of that UUID: %s, %v", ref, err)
+			}
+		})
 	})
 }
 

@@ -35,7 +35,7 @@ func (a *API) ensureTemplates(tx *db.Tx) error {
 	vm.DomainType = xapi.DomainTypeHVM
 	vm.HVMBootPolicy, vm.HVMBootParams = "BIOS order", map[string]string{"order": "cdn", "firmware": "bios"}
 	vm.Platform = map[string]string{"acpi": "1", "apic": "true", "nx": "true", "pae": "true", "viridian": "true", "vga": "std", "videoram": "8"}
-	vm.OtherConfig = map[string]string{"default_template": "true", "install-methods": "cdrom", "mac_seed": uuid.NewString()}
+	vm.OtherConfig = map[string]string{"default_template": "true", "install-methods": "cdrom", macSeedKey: uuid.NewString()}
 	metrics, err := db.Insert(tx, xapi.New[xapi.VMMetrics]())
 	if err != nil {
 		return err
