@@ -99,13 +99,10 @@ func planExport(ctx context.Context, r *request, name string, x *api.Export) (*o
 	if err != nil {
 		return nil, err
 	}
-	if f.encode == nil {
-		return nil, notBuilt("export", f)
-	}
 	d := newDownload(x.Ref, x.VDI, x.Volume)
 	if x.Base != nil {
 		if f.fullOnly {
-			return nil, &statusError{http.StatusNotImplemented, xapi.NewError(xapi.ErrNotImplemented, "export with a base in format "+f.name)}
+			return nil, wholeOnly(f)
 		}
 		differ, ok := x.Repo.(storage.Differ)
 		if !ok {

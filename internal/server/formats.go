@@ -9,13 +9,16 @@ import (
 	"coppice/internal/xapi"
 )
 
-// format is an image format of the transfer handlers. A direction that is not
-// built is nil.
+// format is an image format of the transfer handlers.
 type format struct {
 	name        string // of the parameter, and the extension of a file
 	contentType string // of a download
 
-	fullOnly bool // has no deltas
+	// fullOnly is set where an image cannot say that it is a delta, or what of: a
+	// tar lacks chunks that are zero, and readers take a delta for a whole
+	// disk; a VMDK names its parent by 32 bits, and most readers of
+	// streamOptimized ones know no parents.
+	fullOnly bool
 
 	// encode plans the image of a disk. Every limit of the format is checked
 	// here, before anything is sent.
@@ -67,7 +70,14 @@ func unknownFormat(text string) error {
 	return &statusError{http.StatusNotFound, xapi.NewError(xapi.ErrInternalError, text)}
 }
 
-// notBuilt refuses one direction of a known format.
-func notBuilt(what string, f format) error {
-	return &statusError{http.StatusNotImplemented, xapi.NewError(xapi.ErrNotImplemented, what+" in format "+f.name)}
+// wholeOnly refuses a delta in a format that has none, and says which have.
+func wholeOnly(f format) error {
+	var others []string
+	for _, f := range formats() {
+		if !f.fullOnly {
+			others = append(others, f.name)
+		}
+	}
+	return &statusError{http.StatusBadRequest, xapi.NewError(xapi.ErrValueNotSupported, "format", f.name,
+		"An image of this format cannot say what it is the difference to. Those that base= can be used with are: "+strings.Join(others, ", "))}
 }

@@ -148,9 +148,6 @@ func planImport(r *request, req api.TransferRequest, m *api.Import) (*incoming, 
 	if err != nil {
 		return nil, err
 	}
-	if f.decode == nil {
-		return nil, notBuilt("import", f)
-	}
 	in.decode = f.decode
 	_, chunked := r.param("chunked")
 	atomic, _ := r.param(atomicParam)

@@ -184,6 +184,7 @@ func TestTransferRefusals(t *testing.T) {
 	huge, _ := d.disk(vhd.MaxSize + 2*mib)
 	snapshot := d.do("VDI.snapshot", d.session, ref).(string)
 	const export, imp = "GET /export_raw_vdi", "PUT /import_raw_vdi"
+	const noDeltas = "An image of this format cannot say what it is the difference to. Those that base= can be used with are: raw, vhd, qcow2"
 	for name, tt := range map[string]struct {
 		request string // without session and task
 		status  string
@@ -191,8 +192,8 @@ func TestTransferRefusals(t *testing.T) {
 	}{
 		"export, unknown format":    {export + "?vdi=" + ref + "&format=<x>", "404 Not Found", []string{"failure", "INTERNAL_ERROR", "Unknown format <x>"}},
 		"import, unknown format":    {imp + "?vdi=" + ref + "&format=vdi", "404 Not Found", []string{"failure", "INTERNAL_ERROR", "Unknown format vdi"}},
-		"export, delta as tar":      {export + "?vdi=" + ref + "&format=tar&base=" + snapshot, "501 Not Implemented", []string{"failure", "NOT_IMPLEMENTED", "export with a base in format tar"}},
-		"export, delta as vmdk":     {export + "?vdi=" + ref + "&format=vmdk&base=" + snapshot, "501 Not Implemented", []string{"failure", "NOT_IMPLEMENTED", "export with a base in format vmdk"}},
+		"export, delta as tar":      {export + "?vdi=" + ref + "&format=tar&base=" + snapshot, "400 Bad Request", append([]string{"failure", "VALUE_NOT_SUPPORTED", "format", "tar"}, noDeltas)},
+		"export, delta as vmdk":     {export + "?vdi=" + ref + "&format=vmdk&base=" + snapshot, "400 Bad Request", append([]string{"failure", "VALUE_NOT_SUPPORTED", "format", "vmdk"}, noDeltas)},
 		"VM export, wrong uuid":     {"GET /export?uuid=x", "500 Internal Server Error", []string{"failure", "UUID_INVALID", "VM", "x"}},
 		"VM import, no such SR":     {"PUT /import?sr_uuid=x", "500 Internal Server Error", []string{"failure", "UUID_INVALID", "SR", "x"}},
 		"VM export, no session":     {"GET /export?session_id=OpaqueRef:s&uuid=x", "401 Unauthorized", []string{"pending"}},
