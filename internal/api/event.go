@@ -223,9 +223,9 @@ var errEventTimeout = errors.New("no event in time")
 // eventContext bounds the waiting of an event call: by its time, the client's
 // connection, the session, and the call's own context.
 func (a *API) eventContext(ctx context.Context, c *Call, wait time.Duration) (context.Context, context.CancelFunc) {
-	ctx, detach := c.attended(ctx)
 	ctx, stop := context.WithCancelCause(ctx)
 	timer := time.AfterFunc(wait, func() { stop(errEventTimeout) })
+	detach := context.AfterFunc(c.client, func() { stop(context.Cause(c.client)) })
 	unlink := context.AfterFunc(c.Session.ctx, func() { stop(context.Cause(c.Session.ctx)) })
 	if wait <= 0 {
 		stop(errEventTimeout)
@@ -233,8 +233,8 @@ func (a *API) eventContext(ctx context.Context, c *Call, wait time.Duration) (co
 	return ctx, func() {
 		timer.Stop()
 		unlink()
-		stop(nil)
 		detach()
+		stop(nil)
 	}
 }
 

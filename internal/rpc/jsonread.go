@@ -127,36 +127,91 @@ func checkJSONDepth(b []byte, limit int) error {
 	return nil
 }
 
+// jsonValue reads a value that is known to be valid JSON.
 func jsonValue(raw json.RawMessage) (any, error) {
-	dec := json.NewDecoder(bytes.NewReader(raw))
-	dec.UseNumber()
-	var v any
-	if err := dec.Decode(&v); err != nil {
-		return nil, jsonError(err)
-	}
-	return jsonNumbers(v)
+	p := jsonReader{raw}
+	return p.value()
 }
 
-// jsonNumbers replaces every json.Number in v by an int64 or a float64.
-func jsonNumbers(v any) (any, error) {
-	var err error
-	switch v := v.(type) {
-	case json.Number:
-		return jsonNumber(string(v))
-	case []any:
-		for i := range v {
-			if v[i], err = jsonNumbers(v[i]); err != nil {
+// jsonReader is what is left of valid JSON.
+type jsonReader struct{ rest []byte }
+
+// next drops white space and the separators of members, and returns the first
+// byte of what comes then.
+func (p *jsonReader) next() byte {
+	p.rest = bytes.TrimLeft(p.rest, " \t\r\n,:")
+	return p.rest[0]
+}
+
+func (p *jsonReader) value() (any, error) {
+	switch p.next() {
+	case '"':
+		return p.text()
+	case '[':
+		p.rest = p.rest[1:]
+		array := []any{}
+		for p.next() != ']' {
+			v, err := p.value()
+			if err != nil {
+				return nil, err
+			}
+			array = append(array, v)
+		}
+		p.rest = p.rest[1:]
+		return array, nil
+	case '{':
+		p.rest = p.rest[1:]
+		object := map[string]any{}
+		for p.next() != '}' {
+			name, err := p.text()
+			if err != nil {
+				return nil, err
+			}
+			if object[name], err = p.value(); err != nil {
 				return nil, err
 			}
 		}
-	case map[string]any:
-		for k := range v {
-			if v[k], err = jsonNumbers(v[k]); err != nil {
-				return nil, err
+		p.rest = p.rest[1:]
+		return object, nil
+	}
+	n := bytes.IndexAny(p.rest, " \t\r\n,]}")
+	if n < 0 {
+		n = len(p.rest)
+	}
+	word := string(p.rest[:n])
+	p.rest = p.rest[n:]
+	switch word {
+	case "null":
+		return nil, nil
+	case "true", "false":
+		return word == "true", nil
+	}
+	return jsonNumber(word)
+}
+
+// text takes a string. What has escapes, or is not ASCII and therefore may not
+// be UTF-8, is left to encoding/json.
+func (p *jsonReader) text() (s string, err error) {
+	plain := true
+	for i := 1; ; i++ {
+		switch c := p.rest[i]; {
+		case c == '\\':
+			plain = false
+			i++
+		case c >= utf8.RuneSelf:
+			plain = false
+		case c == '"':
+			literal := p.rest[:i+1]
+			p.rest = p.rest[i+1:]
+			if plain {
+				return string(literal[1:i]), nil
 			}
+			if err := json.Unmarshal(literal, &s); err != nil {
+				return "", jsonError(err)
+			}
+			return s, nil
 		}
 	}
-	return v, nil
 }
 
 func jsonNumber(s string) (any, error) {

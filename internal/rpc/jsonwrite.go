@@ -19,7 +19,7 @@ type output struct {
 }
 
 func newOutput(w io.Writer) output {
-	return output{w: w, buf: make([]byte, 0, 4<<10)}
+	return output{w: w, buf: make([]byte, 0, 512)}
 }
 
 func (o *output) maybeFlush() {

@@ -83,9 +83,12 @@ func (x *XMLWriter) Shared(s *Shared, enc func(Encoder) error) error {
 	return nil
 }
 
-// verbatim writes b as it is; a long one is not copied.
+// verbatimAt is the length from which on a text is not copied into the buffer.
+const verbatimAt = 1 << 10
+
+// verbatim writes b as it is.
 func (o *output) verbatim(b []byte) {
-	if len(o.buf)+len(b) < flushAt {
+	if len(b) < verbatimAt {
 		o.buf = append(o.buf, b...)
 		return
 	}

@@ -49,7 +49,7 @@ func sharedDialects() []*Request {
 // What is shared is written as it is when it is not, whatever its length, and
 // encoded once for each syntax.
 func TestSharedText(t *testing.T) {
-	for _, n := range []int{0, 100, flushAt - 40, flushAt, 3 * flushAt} {
+	for _, n := range []int{0, 100, verbatimAt - 40, verbatimAt, flushAt, 3 * flushAt} {
 		value := strings.Repeat("<\"é", n/4)
 		encoded := 0
 		enc := func(e Encoder) error {

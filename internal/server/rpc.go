@@ -45,7 +45,7 @@ func (s *Server) rpc(w http.ResponseWriter, r *request, syntax rpc.Syntax) {
 	h.Set("Content-Type", syntax.ContentType())
 	h.Set("Access-Control-Allow-Origin", "*")
 	h.Set("Access-Control-Allow-Headers", "X-Requested-With")
-	out := &rpcWriter{w: w}
+	out := s.newRPCWriter(w)
 	if badText {
 		err = call.WriteFailure(out, xapi.ErrInvalidValue, "Invalid UTF-8 string in parameter", invalid.Value)
 	} else {
@@ -54,6 +54,7 @@ func (s *Server) rpc(w http.ResponseWriter, r *request, syntax rpc.Syntax) {
 	if err == nil {
 		err = out.finish()
 	}
+	s.replies.Put(out.held)
 	if err != nil {
 		// What is out already is no answer, and must not look like one.
 		s.log.Debug("an answer was cut short", "call", call.Method, "error", err)
@@ -114,8 +115,18 @@ func (s *Server) whileWanted(ctx context.Context) (context.Context, context.Canc
 // that it has a Content-Length, or until it outgrows replyBuffer.
 type rpcWriter struct {
 	w    http.ResponseWriter
-	held bytes.Buffer
+	held *bytes.Buffer // of at most replyBuffer bytes
 	sent bool
+}
+
+// newRPCWriter returns a writer to w whose buffer goes back to s.replies.
+func (s *Server) newRPCWriter(w http.ResponseWriter) *rpcWriter {
+	held, ok := s.replies.Get().(*bytes.Buffer)
+	if !ok {
+		held = new(bytes.Buffer)
+	}
+	held.Reset()
+	return &rpcWriter{w: w, held: held}
 }
 
 func (o *rpcWriter) Write(p []byte) (int, error) {

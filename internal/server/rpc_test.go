@@ -21,7 +21,7 @@ func TestRPCWriter(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			rec := httptest.NewRecorder()
-			w := &rpcWriter{w: rec}
+			w := new(Server).newRPCWriter(rec)
 			for _, p := range tt.pieces {
 				if n, err := w.Write([]byte(p)); n != len(p) || err != nil {
 					t.Fatalf("Write: %d, %v", n, err)

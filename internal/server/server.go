@@ -97,6 +97,7 @@ type Server struct {
 	idle    time.Duration // of transfers
 	router  router
 
+	replies  sync.Pool // of *bytes.Buffer, see rpcWriter
 	streams  streams
 	digests  digests // of exports
 	handlers activity
