@@ -6,6 +6,12 @@ import (
 	"time"
 )
 
+// BareLister is List without the attributes, for drivers that have to read them
+// one by one: the Attrs of what it yields are nil.
+type BareLister interface {
+	ListBare(ctx context.Context) iter.Seq2[Info, error]
+}
+
 // Resizer changes the size of a volume, in bytes. Growth reads as zero; what a
 // shrink cuts off is gone. ErrInvalid for a size that Create would refuse,
 // ErrReadOnly for a read-only volume.

@@ -144,6 +144,7 @@ type repo struct {
 
 var (
 	_ storage.Repo             = (*repo)(nil)
+	_ storage.BareLister       = (*repo)(nil)
 	_ storage.Resizer          = (*repo)(nil)
 	_ storage.Reverter         = (*repo)(nil)
 	_ storage.GroupSnapshotter = (*repo)(nil)
@@ -221,6 +222,15 @@ func (r *repo) Stat(ctx context.Context, id storage.ID) (storage.Info, error) {
 }
 
 func (r *repo) List(ctx context.Context) iter.Seq2[storage.Info, error] {
+	return r.list(ctx, r.inform)
+}
+
+func (r *repo) ListBare(ctx context.Context) iter.Seq2[storage.Info, error] {
+	return r.list(ctx, func(_ context.Context, i engine.Info) (storage.Info, error) { return r.info(i, nil), nil })
+}
+
+// list yields what inform makes of each volume.
+func (r *repo) list(ctx context.Context, inform func(context.Context, engine.Info) (storage.Info, error)) iter.Seq2[storage.Info, error] {
 	return func(yield func(storage.Info, error) bool) {
 		if err := r.usable(ctx); err != nil {
 			yield(storage.Info{}, translate("list", "", err))
@@ -230,7 +240,7 @@ func (r *repo) List(ctx context.Context) iter.Seq2[storage.Info, error] {
 			err := r.usable(ctx)
 			var info storage.Info
 			if err == nil {
-				info, err = r.inform(ctx, i)
+				info, err = inform(ctx, i)
 			}
 			if errors.Is(err, engine.ErrNotFound) {
 				continue // deleted meanwhile

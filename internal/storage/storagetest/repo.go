@@ -108,6 +108,21 @@ func testList(s *suite) {
 			s.Errorf("List and Stat (-stat +list):\n%s", d)
 		}
 	}
+	if r, ok := s.Repo.(storage.BareLister); ok {
+		got := want[:0:0]
+		for info, err := range r.ListBare(s.ctx) {
+			s.must(err)
+			full := s.stat(info.ID)
+			full.Attrs = nil
+			if d := cmp.Diff(full, info); d != "" {
+				s.Errorf("ListBare and Stat (-stat +list):\n%s", d)
+			}
+			got = append(got, info.ID)
+		}
+		if d := cmp.Diff(want, got); d != "" {
+			s.Errorf("ListBare (-want +got):\n%s", d)
+		}
+	}
 	n := 0
 	for _, err := range s.Repo.List(s.ctx) {
 		s.must(err)
