@@ -17,7 +17,8 @@ import (
 // follows it, and SR.scan brings it up to date where that failed.
 //
 // The blob is JSON. Keys are added, never changed in meaning; a reader takes
-// what it knows and lets the rest be.
+// what it knows and lets the rest be. When attrsOf or encode come to say
+// something else of a record, attrsVersion changes.
 type diskAttrs struct {
 	SR          string            `json:"sr"` // uuid
 	UUID        string            `json:"uuid"`
@@ -43,6 +44,10 @@ type diskAttrs struct {
 	// until the revert is complete.
 	Revert *revertMark `json:"revert,omitempty"`
 }
+
+// attrsVersion tells in the mark of a store which program made the attribute
+// blobs, so that one that would make others does so at its first start.
+const attrsVersion = 1
 
 // attrsOf describes a record.
 func attrsOf(tx *db.Tx, v *xapi.VDI) diskAttrs {
@@ -155,16 +160,17 @@ func (a *API) syncAttrs(ctx context.Context, ref xapi.Ref[xapi.VDI]) {
 
 // writeAttrs does what syncAttrs says. Writers of one repo take turns and
 // read the record in their turn, so the last one writes the last state.
-func (a *API) writeAttrs(ctx context.Context, repo *repository, ref xapi.Ref[xapi.VDI]) error {
+func (a *API) writeAttrs(ctx context.Context, repo *repository, ref xapi.Ref[xapi.VDI]) (err error) {
 	w, ok := repo.Repo.(storage.Attributer)
 	if !ok {
 		return nil
 	}
 	repo.attrs.Lock()
 	defer repo.attrs.Unlock()
+	defer func() { repo.attrsStale = repo.attrsStale || err != nil }()
 	var id storage.ID
 	var at diskAttrs
-	err := a.db.View(func(tx *db.Tx) error {
+	gone := a.db.View(func(tx *db.Tx) error {
 		v, err := db.Get(tx, ref)
 		if err != nil {
 			return err
@@ -172,7 +178,7 @@ func (a *API) writeAttrs(ctx context.Context, repo *repository, ref xapi.Ref[xap
 		id, at = storage.ID(v.UUID), attrsOf(tx, v)
 		return nil
 	})
-	if err != nil {
+	if gone != nil {
 		return nil // deleted meanwhile
 	}
 	if at.Snapshot && at.SnapshotOf == "" {

@@ -94,6 +94,7 @@ func (a *API) vdiDataDestroy(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI
 		})
 		if undone != nil {
 			a.log.Error("a failed VDI.data_destroy could not be taken back", "vdi", ref, "err", undone)
+			a.syncAttrs(ctx, ref)
 		}
 		return fmt.Errorf("destroy the data of VDI %s: %w", w.id(), err)
 	}

@@ -228,6 +228,13 @@ func (r *faultRepo) ChangedSince(ctx context.Context, from storage.ID, to storag
 }
 
 // What only looks does not count.
+func (r *faultRepo) ListBare(ctx context.Context) iter.Seq2[storage.Info, error] {
+	if b, ok := r.Repo.(storage.BareLister); ok {
+		return b.ListBare(ctx)
+	}
+	return r.Repo.List(ctx)
+}
+
 func (r *faultRepo) WouldFree(ctx context.Context, ids ...storage.ID) (storage.Freed, error) {
 	return r.Repo.(storage.SpaceEstimator).WouldFree(ctx, ids...)
 }

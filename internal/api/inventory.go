@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"slices"
 
@@ -24,6 +25,7 @@ type inventory struct {
 	repo    *repository
 	volumes map[storage.ID]storage.Info
 	usage   storage.Usage
+	bared   []xapi.Ref[xapi.VDI]  // disks that compareWith found to be without data
 	settled func(storage.ID) bool // no operation touched the volume meanwhile
 	end     func()
 }
@@ -31,9 +33,53 @@ type inventory struct {
 // takeInventory lists a repository. The caller calls end when it has used the
 // result.
 func takeInventory(ctx context.Context, repo *repository) (*inventory, error) {
+	return listVolumes(ctx, repo, repo.List(ctx))
+}
+
+// takeBareInventory is takeInventory with the attributes of only those volumes
+// that are no disks of the SR by its records.
+func (a *API) takeBareInventory(ctx context.Context, repo *repository) (*inventory, error) {
+	l, ok := repo.Repo.(storage.BareLister)
+	if !ok {
+		return takeInventory(ctx, repo)
+	}
+	inv, err := listVolumes(ctx, repo, l.ListBare(ctx))
+	if err != nil {
+		return nil, err
+	}
+	strange := maps.Clone(inv.volumes)
+	_ = a.db.View(func(tx *db.Tx) error {
+		sr, err := db.Get(tx, repo.sr)
+		if err != nil {
+			return err
+		}
+		for _, ref := range sr.VDIs {
+			if v, err := db.Get(tx, ref); err == nil {
+				delete(strange, storage.ID(v.UUID))
+			}
+		}
+		return nil
+	})
+	for id := range strange {
+		info, err := repo.Stat(ctx, id)
+		switch {
+		case errors.Is(err, storage.ErrNotFound):
+			delete(inv.volumes, id)
+		case err != nil:
+			inv.end()
+			return nil, fmt.Errorf("look at volume %s of SR %s: %w", id, repo.sr, err)
+		default:
+			inv.volumes[id] = info
+		}
+	}
+	return inv, nil
+}
+
+// listVolumes makes an inventory of what a list of all volumes yields.
+func listVolumes(ctx context.Context, repo *repository, list iter.Seq2[storage.Info, error]) (*inventory, error) {
 	inv := &inventory{repo: repo, volumes: map[storage.ID]storage.Info{}}
 	inv.settled, inv.end = repo.beginScan()
-	for info, err := range repo.List(ctx) {
+	for info, err := range list {
 		if err != nil {
 			inv.end()
 			return nil, fmt.Errorf("list the volumes of SR %s: %w", repo.sr, err)
@@ -84,6 +130,9 @@ func (a *API) compareWith(tx *db.Tx, inv *inventory, gone vanishing) (unowned []
 			bare := info.NoData && v.Type != xapi.VDITypeCBTMetadata
 			if v.VirtualSize == info.Size && v.PhysicalUtilisation == info.Used && !v.Missing && !bare {
 				continue
+			}
+			if bare {
+				inv.bared = append(inv.bared, ref)
 			}
 			err = db.Modify(tx, ref, func(v *xapi.VDI) {
 				v.VirtualSize, v.PhysicalUtilisation, v.Missing = info.Size, info.Used, false

@@ -21,6 +21,9 @@ type storeMark struct {
 	Database string `json:"database"` // uuid of the pool
 	Revision uint64 `json:"revision"` // db.Stored, when the mark was made
 	SR       string `json:"sr"`       // uuid
+	// Attrs is the attrsVersion of all attribute blobs in the store when they
+	// said what the records of that revision say; 0 when that is not known.
+	Attrs int `json:"attrs,omitempty"`
 }
 
 // recoverKey is the key in a PBD's other_config that says why, at the next
@@ -106,9 +109,11 @@ func (a *API) recognize(ctx context.Context) error {
 		if err != nil {
 			continue
 		}
-		a.repos.early(newRepository(pbd.SR, r))
+		repo := newRepository(pbd.SR, r)
+		a.repos.early(repo)
 		m, err := markOf(ctx, r)
 		why := m.strangeTo(pool, stored)
+		repo.attrsKnown = err == nil && m.Database == pool && m.Revision == stored && m.Attrs == attrsVersion
 		if err != nil {
 			why = "what the store says of its database cannot be read: " + err.Error()
 		}
@@ -211,13 +216,19 @@ func (a *API) ownStore(ctx context.Context, repo *repository) (own bool, err err
 // markStore has a store remember the database as it is now. That is only ever
 // late, never wrong: the mark is of a state that is durable.
 func (a *API) markStore(ctx context.Context, repo *repository) error {
+	return a.markStoreWith(ctx, repo, 0)
+}
+
+// markStoreWith is markStore when the attribute blobs are of a version and say
+// what the records say, and nothing changes any more.
+func (a *API) markStoreWith(ctx context.Context, repo *repository, attrs int) error {
 	l, ok := repo.Repo.(storage.Labeled)
 	if !ok {
 		return nil
 	}
 	repo.attrs.Lock()
 	defer repo.attrs.Unlock()
-	m := storeMark{Revision: a.db.Stored()}
+	m := storeMark{Revision: a.db.Stored(), Attrs: attrs}
 	err := a.db.View(func(tx *db.Tx) error {
 		_, p, err := a.pool(tx)
 		if err != nil {

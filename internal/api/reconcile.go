@@ -111,7 +111,11 @@ func (a *API) reopen(ctx context.Context, repo *repository) error {
 
 // reconcile does for one repository what openStorage says.
 func (a *API) reconcile(ctx context.Context, repo *repository) error {
-	inv, err := takeInventory(ctx, repo)
+	take := takeInventory
+	if repo.attrsKnown {
+		take = a.takeBareInventory
+	}
+	inv, err := take(ctx, repo)
 	if err != nil {
 		return err
 	}
@@ -144,7 +148,13 @@ func (a *API) reconcile(ctx context.Context, repo *repository) error {
 		a.log.Error("reclaiming is incomplete", "sr", repo.sr, "err", err)
 	}
 	a.finishDataDestroys(ctx, inv)
-	a.refreshAttrs(ctx, inv)
+	if repo.attrsKnown {
+		for _, ref := range inv.bared {
+			a.syncAttrs(ctx, ref)
+		}
+	} else {
+		a.refreshAttrs(ctx, inv)
+	}
 	if err := a.markStore(ctx, repo); err != nil {
 		a.log.Warn("a store does not know how far the database is", "err", err) // a full one can be used
 	}
@@ -178,9 +188,24 @@ func (a *API) finishDataDestroys(ctx context.Context, inv *inventory) {
 	}
 }
 
-// closeStorage marks and closes every repository.
+// closeStorage marks and closes every repository. Nothing changes any more, so
+// the marks tell what the attribute blobs are worth.
 func (a *API) closeStorage() error {
-	a.markStores(context.Background())
+	ctx := context.Background()
+	if err := a.db.Sync(ctx); err != nil { // the database closes at the revision that the marks name
+		a.log.Warn("event tokens may not survive the restart", "err", err)
+	}
+	for _, repo := range a.repos.all() {
+		repo.attrs.Lock()
+		version := attrsVersion
+		if repo.attrsStale {
+			version = 0
+		}
+		repo.attrs.Unlock()
+		if err := a.markStoreWith(ctx, repo, version); err != nil {
+			a.log.Warn("a store does not know how far the database is", "err", err)
+		}
+	}
 	return a.repos.closeAll()
 }
 

@@ -24,8 +24,10 @@ type repository struct {
 	storage.Repo
 	sr xapi.Ref[xapi.SR]
 
-	attrs  sync.Mutex // held while an attribute blob is made and written
-	marked storeMark  // what the store says of the database; guarded by attrs
+	attrs      sync.Mutex // held while an attribute blob is made and written
+	marked     storeMark  // what the store says of the database; guarded by attrs
+	attrsStale bool       // some attribute blob could not be written; guarded by attrs
+	attrsKnown bool       // when it was opened, all attribute blobs said what the records say
 
 	mu struct { // guards everything in it
 		sync.Mutex

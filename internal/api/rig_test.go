@@ -226,6 +226,8 @@ func (r *rig) wantConsistent() {
 				r.t.Errorf("VDI %s is missing", v.UUID)
 			case info.NoData != (v.Type == xapi.VDITypeCBTMetadata):
 				r.t.Errorf("VDI %s: type %s, its volume is without data: %v", v.UUID, v.Type, info.NoData)
+			case !repo.attrsStale && !bytes.Equal(info.Attrs, attrsOf(tx, v).inherit(info.Attrs).encode()):
+				r.t.Errorf("VDI %s: the volume says %s, the record %s", v.UUID, info.Attrs, attrsOf(tx, v).inherit(info.Attrs).encode())
 			case len(v.CurrentOperations) > 0:
 				r.t.Errorf("VDI %s has current_operations %v", v.UUID, v.CurrentOperations)
 			}

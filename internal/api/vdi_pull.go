@@ -162,10 +162,10 @@ func (a *API) pluginPull(ctx context.Context, c *Call, args map[string]string) (
 		})
 	}
 	ref, err := x.end(err)
+	a.syncAttrs(context.WithoutCancel(ctx), ref) // what failed may have come after the commit
 	if err != nil {
 		return "", err
 	}
-	a.syncAttrs(context.WithoutCancel(ctx), ref)
 	answer, err := json.Marshal(map[string]any{
 		"vdi": x.VDI.UUID, "source": p.disk.UUID, "base": p.base.source, "bytes": received, "snapshot": p.disk.Snapshot,
 	})
