@@ -20,6 +20,10 @@ const (
 	// read, in entries: 256 TiB of disk with clusters of 64 KiB. A larger
 	// one is put into the spool, like all that it refers to.
 	maxL1Ahead = 512 << 10
+
+	// spoolUnit is what writes to the spool begin and end at, if they can, in
+	// bytes.
+	spoolUnit = 4096
 )
 
 // Spool is scratch space for parts of an image that come before what says
@@ -29,6 +33,13 @@ type Spool interface {
 	io.WriterAt
 }
 
+// Discarder is a Spool that takes room back: what is discarded is not read
+// again. Whole clusters of data are, as soon as they have been read from it, if
+// the image says that nothing else refers to them.
+type Discarder interface {
+	Discard(off, n int64) error
+}
+
 // ReaderOptions say what is known about a stream beforehand.
 type ReaderOptions struct {
 	// Length of the image in bytes. Nothing is read behind it. Below zero it
@@ -36,7 +47,8 @@ type ReaderOptions struct {
 	Length int64
 
 	// Spool is called when scratch space is needed, once. Offsets in it are
-	// those of the image. Without it an image that needs one is refused.
+	// those of the image. Without it an image that needs one is refused. It
+	// may be a Discarder.
 	Spool func() (Spool, error)
 
 	// Check, unless nil, is asked before each table that is read from the
@@ -109,7 +121,7 @@ func NewReader(src io.Reader, o ReaderOptions) (*Reader, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &Reader{h: h, length: o.Length, spool: spool{open: o.Spool}, check: o.Check}
+	r := &Reader{h: h, length: o.Length, spool: spool{open: o.Spool, clusterBits: h.clusterBits}, check: o.Check}
 	// A compressed cluster is looked at as a whole: it may share a sector
 	// with the next one, and take up two clusters at most.
 	r.src = bufio.NewReaderSize(first, int(max(64<<10, 2*h.clusterSize()+SectorSize)))
@@ -155,7 +167,10 @@ func (r *Reader) Next() (Run, error) {
 			return Run{}, err
 		}
 	}
-	run, err := r.advance()
+	run, err := Run{}, r.settle()
+	if err == nil {
+		run, err = r.advance()
+	}
 	if err != nil {
 		r.err = err
 		return Run{}, err
@@ -165,6 +180,16 @@ func (r *Reader) Next() (Run, error) {
 		r.left = run.Len
 	}
 	return run, nil
+}
+
+// settle ends the current run, which has been read.
+func (r *Reader) settle() error {
+	s, ok := r.from.(*section)
+	r.from = nil
+	if !ok || s.once.from == s.once.to {
+		return nil
+	}
+	return r.spool.giveBack(s.once.from, s.once.to-s.once.from)
 }
 
 // onlyReader hides other methods of a reader.
@@ -433,6 +458,9 @@ func (r *Reader) divert(n int64) (int, error) {
 	}
 	if err != nil && err != io.EOF {
 		return 0, err
+	}
+	if odd := (r.pos + int64(len(b))) % spoolUnit; odd < int64(len(b)) && int64(len(b)) < n {
+		b = b[:int64(len(b))-odd]
 	}
 	if err := r.spool.put(b, r.pos); err != nil {
 		return 0, err

@@ -147,6 +147,56 @@ func TestReaderSpools(t *testing.T) {
 	}
 }
 
+// Data that has been read from the spool leaves it, if the image says that
+// nothing else refers to it; then nothing else may.
+func TestReaderGivesBack(t *testing.T) {
+	const size = 12 * mib
+	contents := disk(size, 1, [2]int64{0, 4*mib + 100}, [2]int64{5 * mib, 64 << 10}, [2]int64{6*mib - 512, 5 * mib})
+	image := tablesLast(t, contents)
+	s := new(scratch)
+	if got := applied(t, image, size, s); !bytes.Equal(got, contents) {
+		t.Error(difference(got, contents))
+	}
+	if data := clustersOf(contents, nil).Len() * ClusterSize; s.gone > data || s.gone < data-releaseBatch {
+		t.Errorf("%d of %d bytes were given back", s.gone, data)
+	}
+	be := binary.BigEndian
+	l2At := be.Uint64(image[be.Uint64(image[40:]):]) & maskOffset
+	last := l2At + 8*11*mib/ClusterSize // the entry behind the last one
+	copy(image[last:], image[l2At:][:8])
+	if err := apply(bytes.NewReader(image), -1, make([]byte, size), new(scratch)); !errors.Is(err, ErrFormat) {
+		t.Errorf("a cluster that is referred to twice: %v", err)
+	}
+	for i := range uint64(perTable) { // as an image with shared clusters
+		e := be.Uint64(image[l2At+8*i:])
+		be.PutUint64(image[l2At+8*i:], e&^flagCopied)
+	}
+	copy(contents[11*mib:], contents[:ClusterSize])
+	s = new(scratch)
+	if got := applied(t, image, size, s); !bytes.Equal(got, contents) {
+		t.Errorf("with a shared cluster: %s", difference(got, contents))
+	}
+	if s.gone > 0 {
+		t.Errorf("%d bytes of shared clusters were given back", s.gone)
+	}
+	broken := errors.New("broken")
+	r, err := NewReader(bytes.NewReader(tablesLast(t, contents)), ReaderOptions{Length: -1, Spool: func() (Spool, error) { return stubborn{new(scratch), broken}, nil }})
+	for err == nil {
+		_, err = r.Next()
+	}
+	if !errors.Is(err, broken) {
+		t.Errorf("a spool that takes nothing back: %v", err)
+	}
+}
+
+// stubborn is a spool that takes nothing back.
+type stubborn struct {
+	*scratch
+	err error
+}
+
+func (s stubborn) Discard(int64, int64) error { return s.err }
+
 // tablesLast moves the tables of a small image behind its data.
 func tablesLast(t testing.TB, contents []byte) []byte {
 	t.Helper()

@@ -93,10 +93,13 @@ func (r *Reader) fromEntry(guest int64) (Run, error) {
 	n := int64(1)
 	for kind != entryNone && t.next+n < r.h.perTable() {
 		more := r.entry(t.next + n)
-		if kindOf(more) != kind || kind == entryData && int64(more&maskOffset) != host+n<<r.h.clusterBits {
+		if kindOf(more) != kind || kind == entryData && more != e+uint64(n)<<r.h.clusterBits {
 			break
 		}
 		n++
+	}
+	if kind == entryData && host < r.pos {
+		n = min(n, releaseBatch>>r.h.clusterBits)
 	}
 	t.next += n
 	length := min(n<<r.h.clusterBits, r.h.size-guest)
@@ -104,7 +107,11 @@ func (r *Reader) fromEntry(guest int64) (Run, error) {
 	case entryZero:
 		return Run{Off: guest, Len: length, Zero: true}, nil
 	case entryData:
-		return r.stored(at, host, guest, length)
+		run, err := r.stored(at, host, guest, length)
+		if s, ok := r.from.(*section); ok && run.Len > 0 && e&flagCopied != 0 {
+			s.once = held{host, host + n<<r.h.clusterBits}
+		}
+		return run, err
 	}
 	return Run{}, nil
 }

@@ -9,16 +9,36 @@ import (
 	"coppice/internal/storage"
 )
 
+// spool is a scratch volume from which what has been read goes at once.
+type spool struct {
+	storage.Volume
+	zero func(off, n int64) error
+}
+
+func (s spool) Discard(off, n int64) error {
+	first := (off + storage.Unit - 1) / storage.Unit * storage.Unit
+	end := min(off+n, s.Size()) / storage.Unit * storage.Unit
+	if first >= end {
+		return nil
+	}
+	return s.zero(first, end-first)
+}
+
 // readQcow2 writes the clusters that a qcow2 image holds and leaves all others
 // as they are, whether or not the image names a backing file. Data that comes
-// before its table lands in a scratch volume of the SR first.
+// before its table lands in a scratch volume of the SR first, and leaves it as it
+// moves on to the disk, so that it takes the room of the SR once.
 func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) error {
 	scratch := func() (qcow2.Spool, error) {
 		size := length
 		if size < 0 {
 			size = storage.MaxSize
 		}
-		return u.scratch(size)
+		v, err := u.scratch(size)
+		if err != nil {
+			return nil, err
+		}
+		return spool{v, func(off, n int64) error { return v.Zero(ctx, off, n) }}, nil
 	}
 	reading := ctx // ends early when a write fails
 	r, err := qcow2.NewReader(body, qcow2.ReaderOptions{
