@@ -71,6 +71,45 @@ func TestEventTokensSurviveARestart(t *testing.T) {
 	}
 }
 
+// A reverted VM that had been destroyed has the reference that it had before.
+// Whoever has seen either of them is told when it is gone in the end.
+func TestEventsOfAReferenceThatIsUsedAgain(t *testing.T) {
+	r := newRig(t)
+	vm := r.vm("first")
+	rec := record(r.core, vm)
+	again := func() {
+		r.call("VM.destroy", vm)
+		r.update(func(tx *db.Tx) error {
+			second := xapi.New[xapi.VM]()
+			second.UUID, second.NameLabel, second.PowerState = rec.UUID, "second", xapi.VMPowerStateHalted
+			return db.InsertAs(tx, vm, second)
+		})
+	}
+	gone := map[string]string{string(vm): "vm del"}
+	first := r.from("", 0, "vm").Token
+	again()
+	second := r.from(first, 0, "vm")
+	if got, want := told(second), map[string]string{string(vm): "vm add"}; !maps.Equal(got, want) {
+		t.Errorf("told of the second: %v, want %v", got, want)
+	}
+	again()
+	r.restart()
+	third := r.from("", 0, "vm").Token
+	again()
+	r.call("VM.destroy", vm)
+	for range 2 {
+		for _, token := range []string{first, second.Token, third} {
+			if got := told(r.from(token, 0, "vm")); !maps.Equal(got, gone) {
+				t.Errorf("told after %s: %v, want %v", token, got, gone)
+			}
+		}
+		if batch := r.from(r.from("", 0, "vm").Token, 0, "vm"); len(batch.Events) != 0 {
+			t.Errorf("told to who knows: %s", summary(batch))
+		}
+		r.restart()
+	}
+}
+
 // crash starts the API on what a crash in the middle of a call would leave now
 // of the database.
 func (r *rig) crash(c *Call) {

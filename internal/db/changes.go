@@ -12,7 +12,7 @@ import (
 // Change is what became of an object.
 type Change struct {
 	Ref      string
-	Created  uint64
+	Created  uint64 // when deleted: of the first object that had the reference
 	Modified uint64 // or the revision of the deletion
 	Deleted  bool
 	Rec      any // shared: read only; nil when deleted
@@ -21,7 +21,7 @@ type Change struct {
 // Changes returns the objects of a class that were created, modified or deleted after a revision: first the
 // living ones in the order of their last modification, then the deleted ones in the order of deletion. Each
 // object appears once, with its present state; one that was both created and deleted after the revision does
-// not appear. It costs only what it returns.
+// not appear, unless there was another one before it under its reference. It costs only what it returns.
 //
 // It is not complete when deletions after that revision may have been forgotten: too many happened, or the
 // revision is older than the last restart. After revision 0, at which there were no objects, it always is.
@@ -42,10 +42,10 @@ func (tx *Tx) Changes(c *xapi.Class, after uint64) (changes iter.Seq[Change], co
 			return
 		}
 		t.byTime.Ascend(pivot, func(o *object) bool {
-			if o.created > after {
+			if o.first() > after {
 				return true
 			}
-			return yield(Change{Ref: o.ref, Created: o.created, Modified: o.modified, Deleted: true})
+			return yield(Change{Ref: o.ref, Created: o.first(), Modified: o.modified, Deleted: true})
 		})
 	}
 	return seq, after == 0 || after >= t.floor

@@ -32,7 +32,9 @@
 // # Revisions
 //
 // Every commit takes the next revision. Each object carries the revision that created it and the one that
-// modified it last; a deleted object leaves a tombstone, of which each class keeps the latest few thousand.
+// modified it last; a deleted object leaves a tombstone, of which each class keeps the latest few thousand. An object
+// under a reference that was used before carries when that was for the first time, so that whoever has seen any of those
+// that had it learns when the last one is gone.
 // Changes answers from these stamps what happened after a revision, and Wait waits for the next one, of any
 // class or of some, so a revision is all that an event token needs to hold. Revisions never go back, not even over a crash: the
 // store holds a revision that is ahead of all that were handed out.

@@ -24,6 +24,7 @@ type entry struct {
 type change struct {
 	class, ref string
 	created    uint64 // 0: before the entry
+	born       uint64 // with created: see object; 0: the reference is new
 	modified   uint64 // 0: before the entry, only told is news
 	deleted    bool
 	told       uint32 // digest of what does not survive a restart, see digest
@@ -34,6 +35,7 @@ const (
 	changeDeleted = 1 << iota
 	changeCreated
 	changeModified
+	changeBorn
 )
 
 // Flags of an entry on disk.
@@ -53,6 +55,7 @@ const refPrefix = "OpaqueRef:"
 //	    flags (1 byte)
 //	    revision - modified              with changeModified
 //	    revision - created               with changeCreated
+//	    revision - born                  with changeBorn
 //	    told (4 bytes, little-endian)    without changeDeleted
 func (e *entry) encode() []byte {
 	b := binary.AppendUvarint(nil, historyFormat)
@@ -66,12 +69,16 @@ func (e *entry) encode() []byte {
 		b = binary.AppendUvarint(b, uint64(len(class)))
 		for _, c := range class {
 			b = appendRef(b, c.ref)
-			b = append(b, flags(c.deleted, changeDeleted)|flags(c.created > 0, changeCreated)|flags(c.modified > 0, changeModified))
+			b = append(b, flags(c.deleted, changeDeleted)|flags(c.created > 0, changeCreated)|flags(c.modified > 0, changeModified)|
+				flags(c.born > 0, changeBorn))
 			if c.modified > 0 {
 				b = binary.AppendUvarint(b, e.revision-c.modified)
 			}
 			if c.created > 0 {
 				b = binary.AppendUvarint(b, e.revision-c.created)
+			}
+			if c.born > 0 {
+				b = binary.AppendUvarint(b, e.revision-c.born)
 			}
 			if !c.deleted {
 				b = binary.LittleEndian.AppendUint32(b, c.told)
@@ -119,7 +126,7 @@ var errHistory = errors.New("db: an entry of the history cannot be read")
 // decodeEntry reads what encode wrote. An error says that it did not.
 func decodeEntry(b []byte) (e entry, err error) {
 	p := entryReader{rest: b}
-	if p.number() != historyFormat {
+	if format := p.number(); format == 0 || format > historyFormat {
 		return e, errHistory
 	}
 	e.revision, e.prev, e.basis, e.ceiling = p.number(), p.number(), p.number(), p.number()
@@ -137,10 +144,13 @@ func decodeEntry(b []byte) (e entry, err error) {
 			if bits&changeCreated != 0 {
 				c.created = e.revision - p.number()
 			}
+			if bits&changeBorn != 0 {
+				c.born = e.revision - p.number()
+			}
 			if told := p.bytes(uint64(4 * flags(!c.deleted, 1))); len(told) == 4 {
 				c.told = binary.LittleEndian.Uint32(told)
 			}
-			if c.modified > e.revision || c.created > e.revision {
+			if max(c.modified, c.created, c.born) > e.revision {
 				p.bad = true
 			}
 			e.changes = append(e.changes, c)

@@ -14,6 +14,7 @@ var sample = entry{
 		{class: "VDI", ref: "OpaqueRef:3c30a500-a8c5-4c8a-afe5-25172f6c9d70", created: 995, modified: 1000, told: 7},
 		{class: "VDI", ref: "OpaqueRef:3C30A500-a8c5-4c8a-afe5-25172f6c9d70", modified: 991},
 		{class: "VDI", ref: "", modified: 999, deleted: true},
+		{class: "VDI", ref: "again", created: 999, modified: 1000, born: 1, deleted: true},
 		{class: "VM", ref: "any", told: 1<<32 - 1},
 	},
 }

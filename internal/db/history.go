@@ -16,7 +16,7 @@ const (
 	historyClass   = "coppice:history"
 	historySlots   = 4096
 	historyChanges = 32 << 10 // in all entries together
-	historyFormat  = 1
+	historyFormat  = 2        // 1 was the same without changeBorn
 )
 
 // history is the ring of entries in the store. The committer owns it; before and after the committer's life, Open and
@@ -88,18 +88,23 @@ func (h *history) add(e *entry) {
 // whatever entry that began: a crash ends it.
 func (t *table) since(after uint64, to []change) []change {
 	pivot := &object{modified: after + 1}
-	born := func(o *object) uint64 {
+	came := func(o *object) change {
+		c := change{class: t.class.Name, ref: o.ref}
 		if o.created > after {
-			return o.created
+			c.created, c.born = o.created, o.born
 		}
-		return 0
+		return c
 	}
 	t.byStamp.Ascend(pivot, func(o *object) bool {
-		to = append(to, change{class: t.class.Name, ref: o.ref, created: born(o), modified: o.modified, told: t.digest(o.rec)})
+		c := came(o)
+		c.modified, c.told = o.modified, t.digest(o.rec)
+		to = append(to, c)
 		return true
 	})
 	t.byTime.Ascend(pivot, func(o *object) bool {
-		to = append(to, change{class: t.class.Name, ref: o.ref, created: born(o), modified: o.modified, deleted: true})
+		c := came(o)
+		c.modified, c.deleted = o.modified, true
+		to = append(to, c)
 		return true
 	})
 	t.busy.Scan(func(ref string, _ struct{}) bool {
@@ -114,6 +119,7 @@ func (t *table) since(after uint64, to []change) []change {
 // stamp is what the history tells of an object.
 type stamp struct {
 	created, modified uint64
+	born              uint64 // see object
 	deleted           bool
 	told              uint32
 }
@@ -209,7 +215,7 @@ func (p *past) note(c change) {
 		class[c.ref] = s
 	}
 	if c.created > 0 {
-		s.created = c.created
+		s.created, s.born = c.created, c.born
 	}
 	if c.modified > 0 {
 		s.modified = c.modified

@@ -69,7 +69,7 @@ func (l *loader) stamp(ordinal int, t *table) {
 	t.objects.Scan(func(ref string, o *object) bool {
 		o.created, o.modified = t.floor, t.floor
 		if s := stamps[ref]; s != nil {
-			o.created, o.modified = s.created, s.modified
+			o.created, o.modified, o.born = s.created, s.modified, s.born
 			l.told[rowKey{ordinal, ref}] = s.told
 			delete(stamps, ref)
 		}
@@ -84,7 +84,7 @@ func (l *loader) stamp(ordinal int, t *table) {
 	graves := objects[:0]
 	for ref, s := range stamps {
 		if s.deleted {
-			graves = append(graves, &object{ref: ref, created: s.created, modified: s.modified})
+			graves = append(graves, &object{ref: ref, created: s.created, modified: s.modified, born: s.born})
 		}
 	}
 	slices.SortFunc(graves, compareStamps)

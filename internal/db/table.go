@@ -23,8 +23,17 @@ type object struct {
 	rec      any // nil in a tombstone
 	created  uint64
 	modified uint64                     // in a tombstone: the revision of the deletion
+	born     uint64                     // when objects before this one had its reference: the creation of the first; otherwise 0
 	unknown  map[string]json.RawMessage // stored fields that the model does not know
 	seal     seal
+}
+
+// first returns the revision from which on clients may have seen an object under the reference.
+func (o *object) first() uint64 {
+	if o.born > 0 {
+		return o.born
+	}
+	return o.created
 }
 
 // table holds the objects of a class with their indexes. The trees are copy-on-write: a table that became
@@ -184,7 +193,7 @@ func (t *table) bury(o *object, revision uint64) {
 		t.byLabel.Delete(labelKey{text(t.label, o.rec), o.ref})
 	}
 	t.busy.Delete(o.ref)
-	t.entomb(&object{ref: o.ref, created: o.created, modified: revision})
+	t.entomb(&object{ref: o.ref, created: o.created, modified: revision, born: o.born})
 }
 
 // entomb adds a tombstone. The oldest ones are dropped.

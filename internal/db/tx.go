@@ -132,6 +132,9 @@ func (tx *Tx) insert(c *xapi.Class, o *object) error {
 	}
 	c.Normalize(rec)
 	t = tx.own(c)
+	if grave, ok := t.graves.Get(ref); ok {
+		o.born = grave.first()
+	}
 	ghost, _ := t.ghosts.Delete(ref)
 	c.CopyComputed(rec, ghost)
 	if tx.loading {
@@ -240,7 +243,8 @@ func (tx *Tx) RestoreAny(c *xapi.Class, ref string, fn func(rec any)) error {
 // replace stores rec as the new version of old.
 func (tx *Tx) replace(t *table, old *object, rec any) {
 	t.put(&object{
-		ref: old.ref, rec: rec, created: old.created, modified: tx.revision, unknown: old.unknown, seal: sealOf(rec),
+		ref: old.ref, rec: rec, created: old.created, modified: tx.revision, born: old.born,
+		unknown: old.unknown, seal: sealOf(rec),
 	})
 	tx.changed = true
 }
@@ -253,7 +257,7 @@ func (tx *Tx) Renew() {
 		t.codec, t.ghosts = old.codec, *old.ghosts.Copy()
 		old.objects.Scan(func(_ string, o *object) bool {
 			anew := *o
-			anew.created, anew.modified = tx.revision, tx.revision
+			anew.created, anew.modified, anew.born = tx.revision, tx.revision, 0
 			t.put(&anew)
 			return true
 		})
