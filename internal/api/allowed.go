@@ -90,36 +90,24 @@ func (a *API) refreshVM(tx *db.Tx, ref xapi.Ref[xapi.VM]) error {
 // restoreAllowed computes the allowed_operations of every object at start-up:
 // they do not survive a restart.
 func (a *API) restoreAllowed(tx *db.Tx) error {
-	for ref, sr := range db.All[xapi.SR](tx) {
-		facts := factsOfSR(tx, ref)
-		for _, r := range sr.VDIs {
-			v, err := db.Get(tx, r)
-			if err != nil {
-				continue
-			}
-			allowed := a.lists.vdi.shared(a.diskFactsOn(tx, facts, r, v, xapi.NullRef).allowed(tx))
-			if err := db.Restore(tx, r, func(v *xapi.VDI) { v.AllowedOperations = allowed }); err != nil {
-				return err
-			}
-		}
-		allowed := a.allowedSROps(tx, ref)
-		if err := db.Restore(tx, ref, func(sr *xapi.SR) { sr.AllowedOperations = allowed }); err != nil {
-			return err
-		}
+	facts := map[xapi.Ref[xapi.SR]]srFacts{}
+	for ref := range db.All[xapi.SR](tx) {
+		facts[ref] = factsOfSR(tx, ref)
 	}
-	for ref := range db.All[xapi.VM](tx) {
-		allowed := a.lists.vm.shared(a.allowedVMOps(tx, ref))
-		if err := db.Restore(tx, ref, func(vm *xapi.VM) { vm.AllowedOperations = allowed }); err != nil {
-			return err
-		}
-	}
-	for ref, vbd := range db.All[xapi.VBD](tx) {
-		allowed := a.lists.vbd.shared(allowedVBDOps(tx, vbd))
-		if err := db.Restore(tx, ref, func(b *xapi.VBD) { b.AllowedOperations = allowed }); err != nil {
-			return err
-		}
-	}
-	return nil
+	return cmpErr(
+		db.RestoreEach(tx, func(ref xapi.Ref[xapi.VDI], v *xapi.VDI) {
+			v.AllowedOperations = a.lists.vdi.shared(a.diskFactsOn(tx, facts[v.SR], ref, v, xapi.NullRef).allowed(tx))
+		}),
+		db.RestoreEach(tx, func(ref xapi.Ref[xapi.VM], vm *xapi.VM) {
+			vm.AllowedOperations = a.lists.vm.shared(a.allowedVMOps(tx, ref))
+		}),
+		db.RestoreEach(tx, func(_ xapi.Ref[xapi.VBD], b *xapi.VBD) {
+			b.AllowedOperations = a.lists.vbd.shared(allowedVBDOps(tx, b))
+		}),
+		db.RestoreEach(tx, func(ref xapi.Ref[xapi.SR], sr *xapi.SR) {
+			sr.AllowedOperations = a.allowedSROps(tx, ref)
+		}),
+	)
 }
 
 // operationLists are the lists that allowed_operations have had. Thousands of

@@ -25,6 +25,7 @@ type inventory struct {
 	repo    *repository
 	volumes map[storage.ID]storage.Info
 	usage   storage.Usage
+	strange *[]storage.ID         // see strangers
 	bared   []xapi.Ref[xapi.VDI]  // disks that compareWith found to be without data
 	settled func(storage.ID) bool // no operation touched the volume meanwhile
 	end     func()
@@ -47,20 +48,7 @@ func (a *API) takeBareInventory(ctx context.Context, repo *repository) (*invento
 	if err != nil {
 		return nil, err
 	}
-	strange := maps.Clone(inv.volumes)
-	_ = a.db.View(func(tx *db.Tx) error {
-		sr, err := db.Get(tx, repo.sr)
-		if err != nil {
-			return err
-		}
-		for _, ref := range sr.VDIs {
-			if v, err := db.Get(tx, ref); err == nil {
-				delete(strange, storage.ID(v.UUID))
-			}
-		}
-		return nil
-	})
-	for id := range strange {
+	for _, id := range a.strangers(inv) {
 		info, err := repo.Stat(ctx, id)
 		switch {
 		case errors.Is(err, storage.ErrNotFound):
@@ -94,6 +82,30 @@ func listVolumes(ctx context.Context, repo *repository, list iter.Seq2[storage.I
 	return inv, nil
 }
 
+// strangers are the volumes of an inventory that are no disks of its SR by the
+// records of the first time that it is asked for.
+func (a *API) strangers(inv *inventory) []storage.ID {
+	if inv.strange != nil {
+		return *inv.strange
+	}
+	disks := make(map[storage.ID]bool, len(inv.volumes))
+	_ = a.db.View(func(tx *db.Tx) error {
+		for _, v := range db.All[xapi.VDI](tx) {
+			if v.SR == inv.repo.sr {
+				disks[storage.ID(v.UUID)] = true
+			}
+		}
+		return nil
+	})
+	inv.strange = new([]storage.ID)
+	for id := range inv.volumes {
+		if !disks[id] {
+			*inv.strange = append(*inv.strange, id)
+		}
+	}
+	return *inv.strange
+}
+
 // vanishing says what becomes of the record of a disk without a volume.
 type vanishing int
 
@@ -113,9 +125,8 @@ func (a *API) compareWith(tx *db.Tx, inv *inventory, gone vanishing) (unowned []
 	}
 	owned := make(map[storage.ID]bool, len(sr.VDIs))
 	var allocated int64
-	for _, ref := range slices.Clone(sr.VDIs) {
-		v, err := db.Get(tx, ref)
-		if err != nil {
+	for ref, v := range db.All[xapi.VDI](tx) {
+		if v.SR != inv.repo.sr {
 			continue
 		}
 		id := storage.ID(v.UUID)

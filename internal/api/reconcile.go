@@ -166,13 +166,8 @@ func (a *API) reconcile(ctx context.Context, repo *repository) error {
 func (a *API) finishDataDestroys(ctx context.Context, inv *inventory) {
 	unfinished := map[xapi.Ref[xapi.VDI]]storage.ID{}
 	_ = a.db.View(func(tx *db.Tx) error {
-		sr, err := db.Get(tx, inv.repo.sr)
-		if err != nil {
-			return err
-		}
-		for _, ref := range sr.VDIs {
-			v, err := db.Get(tx, ref)
-			if err != nil || v.Type != xapi.VDITypeCBTMetadata {
+		for ref, v := range db.All[xapi.VDI](tx) {
+			if v.SR != inv.repo.sr || v.Type != xapi.VDITypeCBTMetadata {
 				continue
 			}
 			if info, ok := inv.volumes[storage.ID(v.UUID)]; ok && !info.NoData {

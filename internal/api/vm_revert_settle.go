@@ -51,11 +51,11 @@ func (a *API) settleReverts(ctx context.Context, inv *inventory) error {
 	marks := map[storage.ID]*revertMark{}
 	pending := map[storage.ID]bool{}
 	err := a.db.View(func(tx *db.Tx) error {
-		for id, info := range inv.volumes {
+		for _, id := range a.strangers(inv) { // the others are disks, perhaps undo snapshots of completed reverts
 			if _, _, err := db.ByUUID[xapi.VDI](tx, string(id)); err == nil {
-				continue // a disk, perhaps the undo snapshot of a completed revert
+				continue
 			}
-			at, ok := decodeAttrs(info.Attrs)
+			at, ok := decodeAttrs(inv.volumes[id].Attrs)
 			if !ok || at.Revert == nil {
 				continue
 			}

@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strconv"
 
+	"github.com/google/uuid"
+
 	"coppice/internal/xapi"
 )
 
@@ -82,6 +84,19 @@ func (k *codec) decode(row Row, previous any) (rec any, unknown map[string]json.
 		return k.defaults(rec), nil, nil
 	}
 	return k.decodeAny(row)
+}
+
+// object makes an object of a row. When it was created and modified is told by the history.
+func (k *codec) object(row Row, previous any) (*object, error) {
+	rec, unknown, err := k.decode(row, previous)
+	if err != nil {
+		return nil, err
+	}
+	k.class.Normalize(rec)
+	if f := k.class.Field("uuid"); f != nil && text(f, rec) == "" {
+		f.Set(rec, uuid.NewString())
+	}
+	return &object{ref: row.Ref, rec: rec, unknown: unknown}, nil
 }
 
 // decodeAny reads a row that somebody else may have written.

@@ -38,21 +38,16 @@ func (tx *Tx) relink(c *xapi.Class, ref string, old, rec any) {
 func (tx *Tx) link(side *xapi.Field, target, ref string) {
 	t := tx.own(side.Class)
 	if o, ok := t.objects.Get(target); ok {
-		if tx.loading {
-			side.AddRef(o.rec, ref)
-			return
-		}
 		rec := side.Class.Clone(o.rec)
 		side.AddRef(rec, ref)
 		tx.replace(t, o, rec)
 		return
 	}
 	ghost, ok := t.ghosts.Get(target)
-	switch {
-	case !ok:
-		ghost = side.Class.New()
-	case !tx.loading:
+	if ok {
 		ghost = side.Class.Clone(ghost)
+	} else {
+		ghost = side.Class.New()
 	}
 	side.AddRef(ghost, ref)
 	t.ghosts.Set(target, ghost)

@@ -1,9 +1,7 @@
 package db
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"iter"
 	"runtime"
 	"slices"
@@ -15,13 +13,12 @@ import (
 // loadBatch is how many rows are decoded at a time.
 const loadBatch = 256
 
-// loaded is a row that has been decoded.
+// loaded is a row and what it says.
 type loaded struct {
-	row     Row
-	codec   *codec
-	rec     any
-	unknown map[string]json.RawMessage
-	err     error
+	row    Row
+	codec  *codec
+	object *object
+	err    error
 }
 
 // loader fills the tables of a transaction, which nobody else has seen yet, with all rows of a store.
@@ -38,19 +35,21 @@ type loader struct {
 
 func (l *loader) load(rows iter.Seq2[Row, error]) error {
 	tx := l.tx
-	tx.loading = true
 	l.history = make(map[string][]byte)
+	classes := make([][]*object, len(tx.tables))
 	for r := range l.decoded(rows) {
 		if r.err != nil {
 			return r.err
 		}
-		// When it was created and modified is told by the history, which may come last.
-		if err := tx.insert(r.codec.class, &object{ref: r.row.Ref, rec: r.rec, unknown: r.unknown}); err != nil {
-			return &CorruptError{Class: r.row.Class, Ref: r.row.Ref, Err: err}
-		}
+		i := tx.classes[r.codec.class]
+		classes[i] = append(classes[i], r.object)
 	}
-	tx.loading = false
-	l.past = remember(l.stored, l.history)
+	var wg sync.WaitGroup
+	wg.Go(func() { l.past = remember(l.stored, l.history) })
+	err := l.build(classes)
+	if wg.Wait(); err != nil {
+		return err
+	}
 	l.told = make(map[rowKey]uint32)
 	for i, t := range tx.tables {
 		l.stamp(i, t)
@@ -114,16 +113,20 @@ func (l *loader) decoded(rows iter.Seq2[Row, error]) iter.Seq[loaded] {
 					return false
 				}
 				wg.Go(func() {
-					var previous loaded
+					var codec *codec
+					var previous any
 					for i := range b {
 						l := &b[i]
-						if l.codec != previous.codec {
-							previous.rec = nil
+						if l.codec != codec {
+							codec, previous = l.codec, nil
 						}
 						if l.err == nil {
-							l.rec, l.unknown, l.err = l.codec.decode(l.row, previous.rec)
+							l.object, l.err = codec.object(l.row, previous)
 						}
-						previous = *l
+						if l.err == nil {
+							previous = l.object.rec
+						}
+						l.row.Data = nil
 					}
 					out <- b
 				})
@@ -135,12 +138,11 @@ func (l *loader) decoded(rows iter.Seq2[Row, error]) iter.Seq[loaded] {
 				case err != nil:
 					batch = append(batch, loaded{err: err})
 				case row.Class == historyClass:
-					l.history[row.Ref] = bytes.Clone(row.Data)
+					l.history[row.Ref] = row.Data
 					continue
 				case c == nil:
 					continue
 				default:
-					row.Data = bytes.Clone(row.Data)
 					batch = append(batch, loaded{row: row, codec: l.tx.table(c).codec})
 				}
 				if (len(batch) == loadBatch || err != nil) && !send() || err != nil {

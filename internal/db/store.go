@@ -1,7 +1,6 @@
 package db
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -15,7 +14,7 @@ import (
 // concurrently, nor together with Load or Close.
 type Store interface {
 	// Load returns the revision and all rows as of the last commit, in any order. A new store has revision 0
-	// and no rows. The data of a row is valid until the next row is asked for.
+	// and no rows. The data of the rows is the caller's to keep.
 	Load(ctx context.Context) (revision uint64, rows iter.Seq2[Row, error], err error)
 
 	// Commit applies a batch, all or nothing, and returns when it is durable. An error that matches ErrFull
@@ -110,7 +109,6 @@ func CopyStore(ctx context.Context, from Store) (*MemStore, error) {
 		if err != nil {
 			return nil, err
 		}
-		row.Data = bytes.Clone(row.Data)
 		b.Rows = append(b.Rows, row)
 	}
 	s := NewMemStore()

@@ -68,12 +68,11 @@ type table struct {
 // labelKey orders references by name_label.
 type labelKey struct{ label, ref string }
 
-func lessLabel(a, b labelKey) bool {
-	if c := strings.Compare(a.label, b.label); c != 0 {
-		return c < 0
-	}
-	return a.ref < b.ref
+func compareLabels(a, b labelKey) int {
+	return cmp.Or(strings.Compare(a.label, b.label), strings.Compare(a.ref, b.ref))
 }
+
+func lessLabel(a, b labelKey) bool { return compareLabels(a, b) < 0 }
 
 func compareStamps(a, b *object) int {
 	return cmp.Or(cmp.Compare(a.modified, b.modified), strings.Compare(a.ref, b.ref))
@@ -136,17 +135,6 @@ func text(f *xapi.Field, rec any) string {
 		return ""
 	}
 	return *f.Pointer(rec).(*string)
-}
-
-// load adds an object of a store, best in the order of references. Its stamps and seal come later.
-func (t *table) load(o *object) {
-	t.objects.Load(o.ref, o)
-	if t.uuid != nil {
-		t.byUUID.Set(text(t.uuid, o.rec), o.ref)
-	}
-	if t.label != nil {
-		t.byLabel.Set(labelKey{text(t.label, o.rec), o.ref})
-	}
 }
 
 // put makes o the current version of its object.

@@ -25,7 +25,6 @@ type Tx struct {
 	sync     bool     // the history shall tell of the state
 	renewed  bool     // everything counts as created by this transaction
 	settling uint64   // in Settle, the revision at which the database was opened: older records may be changed where they are
-	loading  bool     // nobody has seen the records yet: links may change them in place
 	dirty    []rowKey // persistent objects that changed, in order of their first change
 	isDirty  map[rowKey]struct{}
 }
@@ -111,12 +110,6 @@ func (tx *Tx) ClassOf(ref string) (*xapi.Class, bool) {
 // is normalised (see xapi.Class.Normalize), and its computed sides are set to what refers to ref. The error
 // is ErrExists when the reference or the uuid is taken.
 func (tx *Tx) InsertAny(c *xapi.Class, ref string, rec any) error {
-	return tx.insert(c, &object{ref: ref, rec: rec, created: tx.revision, modified: tx.revision})
-}
-
-// insert adds an object, which it completes.
-func (tx *Tx) insert(c *xapi.Class, o *object) error {
-	ref, rec := o.ref, o.rec
 	if !tx.writable {
 		return ErrReadTx
 	}
@@ -132,17 +125,14 @@ func (tx *Tx) insert(c *xapi.Class, o *object) error {
 	}
 	c.Normalize(rec)
 	t = tx.own(c)
+	o := &object{ref: ref, rec: rec, created: tx.revision, modified: tx.revision}
 	if grave, ok := t.graves.Get(ref); ok {
 		o.born = grave.first()
 	}
 	ghost, _ := t.ghosts.Delete(ref)
 	c.CopyComputed(rec, ghost)
-	if tx.loading {
-		t.load(o)
-	} else {
-		o.seal = sealOf(rec)
-		t.put(o)
-	}
+	o.seal = sealOf(rec)
+	t.put(o)
 	tx.changed = true
 	tx.mark(c, ref)
 	tx.relink(c, ref, nil, rec)
@@ -219,22 +209,24 @@ func (tx *Tx) DeleteAny(c *xapi.Class, ref string) error {
 	return nil
 }
 
-// RestoreAny has fn change what does not survive a restart, other than current_operations, in the record itself, which
-// it gets. The object does not count as modified, unless it has been since the database was opened. Only the function of
-// Settle may call it, and what it has changed stays when Settle fails. The error is HANDLE_INVALID when there is no such
-// object.
-func (tx *Tx) RestoreAny(c *xapi.Class, ref string, fn func(rec any)) error {
+// RestoreEach has fn bring back, in the record of each object of a class, what does not survive a restart, other than
+// current_operations. The objects do not count as modified, unless they have been since the database was opened. Only
+// the function of Settle may call it, and what it has changed stays when Settle fails.
+func (tx *Tx) RestoreEach(c *xapi.Class, fn func(ref string, rec any)) error {
 	if tx.settling == 0 {
 		return ErrReadTx
 	}
-	o, ok := tx.table(c).objects.Get(ref)
-	if !ok {
-		return xapi.NewError(xapi.ErrHandleInvalid, c.Name, ref)
-	}
-	o.verify()
-	fn(o.rec)
-	o.seal = sealOf(o.rec)
-	if o.modified >= tx.settling { // what the history says of it is from before
+	var newer []*object
+	tx.table(c).objects.Scan(func(ref string, o *object) bool {
+		o.verify()
+		fn(ref, o.rec)
+		o.seal = sealOf(o.rec)
+		if o.modified >= tx.settling { // what the history says of it is from before
+			newer = append(newer, o)
+		}
+		return true
+	})
+	for _, o := range newer {
 		tx.replace(tx.own(c), o, o.rec)
 	}
 	return nil
@@ -268,7 +260,7 @@ func (tx *Tx) Renew() {
 
 // mark remembers that the row of an object must be written, if its class has rows.
 func (tx *Tx) mark(c *xapi.Class, ref string) {
-	if !c.Persist || tx.loading {
+	if !c.Persist {
 		return
 	}
 	key := rowKey{tx.classes[c], ref}
