@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -125,14 +127,20 @@ func compareFormat(ctx context.Context, cfg config, srv *server, lim *limit, f i
 		return err
 	}
 	convert := append([]string{"convert", "-f", "raw", "-O", f.qemu}, append(f.args, d.raw, out)...)
+	// A digest is remembered, so the disk changes before the next one.
+	change := func() error { return srv.touch(ctx, d.vdi) }
+	plain, name := map[string]string(nil), "coppice"
+	if f.slow { // is chunked, and has a digest unless it is declined
+		plain, name = noDigest, "coppice, no digest"
+	}
 	toFile := []contestant{
-		{"coppice, no digest", d.data, func(ctx context.Context) error { return srv.downloadFile(ctx, url, out, noDigest) }, remove(out)},
-		{"coppice", d.data, func(ctx context.Context) error { return srv.downloadFile(ctx, url, out, nil) }, remove(out)},
+		{name, d.data, func(ctx context.Context) error { return srv.downloadFile(ctx, url, out, plain) }, remove(out)},
+		{"coppice, with a digest", d.data, func(ctx context.Context) error { return srv.downloadFile(ctx, url, out, aDigest) }, func() error { return errors.Join(os.Remove(out), change()) }},
 		{"limit (HTTP + CRC32C, same client)", d.data, func(ctx context.Context) error { return srv.downloadFile(ctx, lim.base+image, out, nil) }, remove(out)},
 	}
 	toSink := []contestant{
-		{"coppice, no digest", d.data, func(ctx context.Context) error { return srv.drain(ctx, url, noDigest) }, nil},
-		{"coppice", d.data, func(ctx context.Context) error { return srv.drain(ctx, url, nil) }, nil},
+		{name, d.data, func(ctx context.Context) error { return srv.drain(ctx, url, plain) }, nil},
+		{"coppice, with a digest", d.data, func(ctx context.Context) error { return srv.drain(ctx, url, aDigest) }, change},
 		{"limit (HTTP + CRC32C, same client)", d.data, func(ctx context.Context) error { return srv.drain(ctx, lim.base+image, nil) }, nil},
 		{"reading and verifying the same, no network", d.data, func(context.Context) error { return lim.read(image) }, nil},
 	}
@@ -140,8 +148,8 @@ func compareFormat(ctx context.Context, cfg config, srv *server, lim *limit, f i
 		toFile = append(toFile, contestant{"nbdcopy raw → raw", d.data, command("nbdcopy", d.raw, out), remove(out)})
 		toSink = append(toSink,
 			contestant{"nbdcopy raw → nowhere", d.data, command("nbdcopy", d.raw, "null:"), nil},
-			contestant{"coppice, zstd", d.data, func(ctx context.Context) error { return srv.drain(ctx, url, coded("zstd")) }, nil},
-			contestant{"coppice, gzip", d.data, func(ctx context.Context) error { return srv.drain(ctx, url, coded("gzip")) }, nil},
+			contestant{"coppice, zstd, no digest", d.data, func(ctx context.Context) error { return srv.drain(ctx, url, coded("zstd")) }, nil},
+			contestant{"coppice, gzip, no digest", d.data, func(ctx context.Context) error { return srv.drain(ctx, url, coded("gzip")) }, nil},
 		)
 	}
 	if f.qemu != "" {
@@ -180,10 +188,70 @@ func compareFormat(ctx context.Context, cfg config, srv *server, lim *limit, f i
 	return errors.Join(err, os.Remove(image))
 }
 
-// noDigest declines the SHA-256 of a body.
-var noDigest = map[string]string{"Want-Content-Digest": "sha-256=0"}
+// benchTablesLast imports a qcow2 image that has been made larger: its first
+// table is then behind all of its data, which has to be put aside.
+func benchTablesLast(ctx context.Context, cfg config, srv *server) (err error) {
+	cfg = cfg.fewer()
+	lim, err := startLimit()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, lim.Close()) }()
+	raw, out := filepath.Join(cfg.scratch, "disk.img"), filepath.Join(cfg.scratch, "out")
+	first, last := filepath.Join(cfg.scratch, "first.qcow2"), filepath.Join(cfg.scratch, "last.qcow2")
+	if err := makeImage(raw, 1, cfg.dense, cfg.dense); err != nil {
+		return err
+	}
+	size := cfg.dense + 100*gib
+	for _, args := range [][]string{
+		{"convert", "-f", "raw", "-O", "qcow2", raw, first},
+		{"convert", "-f", "raw", "-O", "qcow2", raw, last},
+		{"resize", last, strconv.FormatInt(size, 10)},
+	} {
+		if err := command("qemu-img", args...)(ctx); err != nil {
+			return err
+		}
+	}
+	var target string
+	in := func(name, image string) contestant {
+		return contestant{name, cfg.dense, func(ctx context.Context) (err error) {
+			if target, err = srv.createVDI(ctx, size); err != nil {
+				return err
+			}
+			return srv.importFile(ctx, target, "qcow2", image)
+		}, func() error { return srv.destroyVDI(ctx, target) }}
+	}
+	err = compare(ctx, cfg, "qcow2 import of "+bytesText(cfg.dense)+" of data into an empty disk",
+		in("coppice, tables last", last),
+		in("coppice, tables first", first),
+		contestant{"limit (HTTP + CRC32C + fdatasync)", cfg.dense, func(ctx context.Context) error { return srv.uploadFile(ctx, lim.base+out, last) }, remove(out)},
+		contestant{
+			"qemu-img convert -t writeback qcow2 → raw", cfg.dense,
+			command("qemu-img", "convert", "-t", "writeback", "-f", "qcow2", "-O", "raw", last, out), remove(out),
+		},
+	)
+	return errors.Join(err, os.Remove(raw), os.Remove(first), os.Remove(last))
+}
 
-func coded(name string) map[string]string { return map[string]string{"Accept-Encoding": name} }
+// noDigest declines the SHA-256 of a body, aDigest asks for it.
+var (
+	noDigest = map[string]string{"Want-Content-Digest": "sha-256=0"}
+	aDigest  = map[string]string{"Want-Content-Digest": "sha-256=1"}
+)
+
+func coded(name string) map[string]string {
+	return map[string]string{"Accept-Encoding": name, "Want-Content-Digest": "sha-256=0"}
+}
+
+// touch changes the first block of a disk.
+func (s *server) touch(ctx context.Context, vdi string) error {
+	s.touched++
+	le := binary.LittleEndian
+	body := le.AppendUint32(le.AppendUint64(nil, 0), block) // a chunk at 0
+	body = append(body, bytes.Repeat(le.AppendUint64(nil, s.touched), block/8)...)
+	body = append(body, make([]byte, 12)...) // the end
+	return s.importFrom(ctx, vdi, "raw&chunked", bytes.NewReader(body), int64(len(body)))
+}
 
 // drain GETs url and throws the body away as it came.
 func (s *server) drain(ctx context.Context, url string, header map[string]string) error {

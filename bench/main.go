@@ -70,6 +70,7 @@ var serverSections = []section{
 	{name: "transfers/first-byte", server: true, run: benchFirstByte},
 	{name: "transfers/eight", server: true, run: benchEight},
 	{name: "transfers/delta", server: true, run: benchDelta},
+	{name: "transfers/tables-last", server: true, run: benchTablesLast},
 	{name: "transfers/memory", server: true, run: benchMemory},
 	{name: "snapshot", server: true, run: benchSnapshot},
 	{name: "api", long: true, run: benchAPI},

@@ -25,6 +25,7 @@ type server struct {
 	session string
 	sr      string
 	client  *http.Client
+	touched uint64 // how often disks have been changed, see touch
 }
 
 const password = "bench"
@@ -211,13 +212,17 @@ func (s *server) uploadFile(ctx context.Context, url, path string) error {
 	if err != nil {
 		return err
 	}
+	return s.upload(ctx, url, f, st.Size())
+}
+
+func (s *server) upload(ctx context.Context, url string, body io.Reader, length int64) error {
 	// A reader that hides the file keeps the client to plain reads and
 	// writes, for us and for the limit alike.
-	req, err := http.NewRequestWithContext(ctx, http.MethodPut, url, struct{ io.Reader }{f})
+	req, err := http.NewRequestWithContext(ctx, http.MethodPut, url, struct{ io.Reader }{body})
 	if err != nil {
 		return err
 	}
-	req.ContentLength = st.Size()
+	req.ContentLength = length
 	resp, err := s.client.Do(req)
 	if err != nil {
 		return err
@@ -242,12 +247,25 @@ func (s *server) exportURL(vdi, format, base string) string {
 
 // importFile uploads a file into a VDI and waits for the task's success.
 func (s *server) importFile(ctx context.Context, vdi, format, path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	return s.importFrom(ctx, vdi, format, f, st.Size())
+}
+
+func (s *server) importFrom(ctx context.Context, vdi, format string, body io.Reader, length int64) error {
 	var task, status string
 	if err := s.call(ctx, &task, "task.create", s.session, "bench import", ""); err != nil {
 		return err
 	}
 	url := s.base + "/import_raw_vdi?session_id=" + s.session + "&task_id=" + task + "&vdi=" + vdi + "&format=" + format
-	upload := s.uploadFile(ctx, url, path)
+	upload := s.upload(ctx, url, body, length)
 	for {
 		if err := s.call(ctx, &status, "task.get_status", s.session, task); err != nil {
 			return err

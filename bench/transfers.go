@@ -100,18 +100,22 @@ func benchFirstByte(ctx context.Context, cfg config, srv *server) error {
 }
 
 // benchEight exports one disk eight times at once, and imports eight.
-func benchEight(ctx context.Context, cfg config, srv *server) error {
+func benchEight(ctx context.Context, cfg config, srv *server) (err error) {
 	const many = 8
 	cfg = cfg.fewer()
+	lim, err := startLimit()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, lim.Close()) }()
 	size := cfg.dense / 4
 	d, err := srv.newDisk(ctx, cfg, "", size, size)
 	if err != nil {
 		return err
 	}
-	// atOnce runs n transfers and notes how many times as long the last one
-	// took as the first.
-	var unfair []float64
-	atOnce := func(n int, transfer func(ctx context.Context, i int) error) func(context.Context) error {
+	// atOnce runs n transfers and tells unfair, unless nil, how many times as long
+	// the last one took as the first.
+	atOnce := func(n int, transfer func(ctx context.Context, i int) error, unfair *[]float64) func(context.Context) error {
 		return func(ctx context.Context) error {
 			errs, times := make([]error, n), make([]time.Duration, n)
 			var all sync.WaitGroup
@@ -123,44 +127,55 @@ func benchEight(ctx context.Context, cfg config, srv *server) error {
 				})
 			}
 			all.Wait()
-			if n > 1 {
-				unfair = append(unfair, float64(slices.Max(times))/float64(slices.Min(times)))
+			if unfair != nil {
+				*unfair = append(*unfair, float64(slices.Max(times))/float64(slices.Min(times)))
 			}
 			return errors.Join(errs...)
 		}
 	}
-	run := func(title string, transfer func(ctx context.Context, i int) error, clean func() error) error {
-		unfair = nil
+	run := func(title string, transfer, limited func(ctx context.Context, i int) error, clean, cleanLimited func() error) error {
+		var unfair []float64
 		if err := compare(ctx, cfg, title,
-			contestant{"one", size, atOnce(1, transfer), clean},
-			contestant{"eight at once", many * size, atOnce(many, transfer), clean},
+			contestant{"coppice, eight at once", many * size, atOnce(many, transfer, &unfair), clean},
+			contestant{"limit, eight at once", many * size, atOnce(many, limited, nil), cleanLimited},
+			contestant{"coppice, one", size, atOnce(1, transfer, nil), clean},
 		); err != nil {
 			return err
 		}
-		fmt.Printf("  the slowest of eight took %.2f times as long as the fastest\n", slices.Max(unfair[1:]))
+		fmt.Printf("  the slowest of our eight took %.2f times as long as the fastest\n", slices.Max(unfair[1:]))
 		return nil
 	}
 	for _, f := range imageFormats {
 		url, image := srv.exportURL(d.vdi, f.name, ""), filepath.Join(cfg.scratch, "disk.image")
-		err := run(f.name+" export of a full disk of "+bytesText(size)+" to a sink", func(ctx context.Context, _ int) error { return srv.drain(ctx, url, nil) }, nil)
-		if err != nil {
-			return err
-		}
 		if err := srv.downloadFile(ctx, url, image, nil); err != nil {
 			return err
 		}
+		err := run(f.name+" export of a full disk of "+bytesText(size)+" to a sink",
+			func(ctx context.Context, _ int) error { return srv.drain(ctx, url, nil) },
+			func(ctx context.Context, _ int) error { return srv.drain(ctx, lim.base+image, nil) }, nil, nil)
+		if err != nil {
+			return err
+		}
 		targets := make([]string, many)
+		out := func(i int) string { return filepath.Join(cfg.scratch, fmt.Sprintf("out%d", i)) }
 		err = run(f.name+" import of a full disk of "+bytesText(size), func(ctx context.Context, i int) (err error) {
 			if targets[i], err = srv.createVDI(ctx, size); err != nil {
 				return err
 			}
 			return srv.importFile(ctx, targets[i], f.name, image)
+		}, func(ctx context.Context, i int) error {
+			return srv.uploadFile(ctx, lim.base+out(i), image)
 		}, func() (err error) {
 			for i, vdi := range targets {
 				if vdi != "" {
 					err = errors.Join(err, srv.destroyVDI(ctx, vdi))
 				}
 				targets[i] = ""
+			}
+			return err
+		}, func() (err error) {
+			for i := range many {
+				err = errors.Join(err, os.Remove(out(i)))
 			}
 			return err
 		})
@@ -176,7 +191,7 @@ const changedRun = 64 << 10
 
 // benchDelta exports what has changed of a full disk, scattered over it, and
 // of an empty one of 1 TiB.
-func benchDelta(ctx context.Context, cfg config, srv *server) error {
+func benchDelta(ctx context.Context, cfg config, srv *server) (err error) {
 	cfg = cfg.fewer()
 	lim, err := startLimit()
 	if err != nil {
