@@ -16,22 +16,31 @@ import (
 // handing it over would, it does itself, and gathers the replies until
 // nothing more is to be read; a request from memory costs no switch and no
 // system call of its own. Everything else it gives to a goroutine of its own
-// and reads on. What to expect is a running mean of how long requests of the
-// same class took.
+// and reads on. What to expect is a running mean of how long the device took
+// for requests of the same class. Long reads that come from memory are the
+// leader's too: two of them at once would only push each other's bytes out of
+// the caches, and wait for each other to send.
+//
+// A client that waits for each answer gains nothing from a second goroutine.
+// When nothing else has arrived beside its last few requests, the leader does
+// the slow ones as well, and the timer that watches it runs slower.
 //
 // Expectations fail. While the leader works on a request of its own, a timer
 // watches; if it is still at the same one after a tick, another goroutine takes
 // the lead and sends the replies that were gathered, and the former leader
-// ends with its request. So no request waits for another one for longer than
-// two ticks.
+// ends with its request. So no request waits for the device on behalf of
+// another one for longer than two ticks. When it is the client that is waited
+// for, to take a reply, it takes longer: what follows could not be sent either,
+// and all that is to be avoided is that both sides send and neither reads.
 
 const (
-	tick        = time.Millisecond
-	worthHandle = 40 * time.Microsecond // mean from which requests of a class are handed over
-	maxFlying   = 64                    // requests in progress beside the leader's
-	maxLong     = 4                     // of which more than smallSize long: more would only fall out of the caches
-	batchBytes  = 64 << 10              // of replies that are gathered
-	batchCount  = 32                    // replies that are gathered
+	tick       = time.Millisecond
+	manyTicks  = 10       // for a client that takes its time for a reply, or that waits for each
+	aloneFrom  = 16       // requests in a row, beside which no other was heard, that make such a client
+	maxFlying  = 64       // requests in progress beside the leader's
+	maxLong    = 4        // of which more than smallSize long: more would only fall out of the caches
+	batchBytes = 64 << 10 // of replies that are gathered
+	batchCount = 32       // replies that are gathered
 
 	lastReplies = 10 * time.Second // for a client that has to go to take the replies to what is in progress
 )
@@ -50,37 +59,53 @@ type transmission struct {
 	// on a request, when the lead can be taken from it by counting on.
 	state   atomic.Uint64
 	current atomic.Pointer[worker] // the leader
+	cost    atomic.Int64           // bytes of the budget that the leader's request is worth
+	awaited atomic.Bool            // others are known to wait for the leader's request
 	watched atomic.Bool            // the timer runs
 	watch   *time.Timer
 	seen    uint64 // state at the last tick; only the timer uses it
+	stuck   int    // ticks for which it has been so; only the timer uses it
+
+	heard  atomic.Uint64 // requests read
+	single atomic.Int32  // of which so many, the last ones, came each when all others were answered
 
 	// relieved gets a token for each new leader that runs. A former leader
 	// takes one before it ends, so that there is always a worker to wait for.
 	relieved chan struct{}
 }
 
-// pace is the running mean of the duration of requests.
-type pace struct{ ns atomic.Int64 }
-
-// note counts a request. One that the machine had no processor for says
-// little about the next, so no request counts for more than a few.
-func (p *pace) note(d time.Duration) {
-	old := p.ns.Load()
-	p.ns.Store(old + (int64(min(d, 4*worthHandle))-old)/8)
-}
-
-func (p *pace) slow() bool { return p.ns.Load() >= int64(worthHandle) }
-
 // Classes of requests that take about as long.
 const (
-	classRead = iota
-	classLongRead
+	classRead     = iota
+	classLongRead // measured by portionSize
 	classWrite
 	classLongWrite
 	classSync
 	classOther
 	classes
 )
+
+// worth is the mean from which requests of a class are handed over.
+func worth(class int) time.Duration {
+	if class == classLongRead {
+		return 400 * time.Microsecond // four times what memory takes
+	}
+	return 40 * time.Microsecond // what handing over takes
+}
+
+// pace is the running mean of the duration of requests of a class.
+type pace struct{ ns atomic.Int64 }
+
+// note counts a request of a class. One that the machine had no processor for
+// says little about the next, so no request counts for more than a few.
+func (c *conn) note(class int, d time.Duration) {
+	p := &c.paces[class].ns
+	old := p.Load()
+	p.Store(old + (int64(min(d, 4*worth(class)))-old)/8)
+}
+
+// slow says that requests of a class are expected to be.
+func (c *conn) slow(class int) bool { return c.paces[class].ns.Load() >= int64(worth(class)) }
 
 func (r *request) class() int {
 	switch {
@@ -219,6 +244,7 @@ func (c *conn) next(w *worker) (r request, err error) {
 	if _, err := c.in.Discard(n); err != nil {
 		return r, err
 	}
+	c.heard.Add(1)
 	if r.cmd == cmdDisconnect {
 		return r, errDisconnect
 	}
@@ -254,8 +280,10 @@ func (c *conn) dispatch(w *worker, r *request) (mine bool) {
 		return true
 	}
 	class := r.class()
-	if cost := bufferSize(int(min(n+c.returns(r), pieceSize))); c.parallel(class) && c.srv.memory.take(cost) {
+	cost := bufferSize(int(min(n+c.returns(r), pieceSize)))
+	if c.parallel(class) && c.srv.memory.take(cost) {
 		x := &worker{c: c, held: cost}
+		heard := c.heard.Load()
 		p, err := x.receive(w, int(n))
 		if err != nil {
 			x.finish()
@@ -263,9 +291,8 @@ func (c *conn) dispatch(w *worker, r *request) (mine bool) {
 		}
 		c.flying.Add(1)
 		c.workers.Go(func() {
-			begun := time.Now()
-			x.do(r, p)
-			c.paces[class].note(time.Since(begun))
+			c.timed(x, r, p, class)
+			c.notice(c.heard.Load() == heard)
 			c.sent(c.out.post(x.out))
 			x.finish()
 			c.flying.Add(-1)
@@ -276,7 +303,7 @@ func (c *conn) dispatch(w *worker, r *request) (mine bool) {
 	if err != nil {
 		return true
 	}
-	return c.inline(w, r, p, class)
+	return c.inline(w, r, p, class, cost)
 }
 
 // parallel says whether a request of a class is better handed over.
@@ -285,7 +312,42 @@ func (c *conn) parallel(class int) bool {
 	if class == classLongRead || class == classLongWrite {
 		limit = maxLong
 	}
-	return c.paces[class].slow() && c.flying.Load() < limit
+	flying := c.flying.Load()
+	if !c.slow(class) || flying >= limit {
+		return false
+	}
+	return !c.alone() || flying > 0 || c.in.Buffered() > 0
+}
+
+// notice takes note of whether a request was the only one.
+func (c *conn) notice(single bool) {
+	if !single {
+		c.single.Store(0)
+	} else if c.single.Load() < aloneFrom {
+		c.single.Add(1)
+	}
+}
+
+// alone says that the client waits for each answer before it goes on.
+func (c *conn) alone() bool { return c.single.Load() >= aloneFrom }
+
+// interval is how long the timer waits.
+func (c *conn) interval() time.Duration {
+	if c.alone() {
+		return manyTicks * tick
+	}
+	return tick
+}
+
+// timed works on a request and returns how long that took.
+func (c *conn) timed(w *worker, r *request, p []byte, class int) time.Duration {
+	begun := time.Now()
+	w.do(r, p)
+	took := time.Since(begun)
+	if class != classLongRead { // of which most may be sending: readPiece takes the time
+		c.note(class, took)
+	}
+	return took
 }
 
 // returns is how many bytes of data the answer to a request has at most.
@@ -332,42 +394,52 @@ func (w *worker) discard(n int64) {
 
 // inline works on a request in the leader. It returns false when the lead was
 // taken from it meanwhile.
-func (c *conn) inline(w *worker, r *request, p []byte, class int) (mine bool) {
+func (c *conn) inline(w *worker, r *request, p []byte, class int, cost int64) (mine bool) {
 	if class == classLongRead || class == classSync {
 		w.flush() // do sends by itself, or takes its time
 	}
 	w.ready = w.out
+	c.cost.Store(cost)
+	others := len(w.out) > 0 || c.in.Buffered() > 0
+	c.notice(!others && c.flying.Load() == 0)
+	c.awaited.Store(others || c.secure) // TLS may hold more
 	at := c.state.Load()
 	c.state.Store(at + 1)
 	if !c.watched.Load() && c.watched.CompareAndSwap(false, true) {
-		c.watch.Reset(tick)
+		c.watch.Reset(c.interval())
 	}
-	begun := time.Now()
-	w.do(r, p)
-	took := time.Since(begun)
-	c.paces[class].note(took)
+	took := c.timed(w, r, p, class)
 	if !c.state.CompareAndSwap(at+1, at+2) {
 		// Somebody has sent what was ready and counts w's request as flying.
 		c.sent(c.out.post(w.out[len(w.ready):]))
-		c.srv.memory.give(pieceSize)
+		c.srv.memory.give(cost)
 		c.flying.Add(-1)
 		<-c.relieved
 		return false
 	}
 	w.count++
+	if c.alone() && took >= worth(class) && (class == classLongRead || c.raw.readable()) {
+		c.notice(false) // or, as a long read is sent already, one cannot tell
+	}
 	if w.buf != nil && len(*w.buf) > headroom+smallSize {
 		w.drop()
 	}
-	if took >= worthHandle {
+	if took >= worth(class) {
 		w.flush() // others have waited for long enough
 	}
 	return true
 }
 
 // relieve is called by the timer: it takes the lead from who has been working
-// on the same request for a tick.
+// on the same request for a tick while others wait. The timer goes on for as
+// long as there are requests, for to start it wakes a thread.
 func (c *conn) relieve() {
 	at := c.state.Load()
+	if at != c.seen {
+		c.seen, c.stuck = at, 0
+		c.watch.Reset(c.interval())
+		return
+	}
 	if at%2 == 0 {
 		c.watched.Store(false)
 		if c.state.Load()%2 == 1 && c.watched.CompareAndSwap(false, true) {
@@ -375,8 +447,13 @@ func (c *conn) relieve() {
 		}
 		return
 	}
-	if at != c.seen || c.flying.Load() >= maxFlying || !c.srv.memory.take(pieceSize) {
-		c.seen = at
+	c.stuck++
+	cost := c.cost.Load()
+	switch {
+	case c.out.busy.Load() && c.stuck < manyTicks,
+		!c.awaited.Load() && !c.raw.readable(),
+		c.flying.Load() >= maxFlying,
+		!c.srv.memory.take(cost):
 		c.watch.Reset(tick)
 		return
 	}
@@ -384,7 +461,7 @@ func (c *conn) relieve() {
 	c.flying.Add(1)
 	if !c.state.CompareAndSwap(at, at+1) {
 		c.flying.Add(-1)
-		c.srv.memory.give(pieceSize)
+		c.srv.memory.give(cost)
 		c.watch.Reset(tick)
 		return
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"time"
 
 	"coppice/internal/storage"
 )
@@ -164,6 +165,14 @@ func (c *conn) readAt(p []byte, off int64) error {
 	return err
 }
 
+// readPiece fills p for a long read, and notes how long that took.
+func (c *conn) readPiece(p []byte, off int64) error {
+	begun := time.Now()
+	err := c.readAt(p, off)
+	c.note(classLongRead, time.Since(begun)*portionSize/time.Duration(len(p)))
+	return err
+}
+
 // readShort answers a READ of up to smallSize in one go.
 func (w *worker) readShort(r *request) {
 	c, n := w.c, int(r.length)
@@ -196,7 +205,7 @@ func (w *worker) readWhole(r *request) {
 	piece := func() ([]byte, error) {
 		n := min(left, pieceSize)
 		b := w.grab(n)
-		err := c.readAt(b[headroom:], off)
+		err := c.readPiece(b[headroom:], off)
 		left, off = left-n, off+int64(n)
 		return b, err
 	}
@@ -231,7 +240,8 @@ func (w *worker) readWhole(r *request) {
 // holeMin is the shortest hole that is worth a chunk of its own, in bytes.
 const holeMin = 16 << 10
 
-// readChunks answers a long READ with a chunk for each run of data and hole.
+// readChunks answers a long READ with a chunk for each run of data and hole,
+// and for each portionSize of data.
 func (w *worker) readChunks(r *request) {
 	c := w.c
 	off, end := int64(r.off), int64(r.off+r.length)
@@ -304,7 +314,7 @@ func (c *conn) pieces(off, n int64, do func(storage.Extent) error) error {
 	return do(run)
 }
 
-// chunk sends one run of a READ.
+// chunk sends one run of a READ, which is the last of it or not.
 func (w *worker) chunk(r *request, e storage.Extent, last bool) error {
 	c := w.c
 	flags := uint16(0)
@@ -318,12 +328,19 @@ func (w *worker) chunk(r *request, e storage.Extent, last bool) error {
 		w.out = binary.BigEndian.AppendUint32(w.out, uint32(e.Len))
 		return nil
 	}
-	n := int(e.Len)
-	b := w.grab(n)
-	if err := c.readAt(b[headroom:], e.Off); err != nil {
-		return &chunkFault{e.Off, err}
+	for off := e.Off; off < e.End(); {
+		n := int(min(e.End()-off, portionSize))
+		b := w.grab(n)
+		if err := c.readPiece(b[headroom:], off); err != nil {
+			return &chunkFault{off, err}
+		}
+		f := flags
+		if off+int64(n) < e.End() {
+			f &^= chunkDone
+		}
+		w.sendData(r, f, off, n, b)
+		off += int64(n)
 	}
-	w.sendData(r, flags, e.Off, n, b)
 	return nil
 }
 

@@ -10,6 +10,9 @@ import (
 const (
 	// pieceSize is how much of a request is in memory at a time, in bytes.
 	pieceSize = 2 << 20
+	// portionSize is how much of a long read is read and sent at a time, in
+	// bytes: what a processor's own cache keeps while it is verified and sent.
+	portionSize = 256 << 10
 	// smallSize is up to where a request is worth no buffer of its own.
 	smallSize = 64 << 10
 	// headroom is what is kept free in front of data for a reply's header.
@@ -70,8 +73,9 @@ func putBuffer(b *[]byte) {
 // goroutines.
 type sender struct {
 	w    net.Conn
-	turn sync.Mutex // held by who writes to w
-	err  error      // guarded by turn; nothing is written after an error
+	turn sync.Mutex  // held by who writes to w
+	busy atomic.Bool // somebody has the turn
+	err  error       // guarded by turn; nothing is written after an error
 
 	mu      sync.Mutex // guards pending
 	pending []byte     // short replies that wait for their turn
@@ -94,7 +98,11 @@ func (s *sender) send(a, b []byte) error { return s.stream(a, b, nil) }
 // more returns, until that is empty.
 func (s *sender) stream(a, b []byte, more func() []byte) error {
 	s.turn.Lock()
-	defer s.turn.Unlock()
+	s.busy.Store(true)
+	defer func() {
+		s.busy.Store(false)
+		s.turn.Unlock()
+	}()
 	s.mu.Lock()
 	first := s.pending
 	s.pending = s.spare[:0]

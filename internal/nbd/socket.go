@@ -80,7 +80,10 @@ func (s *socket) take() {
 // makeBlocking has calls on a socket wait, but not for longer than patience.
 func makeBlocking(fd int) error {
 	t := unix.NsecToTimeval(int64(patience))
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, pieceSize) // as much as the system allows
+	if d, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN); err == nil && d == unix.AF_UNIX {
+		// TCP finds out by itself what the network takes.
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, portionSize) // as much as the system allows
+	}
 	return errors.Join(
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &t),
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &t),
@@ -247,6 +250,16 @@ func ready(fd int, event int16) bool {
 			return n > 0 || err != nil
 		}
 	}
+}
+
+// readable says that there is, or may be, something to be read already.
+func (s *socket) readable() bool {
+	if s.file == nil {
+		return true
+	}
+	yes := true
+	_ = control(s.raw, func(fd int) error { yes = ready(fd, unix.POLLIN); return nil }) // fails when it is closed
+	return yes
 }
 
 // deadline is the time that nanoseconds since 1970 stand for.
