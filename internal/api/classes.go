@@ -13,9 +13,9 @@ import (
 func classMethods() map[string]any {
 	all := map[string]any{}
 	for _, table := range []map[string]any{
-		poolMethods(), hostMethods(), srMethods(), pbdMethods(), vdiMethods(), vmMethods(), vmFieldMethods(), vmPowerMethods(),
+		poolMethods(), hostMethods(), srMethods(), srProbeMethods(), pbdMethods(), vdiMethods(), vmMethods(), vmFieldMethods(), vmPowerMethods(), vmGuestMethods(),
 		vbdMethods(), vifMethods(), vifConfigMethods(), networkMethods(), messageMethods(), vmssMethods(),
-		nbdMethods(), subjectMethods(), roleMethods(),
+		nbdMethods(), subjectMethods(), roleMethods(), databaseMethods(),
 	} {
 		maps.Copy(all, table)
 	}

@@ -179,11 +179,47 @@ func (a *API) vbdMayPlug(tx *db.Tx, ref xapi.Ref[xapi.VBD]) error {
 	case vbd.Empty:
 		return xapi.NewError(xapi.ErrVBDIsEmpty, string(ref))
 	case !vm.IsControlDomain:
-		return xapi.NewError(xapi.ErrNotImplemented, "VBD.plug")
+		return errNoHypervisor
 	case a.nbdEndpoints().Socket == "":
 		return xapi.NewError(xapi.ErrOperationNotAllowed, "This server does not listen for NBD.")
 	}
 	return nil
+}
+
+// vbdAssertAttachable says what would keep VBD.plug from attaching a disk now.
+func (a *API) vbdAssertAttachable(ctx context.Context, c *Call, ref xapi.Ref[xapi.VBD]) error {
+	return a.db.View(func(tx *db.Tx) error {
+		if err := a.vbdMayPlug(tx, ref); err != nil {
+			return err
+		}
+		vbd, err := db.Get(tx, ref)
+		switch {
+		case err != nil:
+			return err
+		case vbdNBDMode(vbd) == nbdReadWrite:
+			return a.nbdWritable(tx, vbd.VDI)
+		}
+		return a.vdiReadable(tx, vbd.VDI)
+	})
+}
+
+// vbdPause would hold a running guest's requests back, which nothing here can:
+// the control domain is not a guest.
+func (a *API) vbdPause(ctx context.Context, c *Call, ref xapi.Ref[xapi.VBD]) (string, error) {
+	return "", a.vbdUnpause(ctx, c, ref, "")
+}
+
+func (a *API) vbdUnpause(ctx context.Context, c *Call, ref xapi.Ref[xapi.VBD], token string) error {
+	return a.db.View(func(tx *db.Tx) error {
+		vbd, _, err := vbdIdle(tx, ref)
+		switch {
+		case err != nil:
+			return err
+		case !vbd.CurrentlyAttached:
+			return xapi.NewError(xapi.ErrDeviceAlreadyDetached, string(ref))
+		}
+		return errNoHypervisor
+	})
 }
 
 // vbdIdle returns a VBD of a running VM that nothing is being done to.

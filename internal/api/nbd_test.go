@@ -361,13 +361,21 @@ func TestVBDPlug(t *testing.T) {
 	ref := r.vbd(guest, disk, "0", "RW")
 	r.fails("VM_BAD_POWER_STATE|"+string(guest)+"|Running|Halted", "VBD.plug", string(ref))
 	r.fails("VM_BAD_POWER_STATE|"+string(guest)+"|Running|Halted", "VBD.unplug", string(ref))
+	r.fails("VM_BAD_POWER_STATE|"+string(guest)+"|Running|Halted", "VBD.assert_attachable", string(ref))
+	r.fails("VM_BAD_POWER_STATE|"+string(guest)+"|Running|Halted", "VBD.pause", string(ref))
 
 	vbd := r.vbd(r.dom0, disk, "autodetect", "RW")
 	export := "vbd/" + record(r.core, vbd).UUID
 	r.fails("DEVICE_ALREADY_DETACHED|"+string(vbd), "VBD.unplug", string(vbd))
 	r.wantNotAttached("DEVICE_ALREADY_DETACHED", local("1"), export)
+	r.fails("DEVICE_ALREADY_DETACHED|"+string(vbd), "VBD.unpause", string(vbd), "")
+	r.call("VBD.assert_attachable", string(vbd))
 	r.call("VBD.plug", string(vbd))
 	r.fails("DEVICE_ALREADY_ATTACHED|"+string(vbd), "VBD.plug", string(vbd))
+	r.fails("DEVICE_ALREADY_ATTACHED|"+string(vbd), "VBD.assert_attachable", string(vbd))
+	if _, err := r.try(r.root, "VBD.pause", string(vbd)); code(err) != "OPERATION_NOT_ALLOWED" {
+		t.Errorf("pause: %v", err)
+	}
 	uri := "nbd+unix:///" + export + "?socket=/data/nbd.sock"
 	got := record(r.core, vbd)
 	if !got.CurrentlyAttached || got.Device != uri || got.RuntimeProperties["coppice:nbd-uri"] != uri {
@@ -377,6 +385,7 @@ func TestVBDPlug(t *testing.T) {
 	r.wantNotAttached("VDI_IN_USE", local("1"), "rw/"+id)
 	other := r.vbd(r.dom0, disk, "autodetect", "RW")
 	r.fails("VDI_IN_USE|"+string(disk)+"|nbd", "VBD.plug", string(other))
+	r.fails("VDI_IN_USE|"+string(disk)+"|nbd", "VBD.assert_attachable", string(other))
 
 	a, b := r.attach(local("1"), export), r.attach(local("2"), export)
 	if _, err := a.Volume.WriteAt([]byte("x"), 0); err != nil {

@@ -10,8 +10,9 @@ import (
 
 func networkMethods() map[string]any {
 	return map[string]any{
-		"network.create":  (*API).networkCreate,
-		"network.destroy": (*API).networkDestroy,
+		"network.create":                   (*API).networkCreate,
+		"network.destroy":                  (*API).networkDestroy,
+		"network.set_default_locking_mode": (*API).networkSetDefaultLockingMode,
 	}
 }
 
@@ -66,4 +67,22 @@ func refsText[T any](refs []xapi.Ref[T]) []string {
 		text[i] = string(r)
 	}
 	return text
+}
+
+// networkSetDefaultLockingMode changes what VIFs may send that leave this to
+// their network. It cannot change under one that is attached.
+func (a *API) networkSetDefaultLockingMode(ctx context.Context, c *Call, ref xapi.Ref[xapi.Network], mode xapi.NetworkDefaultLockingMode) error {
+	return a.db.Update(ctx, func(tx *db.Tx) error {
+		n, err := db.Get(tx, ref)
+		if err != nil {
+			return err
+		}
+		for _, v := range n.VIFs {
+			vif, err := db.Get(tx, v)
+			if err == nil && vif.CurrentlyAttached && vif.LockingMode == xapi.VIFLockingModeNetworkDefault {
+				return xapi.NewError(xapi.ErrVIFInUse, string(ref), string(v))
+			}
+		}
+		return db.Modify(tx, ref, func(n *xapi.Network) { n.DefaultLockingMode = mode })
+	})
 }

@@ -2,7 +2,6 @@ package api
 
 import (
 	"context"
-	"encoding/xml"
 	"errors"
 	"fmt"
 	"maps"
@@ -24,7 +23,6 @@ func srMethods() map[string]any {
 		"SR.destroy":              (*API).srDestroy,
 		"SR.scan":                 (*API).srScan,
 		"SR.update":               (*API).srUpdate,
-		"SR.probe":                (*API).srProbe,
 		"SR.get_supported_types":  (*API).srGetSupportedTypes,
 		"SR.get_live_hosts":       (*API).srGetLiveHosts,
 		"SR.set_name_label":       (*API).srSetNameLabel,
@@ -368,75 +366,6 @@ func (a *API) srUpdate(ctx context.Context, c *Call, ref xapi.Ref[xapi.SR]) erro
 			sr.PhysicalSize, sr.PhysicalUtilisation = usage.Total, usage.Used
 		})
 	})
-}
-
-// srList is what SR.probe answers.
-type srList struct {
-	XMLName xml.Name  `xml:"SRlist"`
-	SRs     []srEntry `xml:"SR"`
-}
-
-type srEntry struct {
-	UUID string `xml:"UUID"`
-}
-
-// srProbe lists, as XML, the SRs that a device configuration leads to: those
-// with a PBD that says the same, or the one that the volumes there remember.
-func (a *API) srProbe(ctx context.Context, c *Call, host xapi.Ref[xapi.Host], config map[string]string, typ string, smConfig map[string]string) (string, error) {
-	drv, err := a.driver(typ)
-	if err != nil {
-		return "", err
-	}
-	wanted, err := a.located(config)
-	if err != nil {
-		return "", err
-	}
-	found := map[string]bool{}
-	err = a.db.View(func(tx *db.Tx) error {
-		if _, err := db.Get(tx, host); err != nil {
-			return err
-		}
-		for _, pbd := range db.All[xapi.PBD](tx) {
-			sr, err := db.Get(tx, pbd.SR)
-			if err != nil || sr.Type != typ {
-				continue
-			}
-			if used, err := a.located(pbd.DeviceConfig); err == nil && maps.Equal(used, wanted) {
-				found[sr.UUID] = true
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		return "", err
-	}
-	if len(found) == 0 {
-		r, err := drv.Open(ctx, config, false)
-		if err != nil {
-			return "", fmt.Errorf("probe: %w", err)
-		}
-		// A mark that cannot be read leaves what the volumes say.
-		if m, err := markOf(ctx, r); err == nil && m.SR != "" {
-			found[m.SR] = true
-		}
-		for info, e := range r.List(ctx) {
-			if err = e; err != nil {
-				break
-			}
-			if at, ok := decodeAttrs(info.Attrs); ok && at.SR != "" {
-				found[at.SR] = true
-			}
-		}
-		if err := cmpErr(err, r.Close()); err != nil {
-			return "", fmt.Errorf("probe: %w", err)
-		}
-	}
-	var list srList
-	for _, id := range slices.Sorted(maps.Keys(found)) {
-		list.SRs = append(list.SRs, srEntry{UUID: id})
-	}
-	b, err := xml.Marshal(list)
-	return string(b), err
 }
 
 func (a *API) srGetSupportedTypes(ctx context.Context, c *Call) ([]string, error) {

@@ -13,11 +13,14 @@ import (
 
 func vbdMethods() map[string]any {
 	return map[string]any{
-		"VBD.create":   (*API).vbdCreate,
-		"VBD.destroy":  (*API).vbdDestroy,
-		"VBD.set_mode": (*API).vbdSetMode,
-		"VBD.insert":   (*API).vbdInsert,
-		"VBD.eject":    (*API).vbdEject,
+		"VBD.create":            (*API).vbdCreate,
+		"VBD.destroy":           (*API).vbdDestroy,
+		"VBD.set_mode":          (*API).vbdSetMode,
+		"VBD.insert":            (*API).vbdInsert,
+		"VBD.eject":             (*API).vbdEject,
+		"VBD.assert_attachable": (*API).vbdAssertAttachable,
+		"VBD.pause":             (*API).vbdPause,
+		"VBD.unpause":           (*API).vbdUnpause,
 	}
 }
 

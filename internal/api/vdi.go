@@ -23,6 +23,7 @@ func vdiMethods() map[string]any {
 		"VDI.clone":                (*API).vdiClone,
 		"VDI.revert":               (*API).vdiRevert,
 		"VDI.copy":                 (*API).vdiCopy,
+		"VDI.pool_migrate":         (*API).vdiPoolMigrate,
 		"VDI.checksum":             (*API).vdiChecksum,
 		"VDI.resize":               (*API).vdiResize,
 		"VDI.resize_online":        (*API).vdiResizeOnline,

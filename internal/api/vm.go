@@ -53,7 +53,7 @@ func (a *API) vmCreate(ctx context.Context, c *Call, args *xapi.VM) (ref xapi.Re
 		return "", err
 	}
 	vm.UUID, vm.Domid = uuid.NewString(), -1
-	vm.MemoryTarget = 0
+	vm.MemoryTarget, vm.MemoryOverhead = 0, memoryOverhead(vm)
 	if vm.OtherConfig == nil {
 		vm.OtherConfig = map[string]string{}
 	}

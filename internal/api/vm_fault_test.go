@@ -33,7 +33,7 @@ func (r *rig) world() string {
 	for _, ref := range all {
 		v := record(r.core, ref)
 		sum := crc32.Checksum(r.contents(ref), castagnoli)
-		disks[ref] = fmt.Sprintf("%s of %d bytes %x", v.NameLabel, v.VirtualSize, sum)
+		disks[ref] = fmt.Sprintf("%s of %d bytes %x in %s", v.NameLabel, v.VirtualSize, sum, record(r.core, v.SR).NameLabel)
 	}
 	var lines []string
 	r.view(func(tx *db.Tx) {
@@ -249,6 +249,20 @@ var vmFaultCases = map[string]vmFaultCase{
 			return snap
 		},
 		invoke("VM.revert"),
+	},
+	"move a disk": {
+		func(r *rig) vmRef {
+			r.secondSR()
+			vm, disk := r.vm("guest"), r.disk(2<<20)
+			r.vbd(vm, disk, "0", "RW")
+			r.call("VM.snapshot", vm, "snap")
+			r.write(disk, []byte("changed"), 50_000)
+			return vmRef(disk)
+		},
+		func(r *rig, disk vmRef) error {
+			_, err := r.try(r.root, "VDI.pool_migrate", disk, string(r.srNamed("second")), map[string]string{})
+			return err
+		},
 	},
 	"destroy":       {func(r *rig) vmRef { _, snap := r.changed(); return snap }, invoke("VM.destroy")},
 	"hard_shutdown": {func(r *rig) vmRef { vm, _ := r.guest("guest"); r.suspend(vm); return vm }, invoke("VM.hard_shutdown")},

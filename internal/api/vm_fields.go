@@ -62,7 +62,11 @@ func (a *API) changeVM(ctx context.Context, ref xapi.Ref[xapi.VM], op xapi.VMOpe
 			}
 		}
 		var refused error
-		if err := db.Modify(tx, ref, func(vm *xapi.VM) { refused = change(vm) }); err != nil {
+		err := db.Modify(tx, ref, func(vm *xapi.VM) {
+			refused = change(vm)
+			vm.MemoryOverhead = memoryOverhead(vm)
+		})
+		if err != nil {
 			return err
 		}
 		if refused != nil {

@@ -85,6 +85,7 @@ func (x *VMImport) insertVM(tx *db.Tx, id string, schedules map[string]xapi.Ref[
 	if x.req.Restore {
 		vm.Version = restoredVersion(src.Version)
 	}
+	vm.MemoryOverhead = memoryOverhead(vm)
 	if src.IsASnapshot {
 		vm.SnapshotOf = x.vms[src.SnapshotOf]
 		// A network card of a snapshot has the address that its VM has.

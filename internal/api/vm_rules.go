@@ -50,6 +50,7 @@ var vmRules = map[xapi.VMOperations]vmRule{
 	xapi.VMOperationsUpdateAllowedOperations: {template: true, snapshot: true},
 	xapi.VMOperationsHardShutdown:            {states: alive, snapshot: true},
 	xapi.VMOperationsPowerStateReset:         {snapshot: true},
+	xapi.VMOperationsMetadataExport:          {template: true, snapshot: true},
 
 	xapi.VMOperationsStart:         {states: halted, hypervisor: true},
 	xapi.VMOperationsStartOn:       {states: halted, hypervisor: true},
@@ -62,6 +63,17 @@ var vmRules = map[xapi.VMOperations]vmRule{
 	xapi.VMOperationsCleanReboot:   {states: running, hypervisor: true},
 	xapi.VMOperationsHardReboot:    {states: []xapi.VMPowerState{xapi.VMPowerStatePaused, xapi.VMPowerStateRunning}, hypervisor: true},
 	xapi.VMOperationsPoolMigrate:   {states: running, hypervisor: true},
+
+	xapi.VMOperationsChangingMemoryLive:       {states: running, hypervisor: true},
+	xapi.VMOperationsAwaitingMemoryLive:       {states: running, hypervisor: true},
+	xapi.VMOperationsChangingShadowMemoryLive: {states: running, hypervisor: true},
+	xapi.VMOperationsChangingVCPUsLive:        {states: running, hypervisor: true},
+	xapi.VMOperationsDataSourceOp:             {states: running, hypervisor: true},
+	xapi.VMOperationsSendSysrq:                {states: running, hypervisor: true},
+	xapi.VMOperationsSendTrigger:              {states: running, hypervisor: true},
+	xapi.VMOperationsCallPlugin:               {states: running, hypervisor: true},
+	xapi.VMOperationsSysprep:                  {states: running, hypervisor: true},
+	xapi.VMOperationsQueryServices:            {hypervisor: true},
 }
 
 // publishedVMOps are the operations that allowed_operations may list, in order.

@@ -89,7 +89,7 @@ func TestVMSnapshotRecord(t *testing.T) {
 	if diff := cmp.Diff(r.vifsOf(vm), r.vifsOf(snap)); diff != "" {
 		t.Errorf("VIFs: %s", diff)
 	}
-	ops := []xapi.VMOperations{"clone", "copy", "destroy", "export", "power_state_reset", "revert", "update_allowed_operations"}
+	ops := []xapi.VMOperations{"clone", "copy", "destroy", "export", "metadata_export", "power_state_reset", "revert", "update_allowed_operations"}
 	if diff := cmp.Diff(ops, got.AllowedOperations); diff != "" {
 		t.Errorf("allowed_operations of a snapshot: %s", diff)
 	}

@@ -21,19 +21,19 @@ func (a *API) ensureTemplates(tx *db.Tx) error {
 			return nil
 		}
 	}
-	const mib = 1 << 20
 	vm := xapi.New[xapi.VM]()
 	vm.NameLabel, vm.ReferenceLabel = defaultTemplate, defaultTemplateLabel
 	vm.NameDescription = "Template which allows VM installation from install media"
 	vm.IsATemplate, vm.IsDefaultTemplate = true, true
 	vm.PowerState, vm.Domid = xapi.VMPowerStateHalted, -1
-	vm.MemoryStaticMin, vm.MemoryDynamicMin = 128*mib, 256*mib
-	vm.MemoryStaticMax, vm.MemoryDynamicMax = 256*mib, 256*mib
+	vm.MemoryStaticMin, vm.MemoryDynamicMin = 128*mebibyte, 256*mebibyte
+	vm.MemoryStaticMax, vm.MemoryDynamicMax = 256*mebibyte, 256*mebibyte
 	vm.VCPUsMax, vm.VCPUsAtStartup = 1, 1
 	vm.ActionsAfterShutdown, vm.ActionsAfterReboot = xapi.OnNormalExitDestroy, xapi.OnNormalExitRestart
 	vm.ActionsAfterCrash = xapi.OnCrashBehaviourRestart
 	vm.DomainType = xapi.DomainTypeHVM
 	vm.HVMBootPolicy, vm.HVMBootParams = "BIOS order", map[string]string{"order": "cdn", "firmware": "bios"}
+	vm.MemoryOverhead = memoryOverhead(vm)
 	vm.Platform = map[string]string{"acpi": "1", "apic": "true", "nx": "true", "pae": "true", "viridian": "true", "vga": "std", "videoram": "8"}
 	vm.OtherConfig = map[string]string{"default_template": "true", "install-methods": "cdrom", macSeedKey: uuid.NewString()}
 	metrics, err := db.Insert(tx, xapi.New[xapi.VMMetrics]())
