@@ -163,21 +163,23 @@ func (s *Store) cutAndWrite(ops []*request, open []*volume) error {
 // commitAll has the open changes of all volumes in the log, and returns the
 // volumes for which there was no room.
 func (s *Store) commitAll() (rest []*volume, err error) {
-	s.changedMu.Lock()
 	var vols []*volume
 	direct := false
-	for v := range s.changed {
-		if w := v.view.Load(); w != nil && w.top != nil && !w.top.empty() {
-			vols = append(vols, v)
-			_, dir := w.top.occupies()
-			direct = direct || dir
+	for _, v := range s.changedVolumes() { // before the role is taken: small flushes go on meanwhile
+		if w := v.view.Load(); w == nil || w.top == nil || w.top.empty() {
+			continue
 		}
+		vols = append(vols, v)
+		if l, _ := v.open(); l.buffers > s.limits.DirectMin {
+			s.writeOut(v)
+		}
+		_, dir := v.open()
+		direct = direct || dir
 	}
-	s.changedMu.Unlock()
 	if len(vols) == 0 {
 		return nil, nil
 	}
-	if direct { // before the role is taken: small flushes go on meanwhile
+	if direct {
 		if err := s.files.sync(); err != nil {
 			return nil, err
 		}

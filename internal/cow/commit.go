@@ -45,10 +45,16 @@ type committer struct {
 
 // commit has a request in the log, durable, before it returns. Whoever finds
 // the role free leads: one frame takes everything that is queued. While the
-// log is full it waits for a checkpoint. A cancel takes the request back or
-// leaves it done.
-func (s *Store) commit(ctx context.Context, cost func() uint64, do func(*batch) error) error {
+// log is full it waits for a checkpoint, and runs before, which may be nil,
+// again, as at the beginning. A cancel takes the request back or leaves it
+// done.
+func (s *Store) commit(ctx context.Context, before func() error, cost func() uint64, do func(*batch) error) error {
 	for {
+		if before != nil {
+			if err := before(); err != nil {
+				return err
+			}
+		}
 		r := &request{cost: cost, do: do, done: make(chan error, 1)}
 		s.commits.mu.Lock()
 		s.commits.todo = append(s.commits.todo, r)
@@ -264,6 +270,18 @@ func (s *Store) openCost(v *volume, inline bool) uint64 {
 	return n
 }
 
+// sealCost is openCost of what an operation is about to seal, which goes into
+// its frame: not much of it in memory, if it can be helped. The role is held.
+func (s *Store) sealCost(v *volume) uint64 {
+	for range 4 { // each takes as long as writing what the one before has missed
+		if l, _ := v.open(); l.buffers <= s.limits.DirectMin {
+			break
+		}
+		s.writeOut(v)
+	}
+	return s.openCost(v, true)
+}
+
 // fewOpen reports whether the open changes of v go well into the frame of an
 // operation on it.
 func (s *Store) fewOpen(v *volume) bool {
@@ -291,13 +309,17 @@ func (s *Store) flushVolume(ctx context.Context, v *volume) error {
 		default:
 		}
 	}
-	if _, direct := w.top.occupies(); direct { // not under the role: small flushes go on meanwhile
+	// Not under the role: small flushes go on meanwhile.
+	if l, _ := w.top.occupies(); l.buffers > s.limits.DirectMin {
+		s.writeOut(v)
+	}
+	if _, direct := v.open(); direct {
 		if err := s.files.sync(); err != nil {
 			s.fail(err)
 			return s.failure()
 		}
 	}
-	return s.commit(ctx, func() uint64 { return s.openCost(v, false) }, func(b *batch) error { return s.catch(b, v) })
+	return s.commit(ctx, nil, func() uint64 { return s.openCost(v, false) }, func(b *batch) error { return s.catch(b, v) })
 }
 
 // catch takes the open changes of v into a batch. The role is held.

@@ -115,6 +115,13 @@ func TestCrashUnderLoad(t *testing.T) {
 		})
 	}
 	loop(func(uint64) error { return s.sync(ctx) })
+	loop(func(uint64) error {
+		for _, v := range s.changedVolumes() {
+			s.writeOut(v)
+		}
+		runtime.Gosched()
+		return nil
+	})
 	loop(func(n uint64) error { // too large for a frame
 		p := []Pair{{base, ID{4}, noise(4 << 10)}, {base, ID{5}, noise(4 << 10)}, {base, ID{6}, noise(4 << 10)}}
 		if _, err := s.Snapshot(ctx, p); err != nil {

@@ -66,10 +66,8 @@ func (s *Store) OpenDisk(ctx context.Context, id ID, m Mode) (*Disk, error) {
 	if s.failure() != nil { // nothing is logged any more, but all can be read
 		return d, pin(&batch{})
 	}
-	if err := s.flushVolume(ctx, v); err != nil {
-		return nil, err
-	}
-	if err := s.commit(ctx, func() uint64 { return s.openCost(v, true) }, pin); err != nil {
+	flush := func() error { return s.flushVolume(ctx, v) }
+	if err := s.commit(ctx, flush, func() uint64 { return s.sealCost(v) }, pin); err != nil {
 		return nil, err
 	}
 	return d, nil

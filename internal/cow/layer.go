@@ -46,6 +46,7 @@ type layer struct {
 	pathCost  int64 // units promised for the first change of a chunk: a path of map pages
 	tableCost int64 // units promised for the first change of all: a path of the volume table
 
+	stays atomic.Bool               // what is in memory is not to be written to the space files early
 	some  atomic.Bool               // there has been a change; until then readers pass without the lock
 	mu    sync.RWMutex              // guards the maps; not needed once sealed, but harmless
 	slots btree.Map[uint64, []slot] // by chunk; each sorted by idx, never empty

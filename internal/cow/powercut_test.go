@@ -44,6 +44,7 @@ var cutKinds = []struct {
 	{"pin", 2},
 	{"unpin", 2},
 	{"sync", 5},
+	{"writeout", 4},
 	{"kick", 6},
 	{"stall", 8},
 	{"reopen", 1},

@@ -18,6 +18,8 @@ type volume struct {
 	num uint64
 	id  ID
 
+	writing sync.Mutex // held while open contents are written out
+
 	gate sync.RWMutex // shared by writers while they publish, exclusive to seal the top layer
 	view atomic.Pointer[view]
 	gone atomic.Bool // the name is deleted; set under the exclusive gate
@@ -307,15 +309,25 @@ func (s *Store) operate(ctx context.Context, units int64, sources []ID, build fu
 			return err
 		}
 	}
-	for _, id := range sources {
+	volumes := func() (vols []*volume) {
 		s.mu.Lock()
-		v := s.byID[id]
-		s.mu.Unlock()
-		if v != nil && !s.fewOpen(v) {
-			if err := s.flushVolume(ctx, v); err != nil {
-				return err
+		defer s.mu.Unlock()
+		for _, id := range sources {
+			if v := s.byID[id]; v != nil {
+				vols = append(vols, v)
 			}
 		}
+		return vols
+	}
+	flush := func() error {
+		for _, v := range volumes() {
+			if !s.fewOpen(v) {
+				if err := s.flushVolume(ctx, v); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
 	}
 	s.mu.Lock()
 	r, err := build()
@@ -338,20 +350,19 @@ func (s *Store) operate(ctx context.Context, units int64, sources []ID, build fu
 		return nil
 	}
 	if uint64(r.bytes()) > s.log.maxFrame()-frameHeader {
+		if err := flush(); err != nil {
+			return err
+		}
 		return s.commitAtCut(ctx, do)
 	}
 	cost := func() uint64 {
-		s.mu.Lock()
-		defer s.mu.Unlock()
 		n := uint64(r.bytes())
-		for _, id := range sources {
-			if v := s.byID[id]; v != nil {
-				n += s.openCost(v, true)
-			}
+		for _, v := range volumes() {
+			n += s.sealCost(v)
 		}
 		return n
 	}
-	return s.commit(ctx, cost, do)
+	return s.commit(ctx, flush, cost, do)
 }
 
 // Create makes a volume of zeros. It is durable on return, and whole or not

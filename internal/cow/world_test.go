@@ -63,6 +63,7 @@ var opKinds = []struct {
 	{"list", 2},
 	{"same", 3},
 	{"sync", 2},
+	{"writeout", 3},
 	{"destroy", 2},
 	{"since", 5},
 	{"written", 4},
@@ -338,6 +339,11 @@ func (w *world) step(o op) error {
 		return err
 	case "sync":
 		return w.s.sync(ctx)
+	case "writeout":
+		for _, v := range w.s.changedVolumes() {
+			w.s.writeOut(v)
+		}
+		return nil
 	case "snapshot", "clone", "group":
 		n := 1
 		if o.kind == "group" {
