@@ -76,36 +76,39 @@ func (l *loader) connect(r *xapi.Relation, objects []*object, targets map[string
 // fill adds all objects of a store to an empty table, in the order of their references. Their stamps and seals come
 // later.
 func (t *table) fill(objects []*object) error {
-	taken := func(o *object, what, by string) error {
-		return &CorruptError{Class: t.class.Name, Ref: o.ref, Err: fmt.Errorf("%w: the %s of %s", ErrExists, what, by)}
+	taken := func(ref, what, by string) error {
+		return &CorruptError{Class: t.class.Name, Ref: ref, Err: fmt.Errorf("%w: the %s of %s", ErrExists, what, by)}
 	}
 	for i, o := range objects {
 		if i > 0 && objects[i-1].ref == o.ref {
-			return taken(o, "reference", o.ref)
+			return taken(o.ref, "reference", o.ref)
 		}
 		t.objects.Load(o.ref, o)
 	}
 	// Trees are fast to fill in order.
 	if t.uuid != nil {
-		sorted := slices.Clone(objects)
-		slices.SortFunc(sorted, func(a, b *object) int { return strings.Compare(text(t.uuid, a.rec), text(t.uuid, b.rec)) })
-		for i, o := range sorted {
-			id := text(t.uuid, o.rec)
-			if i > 0 && text(t.uuid, sorted[i-1].rec) == id {
-				return taken(o, "uuid", sorted[i-1].ref)
+		ids := sortedKeys(objects, t.uuid)
+		for i, k := range ids {
+			if i > 0 && ids[i-1].text == k.text {
+				return taken(k.ref, "uuid", ids[i-1].ref)
 			}
-			t.byUUID.Load(id, o.ref)
+			t.byUUID.Load(k.text, k.ref)
 		}
 	}
 	if t.label != nil {
-		labels := make([]labelKey, len(objects))
-		for i, o := range objects {
-			labels[i] = labelKey{text(t.label, o.rec), o.ref}
-		}
-		slices.SortFunc(labels, compareLabels)
-		for _, k := range labels {
+		for _, k := range sortedKeys(objects, t.label) {
 			t.byLabel.Load(k)
 		}
 	}
 	return nil
+}
+
+// sortedKeys are the references of objects in the order of a text that the objects have.
+func sortedKeys(objects []*object, f *xapi.Field) []textKey {
+	keys := make([]textKey, len(objects))
+	for i, o := range objects {
+		keys[i] = textKey{text(f, o.rec), o.ref}
+	}
+	slices.SortFunc(keys, compareKeys)
+	return keys
 }

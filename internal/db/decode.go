@@ -117,6 +117,11 @@ func (p *parser) field(f *xapi.Field, rec, previous any) bool {
 		n, err := strconv.ParseInt(string(w), 10, 64)
 		*f.Pointer(rec).(*int64) = n
 		return err == nil && string(strconv.AppendInt(nil, n, 10)) == string(w)
+	case xapi.KindFloat:
+		w := p.word()
+		n, err := strconv.ParseFloat(string(w), 64)
+		*f.Pointer(rec).(*float64) = n
+		return err == nil && json.Valid(w)
 	case xapi.KindBool:
 		w := p.word()
 		*f.Pointer(rec).(*bool) = string(w) == "true"

@@ -49,7 +49,7 @@ type table struct {
 
 	objects btree.Map[string, *object] // by reference
 	byUUID  btree.Map[string, string]  // reference by uuid
-	byLabel *btree.BTreeG[labelKey]
+	byLabel *btree.BTreeG[textKey]
 	byStamp *btree.BTreeG[*object] // by revision of the last modification
 
 	busy btree.Map[string, struct{}] // references of the objects to which something is being done
@@ -65,14 +65,14 @@ type table struct {
 	ghosts btree.Map[string, any]
 }
 
-// labelKey orders references by name_label.
-type labelKey struct{ label, ref string }
+// textKey orders references by a text of their objects, such as name_label.
+type textKey struct{ text, ref string }
 
-func compareLabels(a, b labelKey) int {
-	return cmp.Or(strings.Compare(a.label, b.label), strings.Compare(a.ref, b.ref))
+func compareKeys(a, b textKey) int {
+	return cmp.Or(strings.Compare(a.text, b.text), strings.Compare(a.ref, b.ref))
 }
 
-func lessLabel(a, b labelKey) bool { return compareLabels(a, b) < 0 }
+func lessKey(a, b textKey) bool { return compareKeys(a, b) < 0 }
 
 func compareStamps(a, b *object) int {
 	return cmp.Or(cmp.Compare(a.modified, b.modified), strings.Compare(a.ref, b.ref))
@@ -88,7 +88,7 @@ func newTable(c *xapi.Class, floor uint64) *table {
 		uuid:    c.Field("uuid"),
 		label:   c.Field("name_label"),
 		busy:    *btree.NewMap[string, struct{}](degree),
-		byLabel: btree.NewBTreeGOptions(lessLabel, noLocks),
+		byLabel: btree.NewBTreeGOptions(lessKey, noLocks),
 		byStamp: btree.NewBTreeGOptions(lessStamp, noLocks),
 		byTime:  btree.NewBTreeGOptions(lessStamp, noLocks),
 		floor:   floor,
@@ -150,7 +150,7 @@ func (t *table) put(o *object) {
 			t.byUUID.Delete(was)
 		}
 		if was := text(t.label, old.rec); was != label {
-			t.byLabel.Delete(labelKey{was, o.ref})
+			t.byLabel.Delete(textKey{was, o.ref})
 		}
 	} else if grave, ok := t.graves.Delete(o.ref); ok {
 		t.byTime.Delete(grave)
@@ -166,7 +166,7 @@ func (t *table) put(o *object) {
 		t.byUUID.Set(uuid, o.ref)
 	}
 	if t.label != nil {
-		t.byLabel.Set(labelKey{label, o.ref})
+		t.byLabel.Set(textKey{label, o.ref})
 	}
 }
 
@@ -178,7 +178,7 @@ func (t *table) bury(o *object, revision uint64) {
 		t.byUUID.Delete(text(t.uuid, o.rec))
 	}
 	if t.label != nil {
-		t.byLabel.Delete(labelKey{text(t.label, o.rec), o.ref})
+		t.byLabel.Delete(textKey{text(t.label, o.rec), o.ref})
 	}
 	t.busy.Delete(o.ref)
 	t.entomb(&object{ref: o.ref, created: o.created, modified: revision, born: o.born})

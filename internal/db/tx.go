@@ -68,8 +68,8 @@ func (tx *Tx) UUID(c *xapi.Class, uuid string) (ref string, ok bool) {
 // Named returns the references of all objects with the given name_label, in order.
 func (tx *Tx) Named(c *xapi.Class, label string) []string {
 	refs := []string{}
-	tx.table(c).byLabel.Ascend(labelKey{label: label}, func(k labelKey) bool {
-		if k.label != label {
+	tx.table(c).byLabel.Ascend(textKey{text: label}, func(k textKey) bool {
+		if k.text != label {
 			return false
 		}
 		refs = append(refs, k.ref)

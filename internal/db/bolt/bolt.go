@@ -193,7 +193,10 @@ func (s *Store) Load(ctx context.Context) (uint64, iter.Seq2[db.Row, error], err
 		return 0, nil, err
 	}
 	return revision, func(yield func(db.Row, error) bool) {
-		err := s.file.View(func(tx *bbolt.Tx) error { return loadRows(ctx, tx, yield) })
+		err := s.file.View(func(tx *bbolt.Tx) error {
+			defer s.release(tx)
+			return loadRows(ctx, tx, yield)
+		})
 		if err != nil && !errors.Is(err, errStopped) {
 			yield(db.Row{}, err)
 		}
@@ -202,6 +205,12 @@ func (s *Store) Load(ctx context.Context) (uint64, iter.Seq2[db.Row, error], err
 
 // errStopped ends a transaction whose caller wants no more rows.
 var errStopped = errors.New("stopped")
+
+// release has the system take back the memory with the pages of the file that have been read, all of them: from now on
+// a few are needed, which come back by themselves. tx keeps the file where it is in memory.
+func (s *Store) release(tx *bbolt.Tx) {
+	_, _, _ = unix.Syscall(unix.SYS_MADVISE, s.file.Info().Data, uintptr(tx.Size()), unix.MADV_DONTNEED)
+}
 
 func loadRows(ctx context.Context, tx *bbolt.Tx, yield func(db.Row, error) bool) error {
 	classes := tx.Bucket(classBucket)
