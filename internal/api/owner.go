@@ -254,13 +254,3 @@ func (a *API) markStoreWith(ctx context.Context, repo *repository, attrs int) er
 	repo.marked = m
 	return nil
 }
-
-// markStores is markStore for all that are attached. A store that cannot be
-// marked now is marked the next time.
-func (a *API) markStores(ctx context.Context) {
-	for _, repo := range a.repos.all() {
-		if err := a.markStore(ctx, repo); err != nil && ctx.Err() == nil {
-			a.log.Warn("a store does not know how far the database is", "err", err)
-		}
-	}
-}

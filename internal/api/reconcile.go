@@ -214,6 +214,7 @@ const (
 
 // watchUsage keeps the sizes of SRs up to date until the server stops.
 func (a *API) watchUsage() {
+	lasting := troubles{log: a.log, ctx: a.ctx}
 	for {
 		select {
 		case <-a.ctx.Done():
@@ -226,18 +227,14 @@ func (a *API) watchUsage() {
 			case <-time.After(usagePause):
 			}
 		}
-		if err := a.refreshUsage(a.ctx); err != nil && a.ctx.Err() == nil {
-			a.log.Warn("sizes of SRs are out of date", "err", err)
-		}
+		lasting.note("sizes of SRs are out of date", "", a.refreshUsage(a.ctx))
 		for _, repo := range a.repos.all() {
-			if err := a.noteDamage(a.ctx, repo, false); err != nil && a.ctx.Err() == nil {
-				a.log.Warn("what is damaged is not recorded", "sr", repo.sr, "err", err)
-			}
+			lasting.note("what is damaged is not recorded", repo.sr, a.noteDamage(a.ctx, repo, false))
 		}
-		if err := a.db.Sync(a.ctx); err != nil && a.ctx.Err() == nil {
-			a.log.Warn("event tokens may not survive a crash", "err", err)
+		lasting.note("event tokens may not survive a crash", "", a.db.Sync(a.ctx))
+		for _, repo := range a.repos.all() {
+			lasting.note("a store does not know how far the database is", repo.sr, a.markStore(a.ctx, repo))
 		}
-		a.markStores(a.ctx)
 	}
 }
 
