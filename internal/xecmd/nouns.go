@@ -2,6 +2,7 @@ package xecmd
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"strings"
 
@@ -229,12 +230,38 @@ func (n *noun) pick(names []string) []*field {
 	return slices.DeleteFunc(slices.Clone(n.fields), func(f *field) bool { return !slices.Contains(names, f.name) })
 }
 
+// checkNames tells the user which names of params= are of no field, and what
+// fields there are. It is an error only if nothing is left to be shown.
+func (n *noun) checkNames(r *run, names []string) error {
+	var unknown []string
+	for _, name := range names {
+		if n.field(name) == nil {
+			unknown = append(unknown, "'"+name+"'")
+		}
+	}
+	if len(unknown) == 0 {
+		return nil
+	}
+	var known []string
+	for _, f := range n.visible() {
+		known = append(known, f.name)
+	}
+	text := fmt.Sprintf("Unknown field %s. Fields of a %s: %s", strings.Join(unknown, ", "), n.name, strings.Join(known, ", "))
+	if len(unknown) == len(names) {
+		return failf("%s", text)
+	}
+	return r.conn.PrintStderr(text + "\n")
+}
+
 // list is C-list.
 func (n *noun) list(ctx context.Context, r *run) error {
 	names := n.defaults
 	if p, ok := r.args.lookup("params"); ok {
 		if names = strings.Split(p, ","); p == "all" {
 			names = nil
+		}
+		if err := n.checkNames(r, names); err != nil {
+			return err
 		}
 	}
 	conditions := slices.Clone(n.implicit)

@@ -89,8 +89,13 @@ func (n *noun) paramSet(ctx context.Context, r *run) error {
 	if err != nil {
 		return err
 	}
+	named := false
 	for _, p := range r.args.params {
-		if reserved[p.key] || p.key == "uuid" {
+		if p.key == "uuid" && !named { // it says what to change; another would change it
+			named = true
+			continue
+		}
+		if reserved[p.key] {
 			continue
 		}
 		if err := n.assign(ctx, r, ref, p); err != nil {
