@@ -15,6 +15,7 @@
 //	                         before METHOD choose another door than plain HTTP
 //	raw [-tls|-unix] FILE    send FILE as it is, its line ends turned into CRLF up to the first
 //	                         empty line, variables replaced
+//	npm NAME                 copy npm/NAME to $WORK/NAME, with the packages that its lock file names
 //
 // After serve these variables are set: HTTP, HTTPS (host:port), SOCKET,
 // PASSWORD of root, and XE_EXTRA_ARGS, so that xe needs no further words.

@@ -78,6 +78,7 @@ func TestScripts(t *testing.T) {
 			"set":      cmdSet,
 			"http":     cmdHTTP,
 			"raw":      cmdRaw,
+			"npm":      cmdNPM,
 		},
 	})
 }
@@ -311,3 +312,20 @@ func cmdRaw(ts *testscript.TestScript, neg bool, args []string) {
 
 // expand replaces the variables in s.
 func expand(ts *testscript.TestScript, s string) string { return os.Expand(s, ts.Getenv) }
+
+// cmdNPM runs with the environment of the test, in which npm finds its
+// configuration.
+func cmdNPM(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: npm NAME")
+	}
+	dir := inWork(ts, args[0])
+	ts.Check(os.CopyFS(dir, os.DirFS(filepath.Join("npm", args[0]))))
+	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "npm", "ci", "--ignore-scripts", "--prefer-offline", "--no-audit", "--no-fund")
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		ts.Fatalf("npm: %v\n%s", err, out)
+	}
+}
