@@ -84,6 +84,27 @@ func (p *parser) text() (s []byte, ok bool) {
 	return nil, false
 }
 
+// quoted takes a string that may have escapes. Without a string it says false.
+func (p *parser) quoted() (s []byte, ok bool) {
+	if s, ok := p.text(); ok || len(p.rest) == 0 || p.rest[0] != '"' {
+		return s, ok
+	}
+	for i := 1; i < len(p.rest); i++ {
+		switch p.rest[i] {
+		case '\\':
+			i++
+		case '"':
+			var value string
+			if json.Unmarshal(p.rest[:i+1], &value) != nil {
+				return nil, false
+			}
+			p.rest = p.rest[i+1:]
+			return []byte(value), true
+		}
+	}
+	return nil, false
+}
+
 // word takes what belongs to a number, true, false or null.
 func (p *parser) word() []byte {
 	n := bytes.IndexAny(p.rest, ",]}")
@@ -99,9 +120,9 @@ func (p *parser) word() []byte {
 func (p *parser) field(f *xapi.Field, rec, previous any) bool {
 	switch f.Type.Kind {
 	case xapi.KindString, xapi.KindEnum, xapi.KindRef:
-		s, ok := p.text()
+		s, ok := p.quoted()
 		if !ok {
-			return p.other(f, rec)
+			return false
 		}
 		to := reflect.ValueOf(f.Pointer(rec)).Elem()
 		if previous != nil {
@@ -163,11 +184,11 @@ func (p *parser) texts(to *map[string]string) bool {
 		if !first && !p.skip(',') {
 			return false
 		}
-		key, ok := p.text()
+		key, ok := p.quoted()
 		if !ok || !p.skip(':') {
 			return false
 		}
-		value, ok := p.text()
+		value, ok := p.quoted()
 		if !ok {
 			return false
 		}
