@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"strings"
 
 	"coppice/internal/vfs"
 )
@@ -39,9 +40,10 @@ func removeFiles(dir vfs.FS) error {
 	}
 	for _, n := range names {
 		var i int
-		_, scanErr := fmt.Sscanf(n, "space-%04d", &i)
-		isSpace := scanErr == nil && n == spaceName(i)
-		if isSpace || n == regionsName(0) || n == regionsName(1) || n == logName || n == superTemp {
+		base := strings.TrimSuffix(n, tempName(""))
+		_, scanErr := fmt.Sscanf(base, "space-%04d", &i)
+		isSpace := scanErr == nil && base == spaceName(i)
+		if isSpace || base == regionsName(0) || base == regionsName(1) || base == logName || n == superTemp {
 			if err := dir.Remove(n); err != nil {
 				return err
 			}

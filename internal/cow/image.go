@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"iter"
+	"slices"
 
 	"coppice/internal/vfs"
 )
@@ -21,7 +22,23 @@ type image struct {
 	slots    *slots
 	superErr error    // why super may not be the newest
 	tableErr error    // of the region table, when it is damaged and need not be read
-	made     []string // files that were gone
+	made     []string // files that were gone and are there under the name of tempName
+}
+
+// tempName is the name of a file that is being made in place of one that is gone.
+func tempName(name string) string { return name + ".new" }
+
+// standIns is a directory in which some files have the names of tempName.
+type standIns struct {
+	vfs.FS
+	names *[]string
+}
+
+func (d standIns) Open(name string) (vfs.File, error) {
+	if slices.Contains(*d.names, name) {
+		name = tempName(name)
+	}
+	return d.FS.Open(name)
 }
 
 // readImage reads superblock and region table.
@@ -39,7 +56,8 @@ func readImage(dir vfs.FS, o Options) (*image, error) {
 // readDamaged is readImage for a store whose region table, which says nothing
 // that the trees do not, may be damaged, and whose newest superblock may be
 // lost with both of its slots. Files that are gone and whose names remake
-// approves of are made anew, empty. Everything is synced before it is read: after a crash of the process, but not of the host, the page cache
+// approves of are made anew, empty and under another name until [image.keep].
+// Everything is synced before it is read: after a crash of the process, but not of the host, the page cache
 // may show a state that the device does not have, and nothing may be built
 // on that.
 func readDamaged(dir vfs.FS, o Options, remake func(name string) bool) (_ *image, err error) {
@@ -68,6 +86,7 @@ func readDamaged(dir vfs.FS, o Options, remake func(name string) bool) (_ *image
 		if err = im.remake(dir, remake); err != nil {
 			return nil, err
 		}
+		dir = standIns{dir, &im.made}
 	}
 	files, err := openSpace(dir, im.super.geo, int(im.super.regions))
 	if err != nil {
@@ -105,25 +124,43 @@ func readDamaged(dir vfs.FS, o Options, remake func(name string) bool) (_ *image
 	return im, nil
 }
 
-// remake creates the files of the store that are gone and that want approves of.
+// remake creates the files of the store that are gone and that want approves
+// of. What an interrupted one has left is removed.
 func (im *image) remake(dir vfs.FS, want func(name string) bool) error {
 	names := []string{regionsName(0), regionsName(1), logName}
 	for i := range im.super.geo.spaceFiles(int(im.super.regions)) {
 		names = append(names, spaceName(i))
 	}
+	there, err := dir.List()
+	if err != nil {
+		return err
+	}
 	for _, name := range names {
-		f, err := dir.Open(name)
-		if errors.Is(err, fs.ErrNotExist) && want(name) {
-			im.made = append(im.made, name)
-			f, err = dir.Create(name)
+		if slices.Contains(there, tempName(name)) {
+			if err := dir.Remove(tempName(name)); err != nil {
+				return err
+			}
 		}
-		if errors.Is(err, fs.ErrNotExist) {
+		if slices.Contains(there, name) || !want(name) {
 			continue // opening it will say so
 		}
+		f, err := dir.Create(tempName(name))
 		if err == nil {
 			err = f.Close()
 		}
 		if err != nil {
+			return err
+		}
+		im.made = append(im.made, name)
+	}
+	return nil
+}
+
+// keep gives what was made anew its name, once it has its space: after a crash
+// before that the file is gone as it was.
+func (im *image) keep(dir vfs.FS) error {
+	for _, name := range im.made {
+		if err := dir.Rename(tempName(name), name); err != nil {
 			return err
 		}
 	}

@@ -40,17 +40,24 @@ const maxReused = 1 << 20
 // createLog makes a log of n bytes, all of them written: space that has only
 // been allocated would cost the host a commit of its own journal with each
 // sync of a frame.
-func createLog(dir vfs.FS, n int64) (err error) {
+func createLog(dir vfs.FS, n int64) error {
 	f, err := dir.Create(logName)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	if err := f.Allocate(0, n); err != nil {
-		return err
+	return errors.Join(fillLog(f, 0, n), f.Close())
+}
+
+// fillLog writes the zeros of a new log of n bytes, or of one that ends before,
+// from off on and makes it durable.
+func fillLog(f vfs.File, off, n int64) error {
+	if off < n {
+		if err := f.Allocate(off, n-off); err != nil {
+			return err
+		}
 	}
 	zeros := make([]byte, min(n, 1<<20))
-	for off := int64(0); off < n; off += int64(len(zeros)) {
+	for ; off < n; off += int64(len(zeros)) {
 		zeros = zeros[:min(int64(len(zeros)), n-off)]
 		if _, err := f.WriteAt(zeros, off); err != nil {
 			return err

@@ -59,7 +59,7 @@ func repairStore(ctx context.Context, dir vfs.FS, o RepairOptions, yield func(Pr
 	if err := im.super.writable(); err != nil {
 		return err
 	}
-	r := &repair{checker: newChecker(ctx, im, yield), accept: o.AcceptLoss, recs: map[uint64]*record{}, mended: map[uint64]entry{}}
+	r := &repair{dir: dir, checker: newChecker(ctx, im, yield), accept: o.AcceptLoss, recs: map[uint64]*record{}, mended: map[uint64]entry{}}
 	r.mend = true
 	if r.accept {
 		r.lossy = "given up"
@@ -77,6 +77,7 @@ func repairStore(ctx context.Context, dir vfs.FS, o RepairOptions, yield func(Pr
 // restores copies in passing; then it writes a new generation beside the old.
 type repair struct {
 	*checker
+	dir    vfs.FS
 	accept bool
 
 	blocked bool // something that cannot be read keeps a new generation from being made
@@ -107,8 +108,8 @@ func (r *repair) run() error {
 	return nil
 }
 
-// missing reports the files that reading the image has made anew, and has the
-// host provide their space.
+// missing reports the files that reading the image has made anew, has the
+// host provide their space and gives them their names.
 func (r *repair) missing() error {
 	for _, name := range r.made {
 		r.changed = true // the new generation has the table
@@ -135,7 +136,20 @@ func (r *repair) missing() error {
 			}
 		}
 	}
-	return nil
+	if slices.Contains(r.made, logName) {
+		if err := fillLog(r.logF, 0, int64(r.super.logSize)); err != nil {
+			return err
+		}
+	}
+	for i, f := range r.space.table.file {
+		if err := f.Datasync(); err != nil {
+			return fmt.Errorf("syncing %s: %w", regionsName(uint64(i)), err)
+		}
+	}
+	if err := r.files.sync(); err != nil {
+		return err
+	}
+	return r.keep(r.dir)
 }
 
 // mendSlots writes damaged slots of the superblock anew from their twins. When
@@ -275,6 +289,9 @@ func (r *repair) reapQueue() (err error) {
 // replayed.
 func (r *repair) log() error {
 	r.vol, r.what = ID{}, ""
+	if slices.Contains(r.made, logName) {
+		return r.dropLog()
+	}
 	err := r.scanLog(func(rec logRecord) {
 		if rec.kind == recMap {
 			r.placed = append(r.placed, rec)
@@ -404,9 +421,6 @@ func (r *repair) write() error {
 	}
 	if r.logEnd != nil {
 		next.log = *r.logEnd
-		if err := errors.Join(r.logF.Allocate(0, int64(next.logSize)), r.logF.Datasync()); err != nil { // it may have been cut short
-			return err
-		}
 	}
 	var err error
 	if next.table, err = w.mergeRecords(next.table, r.fixed, r.recs); err != nil {
@@ -425,6 +439,15 @@ func (r *repair) write() error {
 	}
 	if err := writeSuper(r.superF, &next); err != nil {
 		return err
+	}
+	if r.logEnd != nil { // not before: a log that was cut short would be as one that ends there
+		size, err := r.logF.Size()
+		if err != nil {
+			return err
+		}
+		if err := fillLog(r.logF, size, int64(next.logSize)); err != nil {
+			return err
+		}
 	}
 	r.space.punch(punch)
 	return r.files.sync()

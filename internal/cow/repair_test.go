@@ -568,3 +568,79 @@ func TestRepairAfterCrash(t *testing.T) {
 	}
 	t.Logf("%d crashes", len(crashed))
 }
+
+// TestRepairOfMissingFilesInterrupted takes a file away and the power at every
+// call of the repair. Until the file has its space it is not there; the next
+// repair ends where an undisturbed one does, with as much of the host's space.
+func TestRepairOfMissingFilesInterrupted(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	m, data := sample(t)
+	names, err := m.List()
+	if err != nil {
+		t.Fatal(err)
+	}
+	crashes := 0
+	for _, name := range names {
+		if name == superName {
+			continue
+		}
+		c := m.Kill()
+		if err := errors.Join(c.Remove(name), c.SyncDir()); err != nil {
+			t.Fatal(err)
+		}
+		whole := c.Crash(func(int) int { return 0 })
+		if _, err := repaired(whole, RepairOptions{AcceptLoss: true}); err != nil {
+			t.Fatal(err)
+		}
+		rng := rand.New(rand.NewPCG(4, 4))
+		var mu sync.Mutex
+		var calls int
+		var crashed []*vfs.Mem
+		inj := vfs.NewInject(c, nil, func(vfs.Call) error {
+			mu.Lock()
+			defer mu.Unlock()
+			switch calls++; calls % 3 {
+			case 0:
+				crashed = append(crashed, c.Kill())
+			case 1:
+				crashed = append(crashed, c.Crash(func(int) int { return 0 }))
+			default:
+				crashed = append(crashed, c.Crash(rng.IntN))
+			}
+			return nil
+		})
+		if _, err := repaired(inj, RepairOptions{AcceptLoss: true}); err != nil {
+			t.Fatal(err)
+		}
+		for i, c := range crashed {
+			fail := func(err error) { t.Fatalf("%s, crash %d of %d: %v", name, i, len(crashed), err) }
+			if s, err := Open(ctx, c.Kill(), tinyOptions()); err == nil { // then it has its space
+				if used := c.Used(); used < whole.Used()-int64(8*tiny.UnitSize) {
+					fail(fmt.Errorf("the store opens and has %d bytes of host space instead of %d", used, whole.Used()))
+				}
+				if err := s.Close(); err != nil {
+					fail(err)
+				}
+			}
+			if _, err := repaired(c, RepairOptions{AcceptLoss: true}); err != nil {
+				fail(err)
+			}
+			if list, err := c.List(); err != nil || slices.Contains(list, tempName(name)) {
+				fail(fmt.Errorf("files %v, %v", list, err))
+			}
+			if used := c.Used(); used < whole.Used()-int64(8*tiny.UnitSize) {
+				fail(fmt.Errorf("%d bytes of host space instead of %d", used, whole.Used()))
+			}
+			list, err := checked(c)
+			if err == nil {
+				err = onlyContents(list)
+			}
+			if err = errors.Join(err, usable(c, data)); err != nil {
+				fail(err)
+			}
+		}
+		crashes += len(crashed)
+	}
+	t.Logf("%d crashes", crashes)
+}
