@@ -109,14 +109,18 @@ func (c *conn) option(ctx context.Context, opt uint32, data []byte, noZeroes boo
 
 var errMalformed = &Refusal{repErrInvalid, "malformed option"}
 
-// reply sends one reply to an option.
-func (c *conn) reply(opt, typ uint32, data []byte) error {
-	b := make([]byte, 0, 20+len(data))
+// appendOptionReply encodes one reply to an option.
+func appendOptionReply(b []byte, opt, typ uint32, data []byte) []byte {
 	b = binary.BigEndian.AppendUint64(b, magicOptionReply)
 	b = binary.BigEndian.AppendUint32(b, opt)
 	b = binary.BigEndian.AppendUint32(b, typ)
 	b = binary.BigEndian.AppendUint32(b, uint32(len(data)))
-	_, err := c.nc.Write(append(b, data...))
+	return append(b, data...)
+}
+
+// reply sends one reply to an option.
+func (c *conn) reply(opt, typ uint32, data []byte) error {
+	_, err := c.nc.Write(appendOptionReply(nil, opt, typ, data))
 	return err
 }
 
@@ -158,18 +162,29 @@ func (c *conn) startTLS(ctx context.Context, data []byte) error {
 	return nil
 }
 
-// list names the exports.
+// list names the exports, many with each call.
 func (c *conn) list(ctx context.Context) error {
+	var out, entry []byte
 	for name, err := range c.backend.List(ctx) {
 		if err != nil {
+			if len(out) > 0 {
+				if _, err := c.nc.Write(out); err != nil {
+					return err
+				}
+			}
 			return c.refuse(optList, err)
 		}
-		b := binary.BigEndian.AppendUint32(nil, uint32(len(name)))
-		if err := c.reply(optList, repServer, append(b, name...)); err != nil {
-			return err
+		entry = binary.BigEndian.AppendUint32(entry[:0], uint32(len(name)))
+		out = appendOptionReply(out, optList, repServer, append(entry, name...))
+		if len(out) >= batchBytes {
+			if _, err := c.nc.Write(out); err != nil {
+				return err
+			}
+			out = out[:0]
 		}
 	}
-	return c.reply(optList, repAck, nil)
+	_, err := c.nc.Write(appendOptionReply(out, optList, repAck, nil))
+	return err
 }
 
 // frame agrees on richer replies.

@@ -204,3 +204,29 @@ func TestFloodOfOptions(t *testing.T) {
 	}
 	c.Abort()
 }
+
+// TestListMany lists more than one reply's worth of memory, and a list that
+// fails behind that.
+func TestListMany(t *testing.T) {
+	b := &shelf{exports: map[string]*Export{}}
+	_, v := newVolume(t, 1<<20)
+	var want []string
+	for i := range 10_000 {
+		name := fmt.Sprintf("%036d", i)
+		b.exports[name] = &Export{Device: v}
+		want = append(want, name)
+	}
+	r := newRig(t, b.exports, Options{}, nil)
+	d := r.begin()
+	got, err := d.List()
+	if err != nil || !slices.Equal(got, want) {
+		t.Errorf("%d names, %v, want %d", len(got), err, len(want))
+	}
+	r.shelf.broken = true
+	if got, err := d.List(); err == nil {
+		t.Errorf("a list that breaks off: %d names and no error", len(got))
+	}
+	if _, err := d.Go(want[0]); err != nil {
+		t.Errorf("after it: %v", err)
+	}
+}

@@ -42,6 +42,7 @@ func newVolume(t testing.TB, size int64) (storage.Repo, storage.Volume) {
 type shelf struct {
 	exports map[string]*Export
 	hidden  bool
+	broken  bool // List fails behind the last name
 	opened  atomic.Int32
 	closed  atomic.Int32
 }
@@ -61,6 +62,9 @@ func (s *shelf) List(context.Context) iter.Seq2[string, error] {
 			if !yield(name, nil) {
 				return
 			}
+		}
+		if s.broken {
+			yield("", ErrPolicy)
 		}
 	}
 }
