@@ -2,9 +2,12 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +15,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"coppice/internal/nbd"
 )
 
 var nbdSections = []section{
@@ -72,6 +77,15 @@ func nbdPeer(ctx context.Context, cfg config, name, export string, args func(soc
 	sock := filepath.Join(cfg.scratch, strings.ReplaceAll(name, " ", "-")+".sock")
 	var cmd *exec.Cmd
 	d := &device{name: name, uri: socket(sock, export)}
+	end := func() error {
+		_ = cmd.Process.Signal(os.Interrupt)
+		_ = cmd.Wait() // some call their own end by a signal a failure
+		err := os.Remove(sock)
+		if errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		return err
+	}
 	begin := func() error {
 		a := args(sock)
 		cmd = exec.Command(a[0], a[1:]...)
@@ -83,19 +97,11 @@ func nbdPeer(ctx context.Context, cfg config, name, export string, args func(soc
 			if _, err := os.Stat(sock); err == nil {
 				return nil
 			} else if time.Now().After(deadline) || ctx.Err() != nil {
-				return fmt.Errorf("%s does not listen: %w", name, err)
+				return errors.Join(fmt.Errorf("%s does not listen: %w", name, err), cmd.Process.Kill(), end())
 			}
 		}
 	}
-	d.stop = func() error {
-		_ = cmd.Process.Signal(os.Interrupt)
-		_ = cmd.Wait() // some call their own end by a signal a failure
-		err := os.Remove(sock)
-		if errors.Is(err, os.ErrNotExist) {
-			return nil
-		}
-		return err
-	}
+	d.stop = end
 	d.again = func(context.Context) error { return begin() }
 	return d, begin()
 }
@@ -365,10 +371,45 @@ func benchNBDSnapshot(ctx context.Context, cfg config, s *server) error {
 	})
 }
 
-// benchNBDChain reads from disks with 200 snapshots; a peer's are a chain of
-// 200 qcow2 files.
-func benchNBDChain(ctx context.Context, cfg config, s *server) error {
-	const depth = 200
+// scatter writes 4 KiB at n random places of a device, and flushes.
+func (d *device) scatter(ctx context.Context, n int) (err error) {
+	c, err := d.dial()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, c.Close()) }()
+	p := make([]byte, block)
+	for range n {
+		binary.NativeEndian.PutUint64(p, rand.Uint64())
+		if _, err := c.WriteAt(p, rand.Int64N(nbdSize/block)*block); err != nil {
+			return err
+		}
+	}
+	return c.Flush(ctx)
+}
+
+// dial connects to a device.
+func (d *device) dial() (*nbd.Client, error) {
+	export, sock, _ := strings.Cut(strings.TrimPrefix(d.uri, "nbd+unix:///"), "?socket=")
+	nc, err := net.Dial("unix", sock)
+	if err != nil {
+		return nil, err
+	}
+	dialogue, err := nbd.Begin(nc)
+	if err != nil {
+		return nil, errors.Join(err, nc.Close())
+	}
+	c, err := dialogue.Go(export)
+	if err != nil {
+		return nil, errors.Join(err, nc.Close())
+	}
+	return c, nil
+}
+
+// benchNBDChain reads from disks with 200 snapshots, between which a little has
+// been written; a peer's are a chain of 200 qcow2 files.
+func benchNBDChain(ctx context.Context, cfg config, s *server) (err error) {
+	const depth, writes = 200, 256
 	own, err := s.ownDevice(ctx, cfg)
 	if err != nil {
 		return err
@@ -376,7 +417,6 @@ func benchNBDChain(ctx context.Context, cfg config, s *server) error {
 	ds := []*device{own}
 	defer func() { err = errors.Join(err, stopAll(ds)) }()
 	fill := []string{"--rw=write", "--bs=1m", "--iodepth=4", "--end_fsync=1"}
-	some := []string{"--rw=randwrite", "--bs=4k", "--iodepth=16", "--number_ios=256"}
 	if _, err := own.fio(ctx, fill...); err != nil {
 		return err
 	}
@@ -393,7 +433,7 @@ func benchNBDChain(ctx context.Context, cfg config, s *server) error {
 		if err := own.again(ctx); err != nil {
 			return err
 		}
-		if _, err := own.fio(ctx, some...); err != nil {
+		if err := own.scatter(ctx, writes); err != nil {
 			return err
 		}
 	}
@@ -410,11 +450,11 @@ func benchNBDChain(ctx context.Context, cfg config, s *server) error {
 			ds = append(ds, d)
 			break
 		}
-		job := some
 		if n == 0 {
-			job = fill
+			_, err = d.fio(ctx, fill...)
+		} else {
+			err = d.scatter(ctx, writes)
 		}
-		_, err = d.fio(ctx, job...)
 		if err := errors.Join(err, d.stop()); err != nil {
 			return err
 		}

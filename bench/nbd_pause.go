@@ -5,10 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
-	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -41,21 +38,12 @@ type pauseLoad struct {
 }
 
 // startPauseLoad begins to write to an export of ours.
-func startPauseLoad(cfg config, d *device) (*pauseLoad, error) {
-	nc, err := net.Dial("unix", filepath.Join(cfg.scratch, "data", "nbd.sock"))
+func startPauseLoad(d *device) (*pauseLoad, error) {
+	c, err := d.dial()
 	if err != nil {
 		return nil, err
 	}
-	dialogue, err := nbd.Begin(nc)
-	if err != nil {
-		return nil, errors.Join(err, nc.Close())
-	}
-	_, export, _ := strings.Cut(d.uri, ":///")
-	export, _, _ = strings.Cut(export, "?")
-	l := &pauseLoad{begun: time.Now()}
-	if l.client, err = dialogue.Go(export); err != nil {
-		return nil, errors.Join(err, nc.Close())
-	}
+	l := &pauseLoad{client: c, begun: time.Now()}
 	for i := range l.writers {
 		l.running.Go(func() {
 			if err := l.write(&l.writers[i], uint64(i)); err != nil {
@@ -137,7 +125,7 @@ func benchNBDPause(ctx context.Context, cfg config, s *server) (err error) {
 	var writes int64
 	var busy time.Duration
 	for range cfg.rounds {
-		l, err := startPauseLoad(cfg, d)
+		l, err := startPauseLoad(d)
 		if err != nil {
 			return err
 		}
