@@ -20,6 +20,7 @@ import (
 type codec struct {
 	class  *xapi.Class
 	fields []*xapi.Field
+	index  []int        // of each field in the struct
 	shape  reflect.Type // a struct of pointers to the fields, with their names as JSON tags
 
 	// preset are the maps whose default has members. encoding/json adds to a map that is there.
@@ -41,6 +42,9 @@ func newCodec(c *xapi.Class) *codec {
 			Tag:  reflect.StructTag(`json:"` + f.Name + `"`),
 		})
 		k.fields = append(k.fields, f)
+		k.index = append(k.index, slices.IndexFunc(reflect.VisibleFields(c.GoType), func(sf reflect.StructField) bool {
+			return sf.Tag.Get("xapi") == f.Name
+		}))
 		if f.Type.Kind == xapi.KindMap && reflect.ValueOf(f.Default).Len() > 0 {
 			k.preset = append(k.preset, f)
 		}

@@ -19,8 +19,13 @@ import (
 // The sets and maps of the record that are empty are those of k.model: like all stored records it is never changed.
 func (k *codec) quick(data []byte, previous any) (rec any, ok bool) {
 	v := reflect.New(k.class.GoType)
-	v.Elem().Set(reflect.ValueOf(k.model).Elem())
+	to := v.Elem()
+	to.Set(reflect.ValueOf(k.model).Elem())
 	rec = v.Interface()
+	var from reflect.Value
+	if previous != nil {
+		from = reflect.ValueOf(previous).Elem()
+	}
 	p := parser{data}
 	if !p.skip('{') {
 		return nil, false
@@ -40,7 +45,12 @@ func (k *codec) quick(data []byte, previous any) (rec any, ok bool) {
 		if next == len(k.fields) {
 			return nil, false
 		}
-		if !p.field(k.fields[next], rec, previous) {
+		i := k.index[next]
+		var like string
+		if to.Field(i).Kind() == reflect.String && previous != nil {
+			like = from.Field(i).String()
+		}
+		if !p.field(k.fields[next].Type, to.Field(i), like) {
 			return nil, false
 		}
 		next++
@@ -116,41 +126,37 @@ func (p *parser) word() []byte {
 	return w
 }
 
-// field takes the value of f.
-func (p *parser) field(f *xapi.Field, rec, previous any) bool {
-	switch f.Type.Kind {
+// field takes a value of a type. A text that is like another one shares its bytes.
+func (p *parser) field(t *xapi.Type, to reflect.Value, like string) bool {
+	switch t.Kind {
 	case xapi.KindString, xapi.KindEnum, xapi.KindRef:
 		s, ok := p.quoted()
-		if !ok {
+		switch {
+		case !ok:
 			return false
+		case like == string(s):
+			to.SetString(like)
+		default:
+			to.SetString(string(s))
 		}
-		to := reflect.ValueOf(f.Pointer(rec)).Elem()
-		if previous != nil {
-			if same := reflect.ValueOf(f.Pointer(previous)).Elem().String(); same == string(s) {
-				to.SetString(same)
-				return true
-			}
-		}
-		to.SetString(string(s))
 		return true
 	case xapi.KindInt:
 		w := p.word()
 		n, err := strconv.ParseInt(string(w), 10, 64)
-		*f.Pointer(rec).(*int64) = n
+		to.SetInt(n)
 		return err == nil && string(strconv.AppendInt(nil, n, 10)) == string(w)
 	case xapi.KindFloat:
 		w := p.word()
 		n, err := strconv.ParseFloat(string(w), 64)
-		*f.Pointer(rec).(*float64) = n
+		to.SetFloat(n)
 		return err == nil && json.Valid(w)
 	case xapi.KindBool:
 		w := p.word()
-		*f.Pointer(rec).(*bool) = string(w) == "true"
+		to.SetBool(string(w) == "true")
 		return string(w) == "true" || string(w) == "false"
 	case xapi.KindSet:
 		if bytes.HasPrefix(p.rest, []byte("[]")) {
 			p.rest = p.rest[len("[]"):]
-			to := reflect.ValueOf(f.Pointer(rec)).Elem()
 			if to.Len() > 0 {
 				to.Set(reflect.MakeSlice(to.Type(), 0, 0))
 			}
@@ -159,19 +165,19 @@ func (p *parser) field(f *xapi.Field, rec, previous any) bool {
 	case xapi.KindMap:
 		if bytes.HasPrefix(p.rest, []byte("{}")) {
 			p.rest = p.rest[len("{}"):]
-			if to := reflect.ValueOf(f.Pointer(rec)).Elem(); to.IsNil() || to.Len() > 0 {
+			if to.IsNil() || to.Len() > 0 {
 				to.Set(reflect.MakeMap(to.Type()))
 			}
 			return true
 		}
-		if m, ok := f.Pointer(rec).(*map[string]string); ok {
+		if m, ok := to.Addr().Interface().(*map[string]string); ok {
 			return p.texts(m)
 		}
 	case xapi.KindDateTime:
 		s, ok := p.text()
-		return ok && f.Pointer(rec).(*time.Time).UnmarshalText(s) == nil
+		return ok && to.Addr().Interface().(*time.Time).UnmarshalText(s) == nil
 	}
-	return p.other(f, rec)
+	return p.other(to)
 }
 
 // texts takes a map of strings.
@@ -199,15 +205,15 @@ func (p *parser) texts(to *map[string]string) bool {
 }
 
 // other takes a value of any kind, the common way.
-func (p *parser) other(f *xapi.Field, rec any) bool {
+func (p *parser) other(to reflect.Value) bool {
 	d := json.NewDecoder(bytes.NewReader(p.rest))
-	to := reflect.New(f.Type.GoType()) // what is in the record is shared
-	if d.Decode(to.Interface()) != nil {
+	value := reflect.New(to.Type()) // what is in the record is shared
+	if d.Decode(value.Interface()) != nil {
 		return false
 	}
 	p.rest = p.rest[d.InputOffset():]
-	if v := to.Elem(); v.Kind() != reflect.Slice && v.Kind() != reflect.Map || !v.IsNil() {
-		reflect.ValueOf(f.Pointer(rec)).Elem().Set(v)
+	if v := value.Elem(); v.Kind() != reflect.Slice && v.Kind() != reflect.Map || !v.IsNil() {
+		to.Set(v)
 		return true
 	}
 	return false // null is not written
