@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"math/rand/v2"
+	"sync"
 	"testing"
 	"time"
 
@@ -103,13 +104,16 @@ func random(n int64, seed byte, ranges ...[2]int64) []byte {
 // watched is a volume that notes what is read, and fails when told to.
 type watched struct {
 	storage.Volume
+	mu     sync.Mutex // guards reads
 	reads  []storage.Extent
 	writes []storage.Extent
 	fail   func(off int64) error
 }
 
 func (w *watched) ReadAt(p []byte, off int64) (int, error) {
+	w.mu.Lock()
 	w.reads = append(w.reads, storage.Extent{Off: off, Len: int64(len(p))})
+	w.mu.Unlock()
 	if w.fail != nil {
 		if err := w.fail(off); err != nil {
 			return 0, err

@@ -9,6 +9,7 @@ import (
 	"io"
 	"iter"
 	"strconv"
+	"sync"
 	"time"
 
 	"coppice/internal/storage"
@@ -252,6 +253,78 @@ func (c *chunk) room(n int64) []byte {
 		c.buf = make([]byte, max(n, chunkSize))
 	}
 	return c.buf[:n]
+}
+
+// gather makes chunks of ranges of a disk that stand one behind the other in an
+// image. Those of one chunk are read side by side, because each may have to wait
+// for the device.
+type gather struct {
+	d      *download
+	next   func() (*chunk, error)
+	send   func(*chunk)
+	ranges []gathered // of the chunk that is being gathered
+	n      int64      // its bytes, less than chunkSize
+}
+
+// gathered is n bytes of a disk at off, which stand in a chunk at at.
+type gathered struct{ at, off, n int64 }
+
+// add puts n bytes of the disk at off into the image; no more than chunkSize fit
+// a chunk.
+func (g *gather) add(off, n int64) error {
+	g.ranges = append(g.ranges, gathered{g.n, off, n})
+	if g.n += n; g.n < chunkSize {
+		return nil
+	}
+	return g.flush()
+}
+
+// skip stands for n bytes of the image that are not needed.
+func (g *gather) skip(n int64) error {
+	if err := g.flush(); err != nil {
+		return err
+	}
+	c, err := g.next()
+	if err != nil {
+		return err
+	}
+	c.skip = n
+	g.send(c)
+	return nil
+}
+
+// readers is how many ranges of a chunk are read side by side.
+const readers = 4
+
+// flush sends what has been gathered.
+func (g *gather) flush() error {
+	if g.n == 0 {
+		return nil
+	}
+	c, err := g.next()
+	if err != nil {
+		return err
+	}
+	c.skip, c.data = 0, c.room(g.n)
+	errs := make([]error, min(readers, len(g.ranges)))
+	read := func(reader int) {
+		for i := reader; i < len(g.ranges) && errs[reader] == nil; i += len(errs) {
+			r := g.ranges[i]
+			errs[reader] = g.d.read(c.data[r.at:r.at+r.n], r.off)
+		}
+	}
+	var others sync.WaitGroup
+	for i := range errs[1:] {
+		others.Go(func() { read(1 + i) })
+	}
+	read(0)
+	others.Wait()
+	if err := cmp.Or(errs...); err != nil {
+		return err
+	}
+	g.ranges, g.n = g.ranges[:0], 0
+	g.send(c)
+	return nil
 }
 
 // sendChunks sends what produce makes to w.

@@ -52,32 +52,29 @@ func (q qcow2Image) send(ctx context.Context, w *window, done func(int64)) error
 	}
 	pos := w.pos
 	return sendChunks(ctx, w, done, func(ctx context.Context, next func() (*chunk, error), send func(*chunk)) error {
+		g := gather{d: q.d, next: next, send: send}
 		for run := range q.set.Runs() {
 			for run.Len > 0 {
 				if pos >= w.to {
-					return nil
+					return g.flush()
 				}
-				n := min(chunkSize, run.Len)
+				n := min(chunkSize-g.n, run.Len)
 				if pos < w.from { // whole chunks before the part, at once
 					n = max(n, min(w.from-pos, run.Len)/chunkSize*chunkSize)
 				}
-				c, err := next()
+				var err error
+				if w.needs(pos, n) {
+					err = g.add(run.Off, n)
+				} else {
+					err = g.skip(n)
+				}
 				if err != nil {
 					return err
 				}
-				if w.needs(pos, n) {
-					c.skip, c.data = 0, c.room(n)
-					if err := q.d.read(c.data, run.Off); err != nil {
-						return err
-					}
-				} else {
-					c.skip = n
-				}
 				pos += n
 				run.Off, run.Len = run.Off+n, run.Len-n
-				send(c)
 			}
 		}
-		return nil
+		return g.flush()
 	})
 }

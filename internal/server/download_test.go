@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"coppice/internal/qcow2"
 	"coppice/internal/storage"
 	"coppice/internal/vhd"
 	"coppice/internal/xapi"
@@ -310,6 +311,66 @@ func TestDownloadStorageFails(t *testing.T) {
 		}
 		if out.Len() < 6*mib || int64(out.Len()) >= img.length() {
 			t.Errorf("%s: %d bytes sent", name, out.Len())
+		}
+	}
+}
+
+// Scattered data is read side by side, and stands in the image as it does when
+// only a part of that is sent.
+func TestScatteredQcow2(t *testing.T) {
+	const size = 24 * mib
+	var ranges [][2]int64
+	for off := int64(0); off < size-mib; off += 3 * qcow2.ClusterSize {
+		ranges = append(ranges, [2]int64{off, 4096 + off%qcow2.ClusterSize})
+	}
+	ranges = append(ranges, [2]int64{20 * mib, 3*mib - 4096})
+	v := &watched{Volume: testDisk(t, testRepo(t), 1, random(size, 1, ranges...))}
+	d := downloadOf(nil, v, nil)
+	image := encode(t, planQcow2, d)
+	r, err := qcow2.NewReader(bytes.NewReader(image), qcow2.ReaderOptions{Length: int64(len(image))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, want := make([]byte, size), make([]byte, size)
+	for run, err := r.Next(); err != io.EOF; run, err = r.Next() {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(r, got[run.Off:run.End()]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := v.Volume.ReadAt(want, 0); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Error("not the contents")
+	}
+	img, err := planQcow2(t.Context(), d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := int64(len(image))
+	for _, part := range [][2]int64{{0, 10}, {n / 2, n/2 + 3*mib}, {5*mib + 1, 5*mib + 2}, {n - 70000, n}, {3 * mib, n - mib}} {
+		var out bytes.Buffer
+		w := &window{w: &out, from: part[0], to: part[1]}
+		if err := img.send(t.Context(), w, func(int64) {}); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(out.Bytes(), image[part[0]:part[1]]) {
+			t.Errorf("bytes %d to %d: %d that are others", part[0], part[1], out.Len())
+		}
+	}
+	for i := 0; i < len(ranges)-1; i += 11 {
+		bad := ranges[i]
+		v.fail = func(off int64) error {
+			if off == bad[0]/qcow2.ClusterSize*qcow2.ClusterSize {
+				return errTest
+			}
+			return nil
+		}
+		if err := img.send(t.Context(), whole(io.Discard), func(int64) {}); !errors.Is(err, errTest) {
+			t.Fatalf("byte %d cannot be read: %v", bad[0], err)
 		}
 	}
 }
