@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"math"
 	"math/rand/v2"
@@ -291,15 +292,21 @@ func TestErrorWithinARead(t *testing.T) {
 	if _, err := c.ReadAt(make([]byte, 1<<20), 0); err != nil {
 		t.Errorf("after that: %v", err)
 	}
-	for name, c := range map[string]*Client{"simple": r.connect(wireSimple, "disk"), "one chunk": r.connect(wireStructured, "disk")} {
-		b := make([]byte, 12<<20)
-		flags := uint16(0)
-		if name != "simple" {
-			flags = CmdDF
+	// In one piece: told behind it, and the connection goes on.
+	for _, w := range []wire{wireStructured, wireExtended} {
+		c := r.connect(w, "disk")
+		_, err := c.Read(make([]byte, 12<<20), 0, CmdDF)
+		re, ok := errors.AsType[*RemoteError](err)
+		if !ok || re.Errno != EIO || re.At != 6<<20 {
+			t.Errorf("wire %d: read over damage in one chunk: %#v, want EIO at %d", w, err, 6<<20)
 		}
-		if _, err := c.Read(b, 0, flags); err == nil {
-			t.Errorf("%s: a read over damage succeeded", name)
+		if _, err := c.Read(make([]byte, 6<<20), 0, CmdDF); err != nil {
+			t.Errorf("wire %d: after that: %v", w, err)
 		}
+	}
+	// A simple reply has begun, and can only break off.
+	if _, err := r.connect(wireSimple, "disk").Read(make([]byte, 12<<20), 0, 0); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("simple reply to a read over damage: %v, want the end in the middle", err)
 	}
 }
 

@@ -197,8 +197,9 @@ func (w *worker) readShort(r *request) {
 }
 
 // readWhole answers a long READ with data only, in a simple reply or in one
-// chunk. As that is announced before its later pieces are read, an error in
-// one of those can be told only by ending the connection.
+// chunk. What is longer than a piece is announced before all of it has been
+// read. An error then is told behind the chunk, the rest of which is zeros; a
+// simple reply has no place for it, which leaves ending the connection.
 func (w *worker) readWhole(r *request) {
 	c := w.c
 	left, off := int(r.length), int64(r.off)
@@ -215,23 +216,48 @@ func (w *worker) readWhole(r *request) {
 		return
 	}
 	head := make([]byte, 0, headroom)
-	if c.wire == wireSimple {
+	var end []byte // what follows the data
+	switch {
+	case c.wire == wireSimple:
 		head = appendSimple(head, r.cookie, 0)
-	} else {
+	case left == 0:
 		head = c.wire.appendChunk(head, r, chunkDone, chunkData, 8+int(r.length))
+	default:
+		head = c.wire.appendChunk(head, r, 0, chunkData, 8+int(r.length))
+		end = c.wire.appendChunk(nil, r, chunkDone, chunkNone, 0)
+	}
+	if c.wire != wireSimple {
 		head = binary.BigEndian.AppendUint64(head, r.off)
 	}
 	b = b[headroom-len(head):]
 	copy(b, head)
+	failed := false
 	c.sent(c.out.stream(nil, b, func() []byte {
 		if left == 0 {
-			return nil
+			last := end
+			end = nil
+			return last
 		}
+		if failed {
+			n := min(left, pieceSize)
+			left -= n
+			b := w.grab(n)[headroom:]
+			clear(b)
+			return b
+		}
+		at := off
 		b, err := piece()
-		if err != nil {
-			c.fail(fmt.Errorf("read at %d: %w", off, err))
+		switch {
+		case err == nil:
+		case c.wire == wireSimple:
+			c.fail(fmt.Errorf("read at %d: %w", at, err))
 			c.cut()
 			return nil
+		default:
+			failed = true
+			no := c.blame(r, err)
+			end = c.wire.appendErrorAt(nil, r, no, no.Error(), at)
+			clear(b[headroom:])
 		}
 		return b[headroom:]
 	}))

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/binary"
@@ -201,13 +202,18 @@ func (c *conn) frame(opt uint32, data []byte, w wire) error {
 	return c.reply(opt, repAck, nil)
 }
 
+// validString says whether b is a string as the protocol wants them.
+func validString(b []byte) bool {
+	return len(b) <= maxString && utf8.Valid(b) && bytes.IndexByte(b, 0) < 0
+}
+
 // take cuts a counted string off the front of an option's data.
 func take(data []byte) (s string, rest []byte, ok bool) {
 	if len(data) < 4 {
 		return "", nil, false
 	}
 	n, data := binary.BigEndian.Uint32(data), data[4:]
-	if uint64(n) > uint64(len(data)) || n > maxString || !utf8.Valid(data[:n]) {
+	if uint64(n) > uint64(len(data)) || !validString(data[:n]) {
 		return "", nil, false
 	}
 	return string(data[:n]), data[n:], true
@@ -259,7 +265,7 @@ func (c *conn) infoOrGo(ctx context.Context, opt uint32, data []byte) (done bool
 // exportName opens an export the old way, in which a refusal is the end of
 // the connection.
 func (c *conn) exportName(ctx context.Context, name string, noZeroes bool) error {
-	if len(name) > maxString || !utf8.ValidString(name) {
+	if !validString([]byte(name)) {
 		return errors.New("malformed export name")
 	}
 	if err := c.open(ctx, name); err != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 )
@@ -203,6 +204,20 @@ func TestFloodOfOptions(t *testing.T) {
 		t.Error(err)
 	}
 	c.Abort()
+}
+
+// TestStrings has names that the protocol does not allow.
+func TestStrings(t *testing.T) {
+	_, v := newVolume(t, 1<<20)
+	long := strings.Repeat("x", maxString+1)
+	r := newRig(t, map[string]*Export{"a\x00b": {Device: v}, "a\xffb": {Device: v}, long: {Device: v}}, Options{}, nil)
+	for name := range r.shelf.exports {
+		_, err := r.begin().Info(name)
+		wantRefusal(t, fmt.Sprintf("%.8q", name), err, repErrInvalid)
+		if _, err := r.begin().ExportName(name); !errors.Is(err, io.EOF) {
+			t.Errorf("%.8q by EXPORT_NAME: %v, want the end", name, err)
+		}
+	}
 }
 
 // TestListMany lists more than one reply's worth of memory, and a list that

@@ -87,6 +87,30 @@ func TestTLS(t *testing.T) {
 		t.Error(err)
 	}
 
+	// The end is said over TLS, in either phase.
+	for phase, end := range map[string]func(d *Dialogue) error{
+		"negotiation": func(d *Dialogue) error { _, err := d.Option(optAbort, nil); return err },
+		"transmission": func(d *Dialogue) error {
+			if _, err := d.info(optGo, "disk"); err != nil {
+				return err
+			}
+			_, err := d.nc.Write(wireSimple.appendRequest(nil, request{cmd: cmdDisconnect}))
+			return err
+		},
+	} {
+		d := r.begin()
+		if err := d.StartTLS(t.Context(), client); err != nil {
+			t.Fatal(err)
+		}
+		if err := end(d); err != nil {
+			t.Errorf("%s: %v", phase, err)
+		}
+		if _, err := d.in.ReadByte(); err != io.EOF {
+			t.Errorf("%s: %v behind the last answer, want the end of TLS", phase, err)
+		}
+		d.nc.Close()
+	}
+
 	d = r.begin()
 	if _, err := d.ExportName("disk"); !errors.Is(err, io.EOF) {
 		t.Errorf("export in the clear: %v, want the end", err)

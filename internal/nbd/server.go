@@ -266,9 +266,19 @@ func (c *conn) cut() {
 	_ = c.raw.Close() // fails when it is closed already
 }
 
+// endTLS tells the client, if it uses TLS, that nothing more comes: without
+// that it cannot tell the end from one that somebody in between has made. A
+// client that takes nothing is given the few seconds that crypto/tls has for it.
+func (c *conn) endTLS() {
+	if t, ok := c.nc.(*tls.Conn); ok {
+		_ = t.CloseWrite() // fails when the connection has
+	}
+}
+
 // serve runs the connection from beginning to end.
 func (c *conn) serve() {
 	defer c.cut()
+	defer c.endTLS()
 	defer func() {
 		if p := recover(); p != nil {
 			c.log.Error("nbd: panic", "panic", p, "stack", string(debug.Stack()))
