@@ -199,9 +199,12 @@ func (a *API) eventFrom(ctx context.Context, c *Call, classes []string, token st
 		var told *answer
 		_ = a.db.View(func(tx *db.Tx) error {
 			q.after = a.db.Since(tx, from)
-			if told = a.answer(tx, subs, q, ctx.Err() != nil); told == nil {
-				from = tx.Position() // up to there nothing is of interest
-				q.after = tx.LastChange(classesOf(subs)...)
+			last, even := tx.LastChange(classesOf(subs)...), ctx.Err() != nil
+			if q.after < last || even {
+				told = a.answer(tx, subs, q, even)
+			}
+			if told == nil {
+				from, q.after = tx.Position(), last // up to there nothing is of interest
 			}
 			return nil
 		})

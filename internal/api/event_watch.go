@@ -131,7 +131,7 @@ type watchGroup struct {
 	question
 	subs []subscription
 
-	members int // guarded by the table
+	members int // guarded by the table; of no interest when there is an answer
 
 	// lead has an element while nobody leads. Who takes it waits for the
 	// database on behalf of all, and alone uses seen, the revision up to which
@@ -143,8 +143,8 @@ type watchGroup struct {
 	answer *answer
 }
 
-// join returns the group of those that wait for the answer to q. leave must be
-// called.
+// join returns the group of those that wait for the answer to q. Who does not
+// get it must call leave.
 func (t *watchTable) join(q question, subs []subscription) *watchGroup {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -187,11 +187,11 @@ func (t *watchTable) finish(g *watchGroup, told *answer) {
 // awaitAnswer waits for the answer to a question; nil when ctx ends first.
 func (a *API) awaitAnswer(ctx context.Context, subs []subscription, q question) *answer {
 	g := a.watching.join(q, subs)
-	defer a.watching.leave(g)
 	select {
 	case <-g.done:
-		return g.answer
+		return g.answer // and nobody counts the members any more
 	case <-ctx.Done():
+		a.watching.leave(g)
 		return nil
 	case <-g.lead:
 		return a.leadGroup(ctx, g)
@@ -205,6 +205,7 @@ func (a *API) leadGroup(ctx context.Context, g *watchGroup) *answer {
 	defer func() {
 		if told == nil {
 			g.lead <- struct{}{}
+			a.watching.leave(g)
 		}
 	}()
 	for {

@@ -96,12 +96,22 @@ func jsonMembers(b []byte) (map[string]json.RawMessage, error) {
 	if err := checkJSONDepth(b, MaxDepth+2); err != nil {
 		return nil, err
 	}
-	var members map[string]json.RawMessage
-	if err := json.Unmarshal(b, &members); err != nil {
-		return nil, jsonError(err)
+	if !json.Valid(b) {
+		var v any
+		return nil, jsonError(json.Unmarshal(b, &v))
 	}
-	if members == nil {
+	p := jsonReader{b}
+	if p.next() != '{' {
 		return nil, &SyntaxError{Msg: "message is not an object"}
+	}
+	p.rest = p.rest[1:]
+	members := map[string]json.RawMessage{}
+	for p.next() != '}' {
+		name, err := p.text()
+		if err != nil {
+			return nil, err
+		}
+		members[name] = p.raw()
 	}
 	return members, nil
 }
@@ -143,6 +153,30 @@ func (p *jsonReader) next() byte {
 	return p.rest[0]
 }
 
+// raw takes a value as it is written.
+func (p *jsonReader) raw() json.RawMessage {
+	p.next()
+	whole, depth := p.rest, 0
+	for {
+		switch p.rest[0] {
+		case '"':
+			p.skip()
+		case '[', '{':
+			depth++
+			p.rest = p.rest[1:]
+		case ']', '}':
+			depth--
+			p.rest = p.rest[1:]
+		default:
+			p.word()
+		}
+		if depth == 0 {
+			return json.RawMessage(whole[:len(whole)-len(p.rest)])
+		}
+		p.next()
+	}
+}
+
 func (p *jsonReader) value() (any, error) {
 	switch p.next() {
 	case '"':
@@ -174,12 +208,7 @@ func (p *jsonReader) value() (any, error) {
 		p.rest = p.rest[1:]
 		return object, nil
 	}
-	n := bytes.IndexAny(p.rest, " \t\r\n,]}")
-	if n < 0 {
-		n = len(p.rest)
-	}
-	word := string(p.rest[:n])
-	p.rest = p.rest[n:]
+	word := string(p.word())
 	switch word {
 	case "null":
 		return nil, nil
@@ -189,10 +218,21 @@ func (p *jsonReader) value() (any, error) {
 	return jsonNumber(word)
 }
 
-// text takes a string. What has escapes, or is not ASCII and therefore may not
-// be UTF-8, is left to encoding/json.
-func (p *jsonReader) text() (s string, err error) {
-	plain := true
+// word takes a number, true, false or null.
+func (p *jsonReader) word() []byte {
+	n := bytes.IndexAny(p.rest, " \t\r\n,]}")
+	if n < 0 {
+		n = len(p.rest)
+	}
+	w := p.rest[:n]
+	p.rest = p.rest[n:]
+	return w
+}
+
+// skip takes a string with its quotes. It is plain when it stands for itself:
+// without escapes, and ASCII, so that it is UTF-8.
+func (p *jsonReader) skip() (literal []byte, plain bool) {
+	plain = true
 	for i := 1; ; i++ {
 		switch c := p.rest[i]; {
 		case c == '\\':
@@ -201,17 +241,23 @@ func (p *jsonReader) text() (s string, err error) {
 		case c >= utf8.RuneSelf:
 			plain = false
 		case c == '"':
-			literal := p.rest[:i+1]
+			literal = p.rest[:i+1]
 			p.rest = p.rest[i+1:]
-			if plain {
-				return string(literal[1:i]), nil
-			}
-			if err := json.Unmarshal(literal, &s); err != nil {
-				return "", jsonError(err)
-			}
-			return s, nil
+			return literal, plain
 		}
 	}
+}
+
+// text takes a string. One that is not plain is left to encoding/json.
+func (p *jsonReader) text() (s string, err error) {
+	literal, plain := p.skip()
+	if plain {
+		return string(literal[1 : len(literal)-1]), nil
+	}
+	if err := json.Unmarshal(literal, &s); err != nil {
+		return "", jsonError(err)
+	}
+	return s, nil
 }
 
 func jsonNumber(s string) (any, error) {

@@ -14,12 +14,12 @@ func FuzzJSONValue(f *testing.F) {
 		`["s",1,-1.5e3,true,false,null,{},[],{"a":{"b":[" , : "]},"":0}]`,
 		` { "a" : [ 1 , 2 ] , "a" : "\u00e9\"\\" } `,
 		"[\"\xff\", \"\u00e9\", \"\\ud800\", 18446744073709551615, -0, 0.0]",
-		`12`, `"s"`, `null`,
+		`12`, `"s"`, `null`, ` {"a" : [{"b":"}"}] , "a\u0062":null,"c": 1 } `,
 	} {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if !json.Valid(b) {
+		if !json.Valid(b) || checkJSONDepth(b, MaxDepth) != nil {
 			t.Skip()
 		}
 		dec := json.NewDecoder(bytes.NewReader(b))
@@ -35,6 +35,16 @@ func FuzzJSONValue(f *testing.F) {
 		}
 		if diff := cmp.Diff(want, got); err == nil && diff != "" {
 			t.Errorf("%q: (-want +got)\n%s", b, diff)
+		}
+
+		var members map[string]json.RawMessage
+		err = json.Unmarshal(b, &members)
+		found, failed := jsonMembers(b)
+		if (err != nil || members == nil) != (failed != nil) {
+			t.Fatalf("%q: %v, encoding/json says %v", b, failed, err)
+		}
+		if diff := cmp.Diff(members, found); failed == nil && diff != "" {
+			t.Errorf("members of %q: (-want +got)\n%s", b, diff)
 		}
 	})
 }
