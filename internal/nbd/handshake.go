@@ -388,7 +388,11 @@ func (c *conn) contexts(ctx context.Context, opt uint32, export, query string) (
 	case base:
 		return nil, nil
 	}
-	return c.backend.Contexts(ctx, export, query)
+	names, err := c.backend.Contexts(ctx, export, query)
+	if opt == optSetMetaContext {
+		names = slices.DeleteFunc(names, func(name string) bool { return strings.HasSuffix(name, ":") })
+	}
+	return names, err
 }
 
 // begin ends the time limit of the handshake. It reports whether a stop has

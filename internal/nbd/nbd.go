@@ -113,7 +113,8 @@ type Backend interface {
 
 	// Contexts returns the metadata contexts of an export that a query
 	// selects, beside those of the namespace "base". An empty query selects
-	// all there are, in so far as they can be listed.
+	// all there are. A name that ends in a colon stands for more contexts than
+	// can be listed; clients are told of it, and cannot choose it.
 	Contexts(ctx context.Context, name, query string) ([]string, error)
 
 	// Open attaches an export. contexts are those, out of what Contexts

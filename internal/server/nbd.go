@@ -7,6 +7,7 @@ import (
 	"iter"
 	"log/slog"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -143,8 +144,10 @@ func changedSince(name string) (base string, ok bool) {
 
 func (b *nbdBackend) Contexts(_ context.Context, name, query string) ([]string, error) {
 	base, ok := changedSince(query)
-	if !ok {
-		return nil, nil // any disk can be a base: there is nothing to list
+	if !ok { // any disk can be a base: there are only namespaces to list
+		return slices.DeleteFunc(slices.Clone(changedNamespaces), func(ns string) bool {
+			return !strings.HasPrefix(ns, query) || query != "" && !strings.HasSuffix(query, ":")
+		}), nil
 	}
 	if b.api.NBDComparable(b.client, name, base) != nil {
 		return nil, nil

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 
@@ -206,8 +207,23 @@ func TestNBDSocket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	for query, want := range map[string][]string{
+		"":                   {nbd.ContextAllocation, "coppice:changed:", "qemu:dirty-bitmap:"},
+		"qemu:":              {"qemu:dirty-bitmap:"},
+		"qemu:dirty-bitmap:": {"qemu:dirty-bitmap:"},
+		"qemu":               nil,
+		"other:":             nil,
+	} {
+		queries := []string{query}
+		if query == "" {
+			queries = nil
+		}
+		if got, err := d.ListContexts("rw/"+uuid, queries...); err != nil || !slices.Equal(got, want) {
+			t.Errorf("contexts listed by %q: %q, %v, want %q", query, got, err, want)
+		}
+	}
 	want := []string{nbd.ContextAllocation, "coppice:changed:" + base.(string), "qemu:dirty-bitmap:" + base.(string)}
-	got, err := d.SetContexts("rw/"+uuid, append(want, "coppice:changed:none", "qemu:other")...)
+	got, err := d.SetContexts("rw/"+uuid, append(want, "coppice:changed:none", "qemu:other", "qemu:", "coppice:changed:")...)
 	if err != nil || len(got) != len(want) {
 		t.Fatalf("contexts %q, %v, want %q", got, err, want)
 	}
