@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"errors"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"weak"
@@ -86,15 +87,18 @@ func (x *XMLWriter) Shared(s *Shared, enc func(Encoder) error) error {
 // verbatimAt is the length from which on a text is not copied into the buffer.
 const verbatimAt = 1 << 10
 
-// verbatim writes b as it is.
+// verbatim writes b as it is, in pieces as long as those of the buffer: a slow
+// reader gets time for each.
 func (o *output) verbatim(b []byte) {
 	if len(b) < verbatimAt {
 		o.buf = append(o.buf, b...)
 		return
 	}
 	o.flush()
-	if o.err == nil {
-		_, o.err = o.w.Write(b)
+	for piece := range slices.Chunk(b, flushAt) {
+		if o.err == nil {
+			_, o.err = o.w.Write(piece)
+		}
 	}
 }
 

@@ -94,6 +94,29 @@ func TestSharedText(t *testing.T) {
 	}
 }
 
+// pieceWriter notes the longest piece that it is given.
+type pieceWriter struct{ longest int }
+
+func (w *pieceWriter) Write(p []byte) (int, error) {
+	w.longest = max(w.longest, len(p))
+	return len(p), nil
+}
+
+// A long text goes out in pieces, like what is encoded: for each the client of
+// a server gets time of its own.
+func TestSharedTextInPieces(t *testing.T) {
+	enc := func(e Encoder) error {
+		e.String(strings.Repeat("x", 5*flushAt))
+		return nil
+	}
+	for _, r := range sharedDialects() {
+		var w pieceWriter
+		if err := sharedAnswer(r, &w, NewTextPool(1<<20, 1<<20).New(), enc); err != nil || w.longest > flushAt {
+			t.Errorf("dialect %d: a piece of %d bytes, %v", r.Dialect, w.longest, err)
+		}
+	}
+}
+
 // What there is no room for is written all the same, and an error of the value
 // is one of the answer.
 func TestSharedTextBounds(t *testing.T) {
