@@ -78,7 +78,7 @@ func (o *serveOptions) flags() *flag.FlagSet {
 	fs.StringVar(&o.readyFile, "ready-file", "", "`file` that gets the URLs, one a line, when the server is ready")
 	fs.StringVar(&o.auditLog, "audit-log", "", "`file` to which is appended, as JSON, who did what (default: it is not written)")
 	fs.DurationVar(&o.idle, "transfer-idle", 0, "how long the client of a transfer may neither send nor take a byte; 0 for ever")
-	fs.Func("pull-from", "`networks`, such as 10.0.0.0/8,127.0.0.1, of the servers from which disks can be pulled, or off (default: all but those of this machine and its links)", func(s string) (err error) {
+	fs.Func("pull-from", "`networks`, such as 10.0.0.0/8,127.0.0.1, of the servers from which disks can be pulled, or off (default: all but those of this machine, its links and the metadata services of clouds)", func(s string) (err error) {
 		o.pullFrom, err = remote.ParseNetworks(s)
 		return err
 	})

@@ -118,9 +118,21 @@ func (f Fingerprint) String() string {
 }
 
 // Networks are addresses that may be connected to. Nil stands for all but
-// those of this machine and its links: loopback, link-local (where clouds keep
-// credentials), multicast and unspecified ones.
+// those of this machine and its links: loopback, link-local, multicast and
+// unspecified ones, and the others at which clouds give machines credentials.
 type Networks []netip.Prefix
+
+// cloudMetadata are the addresses of metadata services that are not
+// link-local, as their clouds document them.
+func cloudMetadata() []netip.Addr {
+	return []netip.Addr{
+		netip.MustParseAddr("fd00:ec2::254"),   // AWS, over IPv6
+		netip.MustParseAddr("fd20:ce::254"),    // Google Cloud, over IPv6
+		netip.MustParseAddr("100.100.100.200"), // Alibaba Cloud
+		netip.MustParseAddr("168.63.129.16"),   // Azure, the agents' host
+		netip.MustParseAddr("192.0.0.192"),     // Oracle Cloud Classic
+	}
+}
 
 // ParseNetworks reads addresses and networks such as 10.0.0.0/8, with commas
 // between them. "off" are none.
@@ -148,7 +160,8 @@ func ParseNetworks(s string) (Networks, error) {
 func (n Networks) Allow(a netip.Addr) bool {
 	a = a.Unmap().WithZone("")
 	if n == nil {
-		return a.IsValid() && !a.IsLoopback() && !a.IsLinkLocalUnicast() && !a.IsMulticast() && !a.IsUnspecified()
+		return a.IsValid() && !a.IsLoopback() && !a.IsLinkLocalUnicast() && !a.IsMulticast() && !a.IsUnspecified() &&
+			!slices.Contains(cloudMetadata(), a)
 	}
 	return slices.ContainsFunc(n, func(p netip.Prefix) bool { return p.Contains(a) })
 }

@@ -115,14 +115,14 @@ func TestPull(t *testing.T) {
 	for _, format := range []string{"vhd", "qcow2"} {
 		t.Run(format, func(t *testing.T) {
 			p := newPair(t, straight)
-			contents := random(16*mib, 1, [2]int64{0, 5 * mib}, [2]int64{9 * mib, 4096})
+			contents := random(8*mib, 1, [2]int64{0, 3 * mib}, [2]int64{5 * mib, 4096})
 			disk, _ := p.from.filled(contents)
 			p.from.do("VDI.set_name_label", p.from.session, disk, "data <of> guest")
 			_, first := p.snapshot(disk)
 
 			full := p.pulls(p.args(first, "format", format))
 			want := pulled{VDI: full.VDI, Source: first, Bytes: full.Bytes, Snapshot: true}
-			if full != want || full.Bytes < 5*mib || full.Bytes > 10*mib {
+			if full != want || full.Bytes < 3*mib || full.Bytes > 7*mib {
 				t.Errorf("pull: %+v", full)
 			}
 			p.wantContents(full.VDI, contents)
@@ -132,19 +132,19 @@ func TestPull(t *testing.T) {
 			}
 
 			// What has changed, and a new size.
-			p.from.do("VDI.resize", p.from.session, disk, int64(20*mib))
-			contents = append(contents, make([]byte, 4*mib)...)
-			copy(contents[3*mib+5:], "changed")
-			copy(contents[18*mib:], "behind the old end")
-			clear(contents[mib : 3*mib])
+			p.from.do("VDI.resize", p.from.session, disk, int64(10*mib))
+			contents = append(contents, make([]byte, 2*mib)...)
+			copy(contents[2*mib+5:], "changed")
+			copy(contents[9*mib:], "behind the old end")
+			clear(contents[mib : 2*mib])
 			p.from.upload(disk, "raw", contents)
 			_, second := p.snapshot(disk)
 			delta := p.pulls(p.args(second, "format", format, "vdi", full.VDI))
-			if delta.Base != first || delta.VDI != full.VDI || delta.Bytes > 9*mib {
+			if delta.Base != first || delta.VDI != full.VDI || delta.Bytes > 7*mib {
 				t.Errorf("delta: %+v", delta)
 			}
 			p.wantContents(full.VDI, contents)
-			if got := p.to.do("VDI.get_virtual_size", p.to.session, ref); got != int64(20*mib) {
+			if got := p.to.do("VDI.get_virtual_size", p.to.session, ref); got != int64(10*mib) {
 				t.Errorf("size %v", got)
 			}
 
@@ -152,7 +152,7 @@ func TestPull(t *testing.T) {
 			if again := p.pulls(p.args(second, "format", format, "vdi", ref)); again.Base != second || again.Bytes != 0 {
 				t.Errorf("the same again: %+v", again)
 			}
-			copy(contents[7*mib:], "a little")
+			copy(contents[4*mib:], "a little")
 			p.from.upload(disk, "raw", contents)
 			snap, third := p.snapshot(disk)
 			if little := p.pulls(p.args(snap, "format", format, "vdi", full.VDI)); little.Base != second || little.Bytes > 3*mib {
