@@ -209,6 +209,9 @@ func (r *rig) wantConsistent() {
 	if err != nil {
 		r.t.Fatal(err)
 	}
+	repo.attrs.Lock()
+	stale := repo.attrsStale
+	repo.attrs.Unlock()
 	r.view(func(tx *db.Tx) {
 		var allocated int64
 		for ref, v := range db.All[xapi.VDI](tx) {
@@ -226,7 +229,7 @@ func (r *rig) wantConsistent() {
 				r.t.Errorf("VDI %s is missing", v.UUID)
 			case info.NoData != (v.Type == xapi.VDITypeCBTMetadata):
 				r.t.Errorf("VDI %s: type %s, its volume is without data: %v", v.UUID, v.Type, info.NoData)
-			case !repo.attrsStale && !bytes.Equal(info.Attrs, attrsOf(tx, v).inherit(info.Attrs).encode()):
+			case !stale && !bytes.Equal(info.Attrs, attrsOf(tx, v).inherit(info.Attrs).encode()):
 				r.t.Errorf("VDI %s: the volume says %s, the record %s", v.UUID, info.Attrs, attrsOf(tx, v).inherit(info.Attrs).encode())
 			case len(v.CurrentOperations) > 0:
 				r.t.Errorf("VDI %s has current_operations %v", v.UUID, v.CurrentOperations)

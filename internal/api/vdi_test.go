@@ -24,6 +24,11 @@ type vdiRef = xapi.Ref[xapi.VDI]
 func set[T any](r *rig, ref xapi.Ref[T], change func(*T)) {
 	r.t.Helper()
 	r.update(func(tx *db.Tx) error { return cmpErr(db.Modify(tx, ref, change), r.refreshAll(tx)) })
+	for _, repo := range r.repos.all() { // the volumes are not told
+		repo.attrs.Lock()
+		repo.attrsStale = true
+		repo.attrs.Unlock()
+	}
 }
 
 // refreshAll recomputes the allowed_operations of every object.
