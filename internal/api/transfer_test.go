@@ -220,6 +220,7 @@ func TestImportErrors(t *testing.T) {
 	snap := r.call("VDI.snapshot", disk).(vdiRef)
 	ro := r.disk(1 << 20)
 	set(r, ro, func(v *xapi.VDI) { v.ReadOnly = true })
+	r.syncAttrs(t.Context(), ro) // the volume says so, too
 	attached := r.disk(1 << 20)
 	vbd := r.vbd(r.vm("vm"), attached, "0", "RW")
 	set(r, vbd, func(b *xapi.VBD) { b.CurrentlyAttached = true })
