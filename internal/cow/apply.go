@@ -8,8 +8,8 @@ import (
 
 // apply changes the state in memory as the record of a volume operation says:
 // when the operation is done, and again when the log is replayed. Open changes
-// of the volumes whose contents it fixes go to the batch. The role and mu are
-// held. An error means that nothing was changed.
+// of the volumes whose contents it fixes go to the batch, which has admitted
+// them and r. The role and mu are held. An error means that nothing was changed.
 func (s *Store) apply(b *batch, r *logRecord) error {
 	var vols []*volume // those concerned, in the order of the record
 	want := func(num uint64) error {
@@ -23,7 +23,7 @@ func (s *Store) apply(b *batch, r *logRecord) error {
 	var err error
 	switch r.kind {
 	case recCreate:
-		return s.applyCreate(r)
+		return s.applyCreate(b, r)
 	case recDerive:
 		for _, p := range r.pairs {
 			err = cmp.Or(err, want(p.src))
@@ -47,6 +47,15 @@ func (s *Store) apply(b *batch, r *logRecord) error {
 	for _, v := range slices.Compact(gates) {
 		v.gate.Lock()
 		defer v.gate.Unlock()
+	}
+	n := uint64(r.bytes())
+	for i, v := range vols {
+		if r.kind == recDerive || r.kind == recResize || r.kind == recRevert && i == 1 { // to be sealed
+			n += s.openCost(v, true)
+		}
+	}
+	if err := b.admit(n); err != nil {
+		return err
 	}
 	s.epoch = max(s.epoch, r.epoch)
 	switch r.kind {
@@ -79,9 +88,12 @@ func (s *Store) apply(b *batch, r *logRecord) error {
 	return nil
 }
 
-func (s *Store) applyCreate(r *logRecord) error {
+func (s *Store) applyCreate(b *batch, r *logRecord) error {
 	if s.byNum[r.num] != nil || s.byID[r.id] != nil {
 		return fmt.Errorf("%w: %v", ErrExists, r.id)
+	}
+	if err := b.admit(uint64(r.bytes())); err != nil {
+		return err
 	}
 	v := &volume{num: r.num, id: r.id, attrs: newBlob(r.attrs)}
 	s.nextNum = max(s.nextNum, r.num+1)

@@ -186,16 +186,12 @@ func (s *Store) commitAll() (rest []*volume, err error) {
 	}
 	s.commits.role <- struct{}{}
 	defer func() { <-s.commits.role }()
-	b := &batch{}
-	used := uint64(0)
+	b := &batch{log: &s.log}
 	for _, v := range vols {
-		n := s.openCost(v, false)
-		if s.log.cost(used+n) > s.log.room() {
+		err := s.catch(b, v)
+		if err == errNoRoom {
 			rest = append(rest, v)
-			continue
-		}
-		used += n
-		if err := s.catch(b, v); err != nil {
+		} else if err != nil {
 			return nil, err
 		}
 	}

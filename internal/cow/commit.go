@@ -13,19 +13,33 @@ var errNoRoom = errors.New("log is full")
 // request is something that is to be in the log: the open changes of a
 // volume, or a volume operation.
 type request struct {
-	// cost is how many bytes of records do adds at most.
-	cost func() uint64
-	// do changes the state in memory and adds the records of that. It runs
-	// under the commit role, so between two frames. An error means that
-	// nothing was changed.
+	// do changes the state in memory and adds the records of that, which it
+	// has the batch admit first. It runs under the commit role, so between two
+	// frames. An error means that nothing was changed.
 	do   func(*batch) error
 	done chan error
 }
 
 // batch is what one leader writes.
 type batch struct {
+	log    *redoLog // nil: nothing is written, as what is done is part of a cut or in the log
+	used   uint64   // bytes of records admitted
 	items  []batchItem
 	direct bool // a unit in the space files is named
+}
+
+// admit says that there is no room for n bytes of records with those that the
+// batch has, or counts them. Open changes stay as many as were counted only
+// while the gate of their volume is held.
+func (b *batch) admit(n uint64) error {
+	if b.log == nil {
+		return nil
+	}
+	if b.log.cost(b.used+n) > b.log.room() {
+		return errNoRoom
+	}
+	b.used += n
+	return nil
 }
 
 // batchItem is a record, or a layer that is to become records.
@@ -48,14 +62,14 @@ type committer struct {
 // log is full it waits for a checkpoint, and runs before, which may be nil,
 // again, as at the beginning. A cancel takes the request back or leaves it
 // done.
-func (s *Store) commit(ctx context.Context, before func() error, cost func() uint64, do func(*batch) error) error {
+func (s *Store) commit(ctx context.Context, before func() error, do func(*batch) error) error {
 	for {
 		if before != nil {
 			if err := before(); err != nil {
 				return err
 			}
 		}
-		r := &request{cost: cost, do: do, done: make(chan error, 1)}
+		r := &request{do: do, done: make(chan error, 1)}
 		s.commits.mu.Lock()
 		s.commits.todo = append(s.commits.todo, r)
 		s.commits.mu.Unlock()
@@ -108,23 +122,18 @@ func (s *Store) lead() {
 	todo := s.commits.todo
 	s.commits.todo = nil
 	s.commits.mu.Unlock()
-	b := &batch{}
+	b := &batch{log: &s.log}
 	var waiting []*request
-	used := uint64(0)
 	for _, r := range todo {
 		err := s.failure()
 		if err == nil {
-			n := r.cost()
-			if s.log.cost(used+n) > s.log.room() {
-				err = errNoRoom
-			} else if err = r.do(b); err == nil {
-				used += n
-				waiting = append(waiting, r)
-			}
+			err = r.do(b)
 		}
 		if err != nil {
 			r.done <- err
+			continue
 		}
+		waiting = append(waiting, r)
 	}
 	var err error
 	if len(b.items) > 0 {
@@ -256,7 +265,7 @@ func (l *layer) records(g Geometry, num uint64, limit int, emit func(*logRecord,
 }
 
 // openCost is how many bytes of records the open changes of v take at most,
-// with their contents if inline.
+// with their contents if inline. The gate is held, or more may come.
 func (s *Store) openCost(v *volume, inline bool) uint64 {
 	w := v.view.Load()
 	if w.top == nil {
@@ -270,16 +279,21 @@ func (s *Store) openCost(v *volume, inline bool) uint64 {
 	return n
 }
 
-// sealCost is openCost of what an operation is about to seal, which goes into
-// its frame: not much of it in memory, if it can be helped. The role is held.
-func (s *Store) sealCost(v *volume) uint64 {
+// beforeSeal writes out what an operation is about to seal, as what of it is
+// in memory goes into its frame: little, if it can be helped. The role is held.
+func (s *Store) beforeSeal(vols ...*volume) {
 	for range 4 { // each takes as long as writing what the one before has missed
-		if l, _ := v.open(); l.buffers <= s.limits.DirectMin {
-			break
+		little := true
+		for _, v := range vols {
+			if l, _ := v.open(); l.buffers > s.limits.DirectMin {
+				little = false
+				s.writeOut(v)
+			}
 		}
-		s.writeOut(v)
+		if little {
+			return
+		}
 	}
-	return s.openCost(v, true)
 }
 
 // fewOpen reports whether the open changes of v go well into the frame of an
@@ -319,7 +333,7 @@ func (s *Store) flushVolume(ctx context.Context, v *volume) error {
 			return s.failure()
 		}
 	}
-	return s.commit(ctx, nil, func() uint64 { return s.openCost(v, false) }, func(b *batch) error { return s.catch(b, v) })
+	return s.commit(ctx, nil, func(b *batch) error { return s.catch(b, v) })
 }
 
 // catch takes the open changes of v into a batch. The role is held.
@@ -333,6 +347,11 @@ func (s *Store) catch(b *batch, v *volume) error {
 		v.gate.Unlock()
 		s.mu.Unlock()
 		return nil
+	}
+	if err := b.admit(s.openCost(v, false)); err != nil {
+		v.gate.Unlock()
+		s.mu.Unlock()
+		return err
 	}
 	nv := *w
 	nv.caught, nv.top = w.top, newLayer(w.height)

@@ -51,6 +51,7 @@ func (s *Store) OpenDisk(ctx context.Context, id ID, m Mode) (*Disk, error) {
 	}
 	d := &Disk{s: s, id: id, pinned: true}
 	pin := func(b *batch) error {
+		s.beforeSeal(v)
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		v, err := s.source(id)
@@ -59,6 +60,9 @@ func (s *Store) OpenDisk(ctx context.Context, id ID, m Mode) (*Disk, error) {
 		}
 		v.gate.Lock()
 		defer v.gate.Unlock()
+		if err := b.admit(s.openCost(v, true)); err != nil {
+			return err
+		}
 		d.v = s.derive(b, v, s.nextNum, id, flagReadOnly|flagPin, nil)
 		s.epoch++
 		return nil
@@ -67,7 +71,7 @@ func (s *Store) OpenDisk(ctx context.Context, id ID, m Mode) (*Disk, error) {
 		return d, pin(&batch{})
 	}
 	flush := func() error { return s.flushVolume(ctx, v) }
-	if err := s.commit(ctx, flush, func() uint64 { return s.sealCost(v) }, pin); err != nil {
+	if err := s.commit(ctx, flush, pin); err != nil {
 		return nil, err
 	}
 	return d, nil

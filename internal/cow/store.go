@@ -16,9 +16,10 @@ import (
 
 // Store is an open store. It is safe for concurrent use.
 //
-// Locks, in the order in which they are taken: life, that of a volume for writing out, the commit role, trees, mu, the gate of a volume
-// (several in the order of their numbers), the mutex of a layer, then any of
-// changedMu, waitMu, dropMu, relMu and space.mu, which are leaves. None is held across
+// Locks, in the order in which they are taken: life, the commit role, that of a
+// volume for writing out, trees, mu, the gate of a volume (several in the order
+// of their numbers), the mutex of a layer, then any of changedMu, waitMu, dropMu,
+// relMu and space.mu, which are leaves. None but the first three is held across
 // a sync; life (shared) is held for the length of a call.
 type Store struct {
 	geo    Geometry

@@ -336,6 +336,7 @@ func (s *Store) operate(ctx context.Context, units int64, sources []ID, build fu
 		return err
 	}
 	do := func(b *batch) error {
+		s.beforeSeal(volumes()...)
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		r, err := build()
@@ -355,14 +356,7 @@ func (s *Store) operate(ctx context.Context, units int64, sources []ID, build fu
 		}
 		return s.commitAtCut(ctx, do)
 	}
-	cost := func() uint64 {
-		n := uint64(r.bytes())
-		for _, v := range volumes() {
-			n += s.sealCost(v)
-		}
-		return n
-	}
-	return s.commit(ctx, flush, cost, do)
+	return s.commit(ctx, flush, do)
 }
 
 // Create makes a volume of zeros. It is durable on return, and whole or not

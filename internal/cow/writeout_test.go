@@ -50,7 +50,7 @@ func TestWriteOut(t *testing.T) {
 			clear(want[2*u : 9*u])
 		},
 		"a flush": func(t *testing.T, s *Store, d *Disk, _ []byte) {
-			if err := s.commit(ctx, nil, func() uint64 { return s.openCost(d.v, true) }, func(b *batch) error { return s.catch(b, d.v) }); err != nil {
+			if err := s.commit(ctx, nil, func(b *batch) error { return s.catch(b, d.v) }); err != nil {
 				t.Error(err)
 			}
 		},
@@ -241,6 +241,63 @@ func TestSnapshotWritesOut(t *testing.T) {
 	got := make([]byte, len(want))
 	if _, err := snap.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("wrong contents (%v)", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := checkClean(m); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestGroupSnapshotOfMuch has one volume of a group written to while the open
+// contents of another are written out, with more than the log has room for.
+func TestGroupSnapshotOfMuch(t *testing.T) {
+	ctx := context.Background()
+	const size = 64 << 10
+	contents := [2][]byte{noise(size), noise(size)}
+	var disks [2]*Disk
+	write := func(i int) {
+		for off := 0; off < size; off += 2 << 10 { // small writes stay in memory
+			if _, err := disks[i].WriteAt(contents[i][off:off+2<<10], int64(off)); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	var flushed, writing atomic.Bool
+	onSpace := onSpaceWrite(&writing, func() { write(0) })
+	hook := func(c vfs.Call) error {
+		if c.Name == logName && c.Op == vfs.OpDatasync && flushed.CompareAndSwap(true, false) {
+			write(1) // behind the flush that the snapshot begins with
+			writing.Store(true)
+		}
+		return onSpace(c)
+	}
+	m := vfs.NewMem(0)
+	s, err := Create(ctx, vfs.NewInject(m, nil, hook), tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range disks {
+		disks[i] = newDisk(t, s, byte(i+1), size, nil)
+	}
+	write(1)
+	flushed.Store(true)
+	if _, err := s.Snapshot(ctx, []Pair{{Src: ID{1}, New: ID{3}}, {Src: ID{2}, New: ID{4}}}); err != nil {
+		t.Fatal(err)
+	}
+	if flushed.Load() || writing.Load() {
+		t.Fatal("not all has been written")
+	}
+	for i := range disks {
+		snap, err := s.OpenDisk(ctx, ID{byte(i + 3)}, Live)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, size)
+		if _, err := snap.ReadAt(got, 0); err != nil || !bytes.Equal(got, contents[i]) {
+			t.Errorf("snapshot %d: wrong contents (%v)", i, err)
+		}
 	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
