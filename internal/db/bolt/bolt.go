@@ -212,41 +212,73 @@ func (s *Store) release(tx *bbolt.Tx) {
 	_, _, _ = unix.Syscall(unix.SYS_MADVISE, s.file.Info().Data, uintptr(tx.Size()), unix.MADV_DONTNEED)
 }
 
+// loadRows yields the rows of all classes. The file is read under guard alone, so that nothing refers to it outside.
 func loadRows(ctx context.Context, tx *bbolt.Tx, yield func(db.Row, error) bool) error {
-	classes := tx.Bucket(classBucket)
-	if classes == nil {
-		return fmt.Errorf("%w: no bucket %q", ErrCorrupt, classBucket)
+	var classes *bbolt.Bucket
+	err := guard(func() error {
+		if classes = tx.Bucket(classBucket); classes == nil {
+			return fmt.Errorf("%w: no bucket %q", ErrCorrupt, classBucket)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
 	}
-	var class, ref, data []byte
+	class := ""
 	for c := cursor(classes); ; {
-		err := guard(func() error { class, _ = c(); return nil })
-		if err != nil || class == nil {
+		var rows *bbolt.Bucket
+		err := guard(func() (err error) {
+			name, _ := c()
+			if name == nil {
+				return nil
+			}
+			if class, err = nextKey(class, name); err != nil {
+				return err
+			}
+			if rows = classes.Bucket(name); rows == nil {
+				return fmt.Errorf("%w: %q is not a bucket", ErrCorrupt, class)
+			}
+			return nil
+		})
+		if err != nil || rows == nil {
 			return err
 		}
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		rows := classes.Bucket(class)
-		if rows == nil {
-			return fmt.Errorf("%w: %q is not a bucket", ErrCorrupt, class)
-		}
+		ref := ""
 		for c := cursor(rows); ; {
-			err := guard(func() error {
-				ref, data = c()
-				data = bytes.Clone(data) // inside the guard, as it reads the file
-				return nil
+			row, more := db.Row{Class: class}, false
+			err := guard(func() (err error) {
+				key, data := c()
+				if key == nil {
+					return nil
+				}
+				more = true
+				ref, err = nextKey(ref, key)
+				row.Ref, row.Data = ref, bytes.Clone(data)
+				return err
 			})
 			if err != nil {
 				return err
 			}
-			if ref == nil {
+			if !more {
 				break
 			}
-			if !yield(db.Row{Class: string(class), Ref: string(ref), Data: data}, nil) {
+			if !yield(row, nil) {
 				return errStopped
 			}
 		}
 	}
+}
+
+// nextKey returns the key of a bucket that comes after another one. Keys ascend, so that no damage of a file makes a
+// bucket endless.
+func nextKey(after string, key []byte) (string, error) {
+	if string(key) <= after {
+		return "", fmt.Errorf("%w: a key of %d bytes is out of order", ErrCorrupt, len(key))
+	}
+	return string(key), nil
 }
 
 // cursor returns a function that returns one key and value of a bucket after the other, then nil.

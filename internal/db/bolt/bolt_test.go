@@ -3,6 +3,7 @@ package bolt_test
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -299,5 +300,72 @@ func TestDamage(t *testing.T) {
 	}
 	if failures == 0 {
 		t.Error("no damage was found")
+	}
+}
+
+// TestDamagedKeys makes the first key of each leaf reach beyond the file, and the second one the same as the first: either
+// is found while rows are loaded, if not before.
+func TestDamagedKeys(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "db")
+	s := open(t, path)
+	var b db.Batch
+	for i := range 300 {
+		b.Rows = append(b.Rows, db.Row{Class: "VDI", Ref: strconv.Itoa(i), Data: make([]byte, 100)})
+	}
+	if err := errors.Join(s.Commit(t.Context(), b), s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	whole, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const ( // of bbolt's pages
+		flags, leaf     = 8, 2
+		count           = 10
+		header, element = 16, 16
+		pos, size       = 4, 8 // in an element
+	)
+	load := func(data []byte) error {
+		path := filepath.Join(dir, "bad")
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s, err := bolt.Open(path)
+		if err != nil {
+			return err
+		}
+		_, rows, err := s.Load(t.Context())
+		if err != nil {
+			return errors.Join(err, s.Close())
+		}
+		for _, err = range rows {
+			if err != nil {
+				break
+			}
+		}
+		return errors.Join(err, s.Close())
+	}
+	long, again := 0, 0
+	for at := 0; at < len(whole); at += os.Getpagesize() {
+		if whole[at+flags] != leaf || whole[at+count] < 3 {
+			continue
+		}
+		first := at + header
+		bad := bytes.Clone(whole)
+		binary.LittleEndian.PutUint32(bad[first+size:], 1<<24)
+		if errors.Is(load(bad), bolt.ErrCorrupt) {
+			long++
+		}
+		bad = bytes.Clone(whole)
+		second := first + element
+		binary.LittleEndian.PutUint32(bad[second+pos:], binary.LittleEndian.Uint32(bad[first+pos:])-element)
+		copy(bad[second+size:], bad[first+size:first+element])
+		if errors.Is(load(bad), bolt.ErrCorrupt) {
+			again++
+		}
+	}
+	if long == 0 || again == 0 {
+		t.Errorf("%d keys that are too long and %d that come twice were found", long, again)
 	}
 }
