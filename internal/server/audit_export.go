@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"os"
 	"strconv"
 	"time"
 
@@ -17,8 +16,7 @@ import (
 )
 
 // auditLog sends the audit log as it is now, with the parameter since from its
-// first entry that is not older. What has been renamed away by a rotation is
-// not part of it.
+// first entry that is not older, with what a rotation has renamed away.
 func (s *Server) auditLog(w http.ResponseWriter, r *request) {
 	session, release, err := s.session(r)
 	if err != nil {
@@ -47,20 +45,13 @@ func (s *Server) auditLog(w http.ResponseWriter, r *request) {
 		if err := begin(w, conn, http.StatusOK, head(http.StatusOK, string(x.Task), "text/plain; charset=utf-8", lines...)); err != nil {
 			return &clientError{err}
 		}
-		n, err := io.Copy(conn, io.LimitReader(log, length))
-		if err == nil && n < length {
-			return fmt.Errorf("the audit log has become shorter: %w", io.ErrUnexpectedEOF)
-		}
-		if err != nil {
-			return &clientError{err}
-		}
-		return nil
+		return log.send(ctx, toClient{conn})
 	})
 }
 
 // openAuditLog opens the log where a request wants it to begin, and says how
 // many bytes there are from there.
-func (s *Server) openAuditLog(ctx context.Context, r *request) (_ *os.File, length int64, err error) {
+func (s *Server) openAuditLog(ctx context.Context, r *request) (_ auditLogs, length int64, err error) {
 	if s.audit == nil {
 		return nil, 0, &statusError{http.StatusNotFound, xapi.NewError(xapi.ErrOperationNotAllowed,
 			"This server keeps no audit log; it does with serve --audit-log")}
@@ -71,27 +62,14 @@ func (s *Server) openAuditLog(ctx context.Context, r *request) (_ *os.File, leng
 			return nil, 0, &statusError{http.StatusBadRequest, xapi.NewError(xapi.ErrInvalidValue, "since", text)}
 		}
 	}
-	f, err := os.Open(s.audit.file.path)
+	logs, err := openAuditLogs(s.audit.file.path)
 	if err != nil {
 		return nil, 0, fmt.Errorf("audit log: %w", err)
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, f.Close())
-		}
-	}()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, 0, fmt.Errorf("audit log: %w", err)
+	if length, err = logs.since(ctx, since); err != nil {
+		return nil, 0, errors.Join(err, logs.Close())
 	}
-	from := int64(0)
-	if !since.IsZero() {
-		if from, err = entriesSince(ctx, io.NewSectionReader(f, 0, info.Size()), since); err != nil {
-			return nil, 0, fmt.Errorf("audit log: %w", err)
-		}
-	}
-	_, err = f.Seek(from, io.SeekStart)
-	return f, info.Size() - from, err
+	return logs, length, nil
 }
 
 // entriesSince returns where the first entry begins that is not older than a
