@@ -90,9 +90,12 @@ func row(name, value string) { fmt.Printf("  %-56s %s\n", name, value) }
 
 // startAPI starts a server on dir and says how long it took until it answered.
 func startAPI(ctx context.Context, cfg config, dir string) (*server, time.Duration, error) {
+	// Like an operator's, the file stays as it is from start to start.
 	pw := filepath.Join(cfg.scratch, "password")
-	if err := os.WriteFile(pw, []byte(password+"\n"), 0o600); err != nil {
-		return nil, 0, err
+	if _, err := os.Stat(pw); err != nil {
+		if err := os.WriteFile(pw, []byte(password+"\n"), 0o600); err != nil {
+			return nil, 0, err
+		}
 	}
 	const address = "127.0.0.1:18090"
 	log, err := os.OpenFile(filepath.Join(cfg.scratch, "api.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)

@@ -26,6 +26,9 @@ func (d dataDir) nbdSocket() string    { return filepath.Join(string(d), "nbd.so
 // passwordFile is the name of the file with root's password verifier.
 const passwordFile = "root.password"
 
+// passwordSource is the name of the file that tells from which file of the operator's that verifier is.
+const passwordSource = "root.password.source"
+
 // dataFlag is the value of --data as the user may leave it: empty means the
 // default place.
 func (e env) dataDir(flagValue string) (dataDir, error) {

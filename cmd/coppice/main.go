@@ -20,6 +20,8 @@
 //	sr/             one directory for each other repository that was given no place of its own
 //	tls/            cert.pem and key.pem, made at the first start unless --tls-cert names others
 //	root.password   argon2id verifier of root's password, mode 0600
+//	root.password.source
+//	                which state of which --admin-password-file that verifier is of
 //	users.json      the users beside root with their verifiers, mode 0600
 //	coppice.sock    Unix socket; processes of the same user need no password there
 //

@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
+	"runtime"
 	"strings"
 
 	"coppice/internal/api"
@@ -15,8 +15,9 @@ import (
 // rootPassword is what a start knows of root's password.
 type rootPassword struct {
 	verifier string
-	created  string // the password itself, when this start made it up
-	kept     bool   // the verifier is in the data directory already
+	created  string        // the password itself, when this start made it up
+	kept     bool          // the verifier is in the data directory already
+	compared *passwordFrom // the operator's file, when its password has been compared with the verifier or made it
 }
 
 // findPassword takes the password from passwordPath when the operator names a
@@ -29,22 +30,25 @@ func findPassword(dir vfs.FS, passwordPath string) (rootPassword, error) {
 		return rootPassword{}, err
 	}
 	if passwordPath != "" {
-		b, err := os.ReadFile(passwordPath)
+		from, err := readPasswordFile(passwordPath)
 		if err != nil {
 			return rootPassword{}, fmt.Errorf("--admin-password-file: %w", err)
 		}
-		password := strings.TrimRight(string(b), "\r\n")
-		if password == "" {
-			return rootPassword{}, fmt.Errorf("--admin-password-file: %s is empty", passwordPath)
-		}
-		if api.PasswordMatches(verifier, password) {
+		if from.gave(dir, verifier) {
 			return rootPassword{verifier: verifier, kept: true}, nil
 		}
-		return rootPassword{verifier: api.HashPassword(password)}, nil
+		defer runtime.GC() // see below
+		if api.PasswordMatches(verifier, from.password) {
+			return rootPassword{verifier: verifier, kept: true, compared: from}, nil
+		}
+		return rootPassword{verifier: api.HashPassword(from.password), compared: from}, nil
 	}
 	if verifier != "" {
 		return rootPassword{verifier: verifier, kept: true}, nil
 	}
+	// To hash a password takes 64 MiB. The collector lets the heap grow by a multiple of what it finds in use, and is not
+	// to find these.
+	defer runtime.GC()
 	created := newPassword()
 	return rootPassword{verifier: api.HashPassword(created), created: created}, nil
 }

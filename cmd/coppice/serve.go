@@ -203,15 +203,13 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 	if i.password, err = findPassword(dir, o.passwordFile); err != nil {
 		return nil, err
 	}
-	// To check a password takes 64 MiB. The collector lets the heap grow by a multiple of what it finds in use, and is not
-	// to find these.
-	runtime.GC()
 	if i.cert, err = o.certificate(data); err != nil {
 		return nil, err
 	}
 	i.cert.OnReloadError(func(err error) { log.Error("the TLS certificate is the one of before", "err", err) })
 	i.background.Go(func() { reportCertificate(log, i.cert) })
-	opened(func() error { i.background.Wait(); return nil })
+	running, stop := context.WithCancel(ctx)
+	opened(func() error { stop(); i.background.Wait(); return nil })
 	if i.endpoints, err = o.addresses.listen(ctx, i.cert.TLS(), data.socket()); err != nil {
 		return nil, err
 	}
@@ -260,6 +258,11 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 	if err := i.password.keep(dir); err != nil {
 		return nil, data.explain(err)
 	}
+	i.background.Go(func() {
+		if err := i.password.remember(running, dir); err != nil {
+			log.Warn("the next start compares the password again", "err", err)
+		}
+	})
 	disks := server.NewNBD(a, log, o.grace)
 	i.nbd.serve(disks, i.cert)
 	opened(disks.Close)
