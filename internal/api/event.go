@@ -39,8 +39,11 @@ func eventMethods() map[string]any {
 const (
 	// eventQuiet is how long nothing must follow the commit that woke a waiting
 	// call before the call answers, and eventPause how long it collects at most
-	// what does follow: a single change is told at once, and of many in a row
-	// clients hear as often as they can bear.
+	// what does follow: of many changes in a row clients hear as often as they
+	// can bear. A change that was alone for eventQuiet before is told after
+	// eventBrief, in which whoever made it gets his own answer: behind those of
+	// hundreds of watchers it would be late.
+	eventBrief = 500 * time.Microsecond
 	eventQuiet = 2 * time.Millisecond
 	eventPause = 50 * time.Millisecond
 	// eventLongest bounds the timeout of a client.
@@ -249,13 +252,18 @@ func (a *API) awaitChange(ctx context.Context, subs []subscription, seen uint64)
 		return
 	}
 	classes := classesOf(subs)
+	begun := time.Now()
 	if a.db.Wait(ctx, seen, classes...) != nil {
 		return
+	}
+	pause := eventQuiet
+	if time.Since(begun) >= eventQuiet {
+		pause = eventBrief
 	}
 	ctx, cancel := context.WithTimeout(ctx, eventPause)
 	defer cancel()
 	for more := true; more; {
-		quiet, cancel := context.WithTimeout(ctx, eventQuiet)
+		quiet, cancel := context.WithTimeout(ctx, pause)
 		more = a.db.Wait(quiet, a.db.Revision(), classes...) == nil
 		cancel()
 	}

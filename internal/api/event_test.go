@@ -174,21 +174,31 @@ func TestEventFromWaits(t *testing.T) {
 	})
 }
 
-// A change is told at once; of many in a row a call collects some.
+// A change that is alone is told soon; of many in a row a call collects some.
 func TestEventFromCollects(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCore(t)
 		token := c.from("", 0, "pool").Token
 		for _, test := range []struct {
+			calm    time.Duration // until the first one
 			changes int           // one a millisecond
 			want    time.Duration // from the first one
-		}{{1, eventQuiet}, {10, 9*time.Millisecond + eventQuiet}, {200, eventPause}} {
+		}{
+			{eventQuiet, 1, eventBrief},
+			{eventQuiet, 200, eventBrief},
+			{eventQuiet - 1, 1, eventQuiet},
+			{time.Millisecond, 10, 9*time.Millisecond + eventQuiet},
+			{time.Millisecond, 200, eventPause},
+		} {
 			begin := time.Now()
 			done := make(chan struct{})
 			go func() {
 				defer close(done)
+				time.Sleep(test.calm)
 				for i := range test.changes {
-					time.Sleep(time.Millisecond)
+					if i > 0 {
+						time.Sleep(time.Millisecond)
+					}
 					c.call("pool.set_name_label", c.pool, strconv.Itoa(i)+" of "+strconv.Itoa(test.changes))
 				}
 			}()
@@ -196,7 +206,7 @@ func TestEventFromCollects(t *testing.T) {
 			if got, want := summary(batch), "mod pool "+string(c.pool); got != want {
 				t.Errorf("%d changes: got %s, want %s", test.changes, got, want)
 			}
-			if d := time.Since(begin) - time.Millisecond; d != test.want {
+			if d := time.Since(begin) - test.calm; d != test.want {
 				t.Errorf("%d changes: told after %v, want %v", test.changes, d, test.want)
 			}
 			<-done

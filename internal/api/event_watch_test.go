@@ -196,8 +196,8 @@ func TestWatchersOutliveWhoLeads(t *testing.T) {
 			all.Go(func() {
 				time.Sleep(time.Duration(i)) // in this order
 				batch := c.from(token, wait.Seconds(), "pool")
-				took, heard := time.Since(begin).Round(time.Millisecond), len(batch.Events)
-				if wait < 10*time.Second && (heard != 0 || took != wait) || wait > 10*time.Second && (heard != 1 || took != 10*time.Second+eventQuiet) {
+				took, heard := time.Since(begin).Truncate(eventBrief), len(batch.Events)
+				if wait < 10*time.Second && (heard != 0 || took != wait) || wait > 10*time.Second && (heard != 1 || took != 10*time.Second+eventBrief) {
 					t.Errorf("%d events after %v of %v", heard, took, wait)
 				}
 			})
