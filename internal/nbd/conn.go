@@ -23,7 +23,9 @@ import (
 //
 // A client that waits for each answer gains nothing from a second goroutine.
 // When nothing else has arrived beside its last few requests, the leader does
-// the slow ones as well, and the timer that watches it runs slower.
+// the slow ones as well, and the timer that watches it runs slower. So it does
+// with flushes, beside which only more flushes have been heard lately: a client
+// that keeps a queue full waits for the first of them, and sends many.
 //
 // Expectations fail. While the leader works on a request of its own, a timer
 // watches; if it is still at the same one after a tick, another goroutine takes
@@ -51,6 +53,7 @@ type transmission struct {
 	flying   atomic.Int32
 	paces    [classes]pace
 	out      sender
+	flushes  flushes
 	workers  sync.WaitGroup
 	fault    atomic.Pointer[error] // why the connection ends
 	dense    atomic.Int64          // long reads since one that met a hole
@@ -274,26 +277,38 @@ func (c *conn) dispatch(w *worker, r *request) (mine bool) {
 		w.count++
 		return true
 	}
+	c.flushes.heard(r)
 	if r.cmd == cmdWrite && n > pieceSize {
 		w.flush()
 		w.writeLong(r)
 		return true
 	}
+	if r.cmd == cmdFlush && c.flushes.join(r) {
+		c.notice(false)
+		return true
+	}
 	class := r.class()
 	cost := bufferSize(int(min(n+c.returns(r), pieceSize)))
-	if c.parallel(class) && c.srv.memory.take(cost) {
+	if c.parallel(class) && !c.keepsFlush(r) && c.srv.memory.take(cost) {
 		x := &worker{c: c, held: cost}
-		heard := c.heard.Load()
+		heard, others := c.heard.Load(), c.flushes.others.Load()
 		p, err := x.receive(w, int(n))
 		if err != nil {
 			x.finish()
 			return true
 		}
+		flushing := r.cmd == cmdFlush && c.flushes.begin()
 		c.flying.Add(1)
 		c.workers.Go(func() {
 			c.timed(x, r, p, class)
 			c.notice(c.heard.Load() == heard)
+			if flushing {
+				c.flushes.notice(c.flushes.others.Load() == others)
+			}
 			c.sent(c.out.post(x.out))
+			if flushing {
+				x.flushOthers()
+			}
 			x.finish()
 			c.flying.Add(-1)
 		})
@@ -341,10 +356,21 @@ func (c *conn) interval() time.Duration {
 
 // timed works on a request and returns how long that took.
 func (c *conn) timed(w *worker, r *request, p []byte, class int) time.Duration {
+	idle := false // a flush with nothing to do: it tells nothing about the next
+	switch {
+	case r.cmd == cmdFlush:
+		idle = !c.flushes.changed.Swap(false)
+	case r.cmd != cmdRead:
+		c.flushes.changed.Store(true)
+	}
 	begun := time.Now()
 	w.do(r, p)
 	took := time.Since(begun)
-	if class != classLongRead { // of which most may be sending: readPiece takes the time
+	if idle && took >= worth(class) { // somebody else had written
+		idle = false
+		c.flushes.changed.Store(true)
+	}
+	if class != classLongRead && !idle { // of long reads most may be sending: readPiece takes the time
 		c.note(class, took)
 	}
 	return took
@@ -395,7 +421,8 @@ func (w *worker) discard(n int64) {
 // inline works on a request in the leader. It returns false when the lead was
 // taken from it meanwhile.
 func (c *conn) inline(w *worker, r *request, p []byte, class int, cost int64) (mine bool) {
-	if class == classLongRead || class == classSync {
+	idle := r.cmd == cmdFlush && !c.flushes.changed.Load()
+	if class == classLongRead || class == classSync && !idle {
 		w.flush() // do sends by itself, or takes its time
 	}
 	w.ready = w.out
@@ -418,6 +445,10 @@ func (c *conn) inline(w *worker, r *request, p []byte, class int, cost int64) (m
 		return false
 	}
 	w.count++
+	if r.cmd == cmdFlush && !idle {
+		c.flushes.behind = c.in.Buffered() > 0 || c.raw.readable()
+		c.flushes.notice(true) // until it is known what is behind
+	}
 	if c.alone() && took >= worth(class) && (class == classLongRead || c.raw.readable()) {
 		c.notice(false) // or, as a long read is sent already, one cannot tell
 	}

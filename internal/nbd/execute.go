@@ -386,6 +386,7 @@ func (w *worker) sendData(r *request, flags uint16, off int64, n int, b []byte) 
 func (w *worker) writeLong(r *request) {
 	c := w.c
 	left, off := int(r.length), int64(r.off)
+	c.flushes.changed.Store(true)
 	var failed error
 	for left > 0 {
 		n := min(left, pieceSize)
