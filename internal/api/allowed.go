@@ -2,6 +2,7 @@ package api
 
 import (
 	"slices"
+	"sync"
 
 	"coppice/internal/db"
 	"coppice/internal/xapi"
@@ -95,18 +96,18 @@ func (a *API) restoreAllowed(tx *db.Tx) error {
 		facts[ref] = factsOfSR(tx, ref)
 	}
 	return cmpErr(
-		db.RestoreEach(tx, func(ref xapi.Ref[xapi.VDI], v *xapi.VDI) {
-			v.AllowedOperations = a.lists.vdi.shared(a.diskFactsOn(tx, facts[v.SR], ref, v, xapi.NullRef).allowed(tx))
-		}),
-		db.RestoreEach(tx, func(ref xapi.Ref[xapi.VM], vm *xapi.VM) {
-			vm.AllowedOperations = a.lists.vm.shared(a.allowedVMOps(tx, ref))
-		}),
-		db.RestoreEach(tx, func(_ xapi.Ref[xapi.VBD], b *xapi.VBD) {
-			b.AllowedOperations = a.lists.vbd.shared(allowedVBDOps(tx, b))
-		}),
-		db.RestoreEach(tx, func(ref xapi.Ref[xapi.SR], sr *xapi.SR) {
-			sr.AllowedOperations = a.allowedSROps(tx, ref)
-		}),
+		db.RestoreEach(tx, func(tx *db.Tx, ref xapi.Ref[xapi.VDI], v *xapi.VDI) []xapi.VDIOperations {
+			return a.lists.vdi.shared(a.diskFactsOn(tx, facts[v.SR], ref, v, xapi.NullRef).allowed(tx))
+		}, func(v *xapi.VDI, allowed []xapi.VDIOperations) { v.AllowedOperations = allowed }),
+		db.RestoreEach(tx, func(tx *db.Tx, ref xapi.Ref[xapi.VM], _ *xapi.VM) []xapi.VMOperations {
+			return a.lists.vm.shared(a.allowedVMOps(tx, ref))
+		}, func(vm *xapi.VM, allowed []xapi.VMOperations) { vm.AllowedOperations = allowed }),
+		db.RestoreEach(tx, func(tx *db.Tx, _ xapi.Ref[xapi.VBD], b *xapi.VBD) []xapi.VBDOperations {
+			return a.lists.vbd.shared(allowedVBDOps(tx, b))
+		}, func(b *xapi.VBD, allowed []xapi.VBDOperations) { b.AllowedOperations = allowed }),
+		db.RestoreEach(tx, func(tx *db.Tx, ref xapi.Ref[xapi.SR], _ *xapi.SR) []xapi.StorageOperations {
+			return a.allowedSROps(tx, ref)
+		}, func(sr *xapi.SR, allowed []xapi.StorageOperations) { sr.AllowedOperations = allowed }),
 	)
 }
 
@@ -119,12 +120,16 @@ type operationLists struct {
 }
 
 // operationList holds different lists; there are few, because they follow from
-// a handful of rules. It is used in transactions that change the database,
-// of which there is one at a time.
-type operationList[O ~string] struct{ all [][]O }
+// a handful of rules.
+type operationList[O ~string] struct {
+	mu  sync.Mutex
+	all [][]O
+}
 
 // shared returns the list that says the same as l.
 func (s *operationList[O]) shared(l []O) []O {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for _, known := range s.all {
 		if slices.Equal(known, l) {
 			return known

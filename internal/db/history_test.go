@@ -159,9 +159,9 @@ func TestSettle(t *testing.T) {
 	})
 	d := open(t, s)
 	restore := func(tx *db.Tx) error {
-		return db.RestoreEach(tx, func(ref xapi.Ref[xapi.VDI], v *xapi.VDI) {
-			v.AllowedOperations = map[xapi.Ref[xapi.VDI]][]xapi.VDIOperations{"same": {"copy"}, "other": {"clone"}, "busy": {"copy"}}[ref]
-		})
+		return db.RestoreEach(tx, func(_ *db.Tx, ref xapi.Ref[xapi.VDI], _ *xapi.VDI) []xapi.VDIOperations {
+			return map[xapi.Ref[xapi.VDI]][]xapi.VDIOperations{"same": {"copy"}, "other": {"clone"}, "busy": {"copy"}}[ref]
+		}, func(v *xapi.VDI, allowed []xapi.VDIOperations) { v.AllowedOperations = allowed })
 	}
 	err := d.Settle(context.Background(), func(tx *db.Tx) error {
 		return cmpErr(rename("none", "4099")(tx), restore(tx))

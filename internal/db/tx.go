@@ -209,29 +209,6 @@ func (tx *Tx) DeleteAny(c *xapi.Class, ref string) error {
 	return nil
 }
 
-// RestoreEach has fn bring back, in the record of each object of a class, what does not survive a restart, other than
-// current_operations. The objects do not count as modified, unless they have been since the database was opened. Only
-// the function of Settle may call it, and what it has changed stays when Settle fails.
-func (tx *Tx) RestoreEach(c *xapi.Class, fn func(ref string, rec any)) error {
-	if tx.settling == 0 {
-		return ErrReadTx
-	}
-	var newer []*object
-	tx.table(c).objects.Scan(func(ref string, o *object) bool {
-		o.verify()
-		fn(ref, o.rec)
-		o.seal = sealOf(o.rec)
-		if o.modified >= tx.settling { // what the history says of it is from before
-			newer = append(newer, o)
-		}
-		return true
-	})
-	for _, o := range newer {
-		tx.replace(tx.own(c), o, o.rec)
-	}
-	return nil
-}
-
 // replace stores rec as the new version of old.
 func (tx *Tx) replace(t *table, old *object, rec any) {
 	t.put(&object{

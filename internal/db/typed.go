@@ -66,11 +66,6 @@ func Modify[T any](tx *Tx, r xapi.Ref[T], fn func(*T)) error {
 	return tx.ModifyAny(xapi.ClassOf[T](), string(r), func(rec any) { fn(rec.(*T)) })
 }
 
-// RestoreEach brings back what does not survive a restart of the objects of a class; see Tx.RestoreEach.
-func RestoreEach[T any](tx *Tx, fn func(xapi.Ref[T], *T)) error {
-	return tx.RestoreEach(xapi.ClassOf[T](), func(ref string, rec any) { fn(xapi.Ref[T](ref), rec.(*T)) })
-}
-
 // Delete removes an object; see Tx.DeleteAny.
 func Delete[T any](tx *Tx, r xapi.Ref[T]) error {
 	return tx.DeleteAny(xapi.ClassOf[T](), string(r))
