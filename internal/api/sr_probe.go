@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"encoding/xml"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -28,7 +29,7 @@ func srProbeMethods() map[string]any {
 // probe finds the SRs that a device configuration leads to, sorted by UUID:
 // those with a PBD that says the same, or else the one that the volumes there
 // remember. Its space is that of the store; nil when it is not looked at,
-// because the SR is attached and its record knows.
+// because the SR is attached and its record knows, or there is no store.
 func (a *API) probe(ctx context.Context, host xapi.Ref[xapi.Host], config map[string]string, typ string) (uuids []string, space *storage.Usage, err error) {
 	drv, err := a.driver(typ)
 	if err != nil {
@@ -66,10 +67,13 @@ func (a *API) probe(ctx context.Context, host xapi.Ref[xapi.Host], config map[st
 }
 
 // readStore notes which SRs the store at a configuration says it is, and
-// returns its space.
+// returns its space. Where there is no store there is neither.
 func readStore(ctx context.Context, drv storage.Driver, config map[string]string, found map[string]bool) (*storage.Usage, error) {
 	r, err := drv.Open(ctx, config, false)
-	if err != nil {
+	switch {
+	case errors.Is(err, storage.ErrNoRepo):
+		return nil, nil
+	case err != nil:
 		return nil, err
 	}
 	// A mark that cannot be read leaves what the volumes say.

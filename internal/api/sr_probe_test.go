@@ -32,6 +32,23 @@ func TestSRProbeExt(t *testing.T) {
 		probe(xapi.SRHealthUnavailable, "second")
 		r.call("SR.forget", string(sr))
 		probe(xapi.SRHealthHealthy, "")
+
+		drv, err := r.API.driver(r.driver.Type)
+		if err := cmpErr(err, drv.Destroy(t.Context(), config)); err != nil {
+			t.Fatal(err)
+		}
+		all := r.call("SR.probe_ext", r.host, config, r.driver.Type, map[string]string{}).([]*xapi.ProbeResult)
+		if len(all) != 1 || all[0].SR != nil || !all[0].Complete {
+			t.Errorf("where there is no store: %+v", all)
+		}
+		if list := r.call("SR.probe", r.host, config, r.driver.Type, map[string]string{}); list != "<SRlist></SRlist>" {
+			t.Errorf("where there is no store: %s", list)
+		}
+		sr = r.call("SR.introduce", uuid, "again", "", r.driver.Type, "user", false).(xapi.Ref[xapi.SR])
+		again := r.call("PBD.create", map[string]any{"host": string(r.host), "SR": string(sr), "device_config": wireOf(config)}).(xapi.Ref[xapi.PBD])
+		if _, err := r.try(r.root, "PBD.plug", string(again)); code(err) != "SR_BACKEND_FAILURE_47" {
+			t.Errorf("plugging what is gone: %v", err)
+		}
 	})
 }
 
