@@ -145,6 +145,7 @@ var sentences = map[string]string{
 	xapi.ErrMessageDeprecated:             "This message has been deprecated.",
 	xapi.ErrMessageParameterCountMismatch: "You tried to call a method with the incorrect number of parameters.",
 	xapi.ErrVDIInUse:                      "This operation cannot be performed because this disk is in use by some other operation.",
+	xapi.ErrVDINeedsVMForMigrate:          "Only a disk of a VM can be migrated. This one has none: vdi-copy copies it.",
 	xapi.ErrVDIReadonly:                   "The operation required write access but this disk is read-only.",
 	xapi.ErrVDINotManaged:                 "This operation cannot be performed because the system does not manage this disk.",
 	xapi.ErrVDIIncompatibleType:           "This operation cannot be performed because the disk has an incompatible type.",

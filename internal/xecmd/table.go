@@ -68,6 +68,33 @@ func (t *table) unknown(name string) error {
 	return e
 }
 
+// misspelt is the error for a parameter that is not the command's own but
+// nearly is. Ignored, as others are, it would silently do something else: an
+// export with bas= would be a whole one.
+func (c *command) misspelt(a *arguments) error {
+	if c.selects.noun != "" {
+		return nil // any field is a filter
+	}
+	for _, p := range a.params {
+		if c.declares(p.key) || reserved[p.key] {
+			continue
+		}
+		for _, own := range slices.Concat(c.required, c.optional) {
+			if own != p.key+":" && own != p.key+"-" && nearly(p.key, own) { // maps are told for what they are
+				return &usageError{"Unknown parameter: " + p.key, "Did you mean " + own + "?"}
+			}
+		}
+	}
+	return nil
+}
+
+// nearly tells whether a word of some length is another with one letter wrong,
+// too many or missing, or with its letters in another order.
+func nearly(a, b string) bool {
+	return len(a) > 2 && (distance(a, b) == 1 ||
+		len(a) == len(b) && slices.Equal(slices.Sorted(slices.Values([]byte(a))), slices.Sorted(slices.Values([]byte(b)))))
+}
+
 // distance is how many letters must be inserted, removed or replaced to make
 // one word of another (Levenshtein); for words of very different lengths, how
 // different these are.

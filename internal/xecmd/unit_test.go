@@ -93,6 +93,27 @@ func TestUnknownCommand(t *testing.T) {
 	}
 }
 
+// A parameter that nearly is one is not ignored; another that is none is, as
+// scripts for other servers may have it.
+func TestMisspeltParameter(t *testing.T) {
+	for args, want := range map[string]string{
+		"vdi-export uuid=1 filename=2 base=3": "", "vdi-export uuid=1 filename=2 bas=3": "base", "vdi-export uuid=1 filename=2 bsae=3": "base",
+		"vdi-export uuid=1 filenme=2": "filename", "vdi-export uuid=1 filename=2 host-uuid=3 --trace": "", "vm-import filename=1 forc=true": "force",
+		"vm-import filename=1 force=true": "", "vdi-list name-lable=x": "name-label", "vdi-param-set uuid=1 other-config=x": "", "vdi-create device-config:a=b tag:x=": "", "vm-copy vm-uid=1": "",
+		"vdi-nbd uuid=1 mod=rw": "mode",
+	} {
+		a, err := parseArgs(strings.Fields(args))
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = commands().byName[a.command].misspelt(a)
+		switch e, ok := errors.AsType[*usageError](err); {
+		case want == "" && err != nil, want != "" && (!ok || e.hint != "Did you mean "+want+"?"):
+			t.Errorf("%s: %+v, want %q", args, err, want)
+		}
+	}
+}
+
 func TestParseSize(t *testing.T) {
 	for in, want := range map[string]int64{
 		"0": 0, "25769705472": 25769705472, "1b": 1, "2 bytes": 2, "1k": 1 << 10, "1kb": 1 << 10, "1KiB": 1 << 10,

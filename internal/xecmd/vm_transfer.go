@@ -89,11 +89,8 @@ func (r *run) exportVM(ctx context.Context, vm string) error {
 	if metadata {
 		path = "/export_metadata"
 	}
-	switch r.args.str("compress") {
-	case "true", "gzip":
-		query += "&use_compression=gzip"
-	case "zstd":
-		query += "&use_compression=zstd"
+	if compress := r.args.str("compress"); compress != "" {
+		query += "&use_compression=" + escaped(compress) // the server knows which there are
 	}
 	if types := r.args.str("excluded-device-types"); types != "" {
 		query += "&excluded_device_types=" + escaped(types)

@@ -113,6 +113,9 @@ func (r *run) serve(ctx context.Context, args []string) error {
 		return r.table.unknown(a.command)
 	}
 	r.cmd = cmd
+	if err := cmd.misspelt(a); err != nil {
+		return err
+	}
 	for _, p := range cmd.required {
 		if !a.has(p) {
 			return missing(p)
