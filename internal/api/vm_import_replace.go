@@ -80,6 +80,9 @@ func (x *VMImport) claimReplaced(ctx context.Context) (refs []xapi.Ref[xapi.VM],
 	release, err = x.call.ClaimWithin(ctx, transferPatience, func(tx *db.Tx) error {
 		return x.removable(tx, refs)
 	}, claims...)
+	if e, ok := errors.AsType[*xapi.Error](err); ok && e.Code == xapi.ErrHandleInvalid && slices.Contains(refs, xapi.Ref[xapi.VM](e.Params[len(e.Params)-1])) {
+		err = errPartsChanged // another import has replaced it
+	}
 	return refs, release, err
 }
 
@@ -88,6 +91,9 @@ func (x *VMImport) claimReplaced(ctx context.Context) (refs []xapi.Ref[xapi.VM],
 func (x *VMImport) commit(ctx context.Context) error {
 	for {
 		claimed, release, err := x.claimReplaced(ctx)
+		if errors.Is(err, errPartsChanged) {
+			continue
+		}
 		if err != nil {
 			return err
 		}

@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"slices"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -144,4 +145,24 @@ func TestXVARestoreSeed(t *testing.T) {
 	y.refused("/import", alone, []string{"DUPLICATE_MAC_SEED", seed}, "restore", "true")
 	whole := bytes.ReplaceAll(y.archive("/export_metadata", "ref", y.vm), []byte(uuid), []byte("11111111-2222-4333-8444-555555555555"))
 	y.refused("/import_metadata", whole, []string{"DUPLICATE_MAC_SEED", seed}, "restore", "true", "force", "true")
+}
+
+// Restores of one VM at the same time come after one another: each replaces
+// what the one before has made, and one VM is left.
+func TestXVARestoreAtOnce(t *testing.T) {
+	y := newYard(t)
+	uuid := y.record("VM", y.vm)["uuid"].(string)
+	archive := y.archive("/export", "ref", y.vm)
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			if o := y.bring("/import", archive, "restore", "true", "force", "true"); o[0] != "success" {
+				t.Errorf("one of several: %q", o)
+			}
+		})
+	}
+	wg.Wait()
+	if vms := y.withUUID(uuid); len(vms) != 1 {
+		t.Errorf("%d VMs are left", len(vms))
+	}
 }
