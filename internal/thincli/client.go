@@ -199,6 +199,9 @@ func (c *client) obey(ctx context.Context, frames <-chan frame) (code int, err e
 			}
 			continue
 		}
+		if err := running.failure(); err != nil {
+			return 0, err
+		}
 		if f.err != nil {
 			return 0, c.readFailure(f.err)
 		}
@@ -269,10 +272,22 @@ func (c *client) readFrames(ctx context.Context, r *bufio.Reader, frames chan<- 
 
 // job is a command that runs beside the others. The zero job is none.
 type job struct {
+	failed <-chan error    // takes the error of the job before the server hears of it
 	done   <-chan struct{} // nil for none
 	err    *error          // of the job, once done is closed
 	cancel context.CancelFunc
 	stuck  bool // may not notice cancel: it reads a file, which may be a pipe
+}
+
+// failure returns the error of a job that has told the server that it failed,
+// if not more. What the server makes of that says less than the error does.
+func (j *job) failure() error {
+	select {
+	case err := <-j.failed:
+		return err
+	default:
+		return nil
+	}
 }
 
 // wait waits for the job and turns it into none.
@@ -309,9 +324,9 @@ func (j *job) stop() error {
 // start runs a command that needs an answer.
 func (c *client) start(ctx context.Context, m Message) job {
 	ctx, cancel := context.WithCancel(ctx)
-	done := make(chan struct{})
+	failed, done := make(chan error, 1), make(chan struct{})
 	_, upload := m.(HTTPPut)
-	j := job{done: done, err: new(error), cancel: cancel, stuck: upload}
+	j := job{failed: failed, done: done, err: new(error), cancel: cancel, stuck: upload}
 	go func() {
 		defer close(done)
 		switch m := m.(type) {
@@ -320,18 +335,19 @@ func (c *client) start(ctx context.Context, m Message) job {
 		case Prompt:
 			*j.err = c.prompt(ctx)
 		case HTTPGet:
-			*j.err = c.beating(ctx, func() (Response, error) { return c.get(ctx, m) })
+			*j.err = c.beating(ctx, failed, func() (Response, error) { return c.get(ctx, m) })
 		case HTTPPut:
-			*j.err = c.beating(ctx, func() (Response, error) { return c.put(ctx, m) })
+			*j.err = c.beating(ctx, failed, func() (Response, error) { return c.put(ctx, m) })
 		case HTTPConnect:
-			*j.err = c.beating(ctx, func() (Response, error) { return c.console(ctx, m) })
+			*j.err = c.beating(ctx, failed, func() (Response, error) { return c.console(ctx, m) })
 		}
 	}()
 	return j
 }
 
-// beating runs fn with heartbeats and sends its response, also if it failed.
-func (c *client) beating(ctx context.Context, fn func() (Response, error)) error {
+// beating runs fn with heartbeats and sends its response, also if it failed;
+// then the error goes to failed before.
+func (c *client) beating(ctx context.Context, failed chan<- error, fn func() (Response, error)) error {
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -353,6 +369,9 @@ func (c *client) beating(ctx context.Context, fn func() (Response, error)) error
 	wg.Wait()
 	if r == 0 || ctx.Err() != nil {
 		return err
+	}
+	if err != nil {
+		failed <- err
 	}
 	if e := c.send(r); err == nil && e != nil {
 		err = c.lost(e)

@@ -183,6 +183,27 @@ func TestTransfers(t *testing.T) {
 	}
 }
 
+// TestFailureBesideError has a server that answers a failed transfer at once:
+// what the client knows of it counts.
+func TestFailureBesideError(t *testing.T) {
+	for range 50 {
+		p := newPeer(t, func(w *wire) {
+			w.hello()
+			w.send(HTTPGet{"old", "/ok"})
+			w.expectMessage(Failed)
+			w.send(Error{"CLIENT_ERROR", nil}, Exit{1})
+			w.expectEnd()
+		}, func(w *wire) {
+			w.head()
+			w.send("HTTP/1.1 200 OK\r\n\r\ndata")
+		})
+		if err := os.WriteFile(filepath.Join(p.dir, "old"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		p.check(p.run("x", "f=old"), 1, "", "Operation failed. Error: Sys_error(\"old: File exists\")\n")
+	}
+}
+
 // Text from the server appears while a transfer runs.
 func TestProgressDuringTransfer(t *testing.T) {
 	seen := make(chan struct{})
