@@ -100,6 +100,7 @@ func (s *Store) answer(waiters []chan error, err error) {
 // The first error stops the store: what is on disk stays at the generation
 // before, and in the log.
 func (s *Store) checkpoint() {
+	s.writing.Store(true)
 	waiters := s.takeWaiters()
 	s.waitMu.Lock()
 	ops := s.atCut
@@ -123,6 +124,7 @@ func (s *Store) checkpoint() {
 			err = s.failure()
 		}
 	}
+	s.writing.Store(false)
 	s.answer(waiters, err)
 }
 

@@ -5,8 +5,11 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 
 	"coppice/internal/vfs"
 )
@@ -101,6 +104,65 @@ func TestFullStore(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestWriteWaitsForCheckpoint writes what there is room for as soon as a
+// checkpoint that is being made has freed what was deleted before it.
+func TestWriteWaitsForCheckpoint(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx := context.Background()
+		o := tinyOptions()
+		o.MaxBytes = 9 * tiny.regionBytes()
+		var armed atomic.Bool
+		reached, release := make(chan struct{}), make(chan struct{})
+		s, err := Create(ctx, vfs.NewInject(vfs.NewMem(0), nil, func(c vfs.Call) error {
+			if c.Name == superName && c.Op == vfs.OpWrite && armed.CompareAndSwap(true, false) {
+				close(reached)
+				<-release
+			}
+			return nil
+		}), o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		const size = 40 << 10
+		contents := noise(size)
+		last := byte(1)
+		for ; ; last++ {
+			if _, err := newDisk(t, s, last, size, nil).WriteAt(contents, 0); errors.Is(err, ErrNoSpace) {
+				break
+			} else if err != nil {
+				t.Fatal(err)
+			}
+		}
+		d, err := s.OpenDisk(ctx, ID{last}, Live)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.sync(ctx); err != nil {
+			t.Fatal(err)
+		}
+		for n := byte(1); n < last; n++ {
+			if err := s.Delete(ctx, ID{n}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		armed.Store(true)
+		s.kick()
+		<-reached
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if _, err := d.WriteAt(contents, 0); err != nil {
+				t.Errorf("write beside the checkpoint that makes room: %v", err)
+			}
+		})
+		synctest.Wait()
+		close(release)
+		wg.Wait()
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
 // TestHostSpaceComesBack expects that deleting a large volume gives the host

@@ -67,6 +67,7 @@ type Store struct {
 	queue *reapQueue
 	stuck bool // the reaper met damage and waits for the next checkpoint
 
+	writing    atomic.Bool // a checkpoint is being made
 	reaping    atomic.Bool
 	durableGen atomic.Uint64 // of the superblock
 	freeable   freeCache
@@ -372,8 +373,9 @@ func (s *Store) Usage() Usage {
 // long as they may give space back before it says so.
 func (s *Store) promise(ctx context.Context, n int64, f floor) error {
 	for try := 0; ; try++ {
+		more := s.reclaimable() // asked first: what comes free after the answer is found below
 		err := s.space.promise(n, f)
-		if err == nil || !s.reaping.Load() && (try > 1 || !s.reclaimable()) {
+		if err == nil || !more || try > 2 && !s.reaping.Load() {
 			return err
 		}
 		if err := s.sync(ctx); err != nil {
@@ -385,7 +387,9 @@ func (s *Store) promise(ctx context.Context, n int64, f floor) error {
 	}
 }
 
-// reclaimable reports whether a checkpoint may free something.
+// reclaimable reports whether a checkpoint, the one that is being made or one
+// to come, may free something. What it looks at is in the order in which space
+// comes back: what is not seen in one place any more is in the next, or free.
 func (s *Store) reclaimable() bool {
 	s.changedMu.Lock()
 	n := len(s.changed)
@@ -393,10 +397,12 @@ func (s *Store) reclaimable() bool {
 	s.dropMu.Lock()
 	n += len(s.dropped)
 	s.dropMu.Unlock()
+	if n > 0 || s.writing.Load() || s.reaping.Load() {
+		return true
+	}
 	s.relMu.Lock()
-	n += s.relPending
-	s.relMu.Unlock()
-	return n > 0
+	defer s.relMu.Unlock()
+	return s.relPending > 0
 }
 
 // throttle starts a checkpoint when the memory for changes is half full, and
