@@ -32,9 +32,13 @@ func TestImportFull(t *testing.T) {
 			if o := d.offer(ref, image, nil, "format", format, atomicParam, atomic); o[0] != "failure" || o[1] != "SR_BACKEND_FAILURE_44" {
 				t.Errorf("%s, atomic %s: %q", format, atomic, o)
 			}
-			resp := d.fetch("GET", d.url("/export_raw_vdi", "vdi", ref), "Range", "bytes=0-2097151")
+			task := d.task()
+			resp := d.fetch("GET", d.url("/export_raw_vdi", "vdi", ref, "task_id", task), "Range", "bytes=0-2097151")
 			if got := readBody(t, resp); !bytes.Equal(got, before) {
 				t.Errorf("%s, atomic %s: the disk does not begin as it did", format, atomic)
+			}
+			if o := d.settled(task); o[0] != "success" { // until then it keeps what it reads
+				t.Errorf("%s, atomic %s: export: %q", format, atomic, o)
 			}
 			d.do("VDI.destroy", d.session, ref)
 		}

@@ -308,6 +308,7 @@ type throttle struct {
 	left  int64
 	cut   bool
 	full  chan struct{} // closed when nothing more is passed on
+	over  <-chan struct{}
 	conns []net.Conn
 }
 
@@ -317,7 +318,7 @@ func newThrottle(t *testing.T, to string, bytes int64, cut bool) *throttle {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &throttle{Listener: l, left: bytes, cut: cut, full: make(chan struct{})}
+	p := &throttle{Listener: l, left: bytes, cut: cut, full: make(chan struct{}), over: t.Context().Done()}
 	var wg sync.WaitGroup
 	t.Cleanup(func() {
 		l.Close()
@@ -375,9 +376,10 @@ func (c limitedConn) Write(b []byte) (int, error) {
 	}
 	if c.p.cut {
 		c.p.hangUp()
-		return 0, net.ErrClosed
+	} else {
+		<-c.p.over
 	}
-	return len(b), nil // into nowhere
+	return 0, net.ErrClosed
 }
 
 // A source that dies in the middle leaves nothing, and the disk what it was.
