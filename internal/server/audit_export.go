@@ -39,7 +39,7 @@ func (s *Server) auditLog(w http.ResponseWriter, r *request) {
 		s.refuse(w, r, x, err)
 		return
 	}
-	defer log.Close() // only read from
+	defer func() { _ = log.Close() }() // only read from
 	s.run(ctx, w, r, x, func(ctx context.Context, conn *stream) error {
 		lines := []string{"Content-Length: " + strconv.FormatInt(length, 10)}
 		if err := begin(w, conn, http.StatusOK, head(http.StatusOK, string(x.Task), "text/plain; charset=utf-8", lines...)); err != nil {
