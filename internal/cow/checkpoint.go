@@ -172,9 +172,7 @@ func (s *Store) commitAll() (rest []*volume, err error) {
 			continue
 		}
 		vols = append(vols, v)
-		if l, _ := v.open(); l.buffers > s.limits.DirectMin {
-			s.writeOut(v)
-		}
+		s.writeOutMuch(v)
 		_, dir := v.open()
 		direct = direct || dir
 	}

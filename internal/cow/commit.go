@@ -283,14 +283,11 @@ func (s *Store) openCost(v *volume, inline bool) uint64 {
 // in memory goes into its frame: little, if it can be helped. The role is held.
 func (s *Store) beforeSeal(vols ...*volume) {
 	for range 4 { // each takes as long as writing what the one before has missed
-		little := true
+		much := false
 		for _, v := range vols {
-			if l, _ := v.open(); l.buffers > s.limits.DirectMin {
-				little = false
-				s.writeOut(v)
-			}
+			much = s.writeOutMuch(v) || much
 		}
-		if little {
+		if !much {
 			return
 		}
 	}
@@ -323,10 +320,7 @@ func (s *Store) flushVolume(ctx context.Context, v *volume) error {
 		default:
 		}
 	}
-	// Not under the role: small flushes go on meanwhile.
-	if l, _ := w.top.occupies(); l.buffers > s.limits.DirectMin {
-		s.writeOut(v)
-	}
+	s.writeOutMuch(v) // not under the role: small flushes go on meanwhile
 	if _, direct := v.open(); direct {
 		if err := s.files.sync(); err != nil {
 			s.fail(err)

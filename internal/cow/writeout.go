@@ -34,6 +34,17 @@ type openRun struct {
 	addrs []uint64
 }
 
+// writeOutMuch writes v out if more of it is in memory than goes well into a
+// frame, and reports whether there was.
+func (s *Store) writeOutMuch(v *volume) bool {
+	l, _ := v.open()
+	much := l.buffers > s.limits.DirectMin
+	if much {
+		s.writeOut(v)
+	}
+	return much
+}
+
 // writeOut writes the open contents of v that are in memory to the space
 // files. Where that fails, or there is no room for both, they stay in memory,
 // and it is not tried again before the next flush.
