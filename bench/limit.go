@@ -60,16 +60,12 @@ func (l *limit) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func (l *limit) get(w http.ResponseWriter, path string) error {
-	f, err := os.Open(path)
+	f, size, err := openSized(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	w.Header().Set("Content-Length", strconv.FormatInt(st.Size(), 10))
+	w.Header().Set("Content-Length", strconv.FormatInt(size, 10))
 	return l.pump(w, f)
 }
 

@@ -201,18 +201,28 @@ func (s *server) downloadFile(ctx context.Context, url, path string, header map[
 	return errors.Join(s.download(ctx, url, f, header), f.Close())
 }
 
+// openSized opens a file and says how many bytes it has.
+func openSized(path string) (*os.File, int64, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, 0, err
+	}
+	st, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, 0, err
+	}
+	return f, st.Size(), nil
+}
+
 // uploadFile PUTs a file to url and waits for the end of the response.
 func (s *server) uploadFile(ctx context.Context, url, path string) error {
-	f, err := os.Open(path)
+	f, size, err := openSized(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	return s.upload(ctx, url, f, st.Size())
+	return s.upload(ctx, url, f, size)
 }
 
 func (s *server) upload(ctx context.Context, url string, body io.Reader, length int64) error {
@@ -247,16 +257,12 @@ func (s *server) exportURL(vdi, format, base string) string {
 
 // importFile uploads a file into a VDI and waits for the task's success.
 func (s *server) importFile(ctx context.Context, vdi, format, path string) error {
-	f, err := os.Open(path)
+	f, size, err := openSized(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	return s.importFrom(ctx, vdi, format, f, st.Size())
+	return s.importFrom(ctx, vdi, format, f, size)
 }
 
 func (s *server) importFrom(ctx context.Context, vdi, format string, body io.Reader, length int64) error {

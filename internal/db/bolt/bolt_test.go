@@ -245,13 +245,11 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
-// TestDamage writes junk over each page of a file in turn, and cuts the file at each page: opening, loading,
-// checking and committing end with an error or with rows, never with a crash.
-func TestDamage(t *testing.T) {
-	dir := t.TempDir()
-	path := filepath.Join(dir, "db")
+// written returns the bytes of a database file to be damaged, and the rows that were committed to it.
+func written(t *testing.T) (whole []byte, b db.Batch) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "db")
 	s := open(t, path)
-	var b db.Batch
 	for i := range 300 {
 		b.Rows = append(b.Rows, db.Row{Class: "VDI", Ref: strconv.Itoa(i), Data: make([]byte, 100)})
 	}
@@ -262,6 +260,14 @@ func TestDamage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return whole, b
+}
+
+// TestDamage writes junk over each page of a file in turn, and cuts the file at each page: opening, loading,
+// checking and committing end with an error or with rows, never with a crash.
+func TestDamage(t *testing.T) {
+	dir := t.TempDir()
+	whole, b := written(t)
 	page := os.Getpagesize()
 	failures := 0
 	try := func(name string, data []byte) {
@@ -307,19 +313,7 @@ func TestDamage(t *testing.T) {
 // is found while rows are loaded, if not before.
 func TestDamagedKeys(t *testing.T) {
 	dir := t.TempDir()
-	path := filepath.Join(dir, "db")
-	s := open(t, path)
-	var b db.Batch
-	for i := range 300 {
-		b.Rows = append(b.Rows, db.Row{Class: "VDI", Ref: strconv.Itoa(i), Data: make([]byte, 100)})
-	}
-	if err := errors.Join(s.Commit(t.Context(), b), s.Close()); err != nil {
-		t.Fatal(err)
-	}
-	whole, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	whole, _ := written(t)
 	const ( // of bbolt's pages
 		flags, leaf     = 8, 2
 		count           = 10
