@@ -384,3 +384,13 @@ func damagedAt(err error, off int64) error {
 	}
 	return err
 }
+
+// damaged is damagedAt for the volume of the disk, whose damage is noted.
+func (d *Disk) damaged(err error, off int64) error {
+	err = damagedAt(err, off)
+	if ce, ok := err.(*CorruptError); ok {
+		ce.Volume = d.id
+		d.s.damage.add(ce)
+	}
+	return err
+}

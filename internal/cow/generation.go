@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"sync"
 )
@@ -145,129 +144,6 @@ func (s *space) commit(next *super) (punch []int, err error) {
 	err = s.files.sync()
 	wg.Wait()
 	return punch, errors.Join(err, tableErr)
-}
-
-// mergeCut merges the layers of the cut into trees, writes new attribute
-// blobs, and brings the references of the changed records in line. It fills
-// in the roots of the records.
-//
-// A root has one reference for each record and each layer to be merged onto
-// it. What the records had before is given, what they and the layers want is
-// taken; only the difference is counted.
-func (s *Store) mergeCut(w *treeWriter, c *cut) (map[*layer]tree, map[*blob]entry, error) {
-	var order []*layer // parents first
-	parent := map[*layer]*layer{}
-	base := map[*layer]tree{}
-	holders := map[*layer]int{}
-	net := map[uint64]int{} // of the roots of the last generation, by unit
-	roots := map[uint64]entry{}
-	take := func(e entry, n int) {
-		if e.refers() {
-			net[e.addr] += n
-			roots[e.addr] = e
-		}
-	}
-	blobHolders := map[*blob]int{}
-	for i := range c.vols {
-		cv := &c.vols[i]
-		if old := s.durable[cv.v.num]; old != nil {
-			take(old.root, -1)
-			take(old.attrs, -1)
-		}
-		if cv.removed {
-			continue
-		}
-		var below *layer
-		for _, l := range slices.Backward(cv.view.sealed) {
-			if _, seen := parent[l]; !seen {
-				parent[l] = below
-				order = append(order, l)
-				if below != nil {
-					holders[below]++
-				} else {
-					base[l] = cv.view.base
-					take(cv.view.base.root, 1)
-				}
-			}
-			below = l
-		}
-		if below != nil {
-			holders[below]++
-		} else {
-			take(cv.view.base.root, 1)
-		}
-		switch {
-		case cv.data != nil:
-			blobHolders[cv.attrs]++
-		case cv.attrs != nil:
-			take(cv.rec.attrs, 1)
-		}
-	}
-
-	for addr, n := range net {
-		if n > 0 {
-			if err := w.ref(roots[addr], uint32(n)); err != nil {
-				return nil, nil, err
-			}
-		}
-	}
-	trees := map[*layer]tree{}
-	for _, l := range order {
-		t := base[l]
-		if p := parent[l]; p != nil {
-			t = trees[p]
-		}
-		t, err := w.mergeVolume(t, l)
-		if err != nil {
-			return nil, nil, err
-		}
-		trees[l] = t
-		if n := holders[l] - 1; n > 0 {
-			if err := w.ref(t.root, uint32(n)); err != nil {
-				return nil, nil, err
-			}
-		}
-	}
-	for _, addr := range slices.Sorted(maps.Keys(net)) { // so that equal stores are written equally
-		for n := net[addr]; n < 0; n++ {
-			w.queue.push(roots[addr])
-		}
-	}
-
-	blobs := map[*blob]entry{}
-	w.epoch = c.epoch
-	for i := range c.vols {
-		cv := &c.vols[i]
-		if cv.removed {
-			continue
-		}
-		t := cv.view.base
-		if len(cv.view.sealed) > 0 {
-			t = trees[cv.view.sealed[0]]
-		}
-		cv.rec.root, cv.rec.mapped = t.root, t.mapped
-		if t.inexact {
-			cv.rec.flags |= flagInexact
-		}
-		if cv.data == nil {
-			continue
-		}
-		e, ok := blobs[cv.attrs]
-		if !ok {
-			var err error
-			if e, err = w.writeBlob(cv.data); err != nil {
-				return nil, nil, err
-			}
-			if n := blobHolders[cv.attrs] - 1; n > 0 {
-				if err := w.ref(e, uint32(n)); err != nil {
-					return nil, nil, err
-				}
-			}
-			blobs[cv.attrs] = e
-		}
-		cv.rec.attrs = e
-	}
-	return trees, blobs, nil
 }
 
 // writeBlob writes an attribute blob as one data unit or one page of them.

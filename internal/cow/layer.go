@@ -57,6 +57,7 @@ type layer struct {
 	direct bool   // has had a slotAddr
 	refs   int    // views and checkpoints that hold it; guarded by Store.mu
 	merged bool   // its contents belong to a tree; guarded by Store.mu
+	graft  *graft // what it stands for, in place of changes of its own
 }
 
 // load is what a change adds to the memory and the promises of a layer.

@@ -35,6 +35,7 @@ var cutKinds = []struct {
 	{"zero", 6},
 	{"flush", 16},
 	{"snapshot", 5},
+	{"graft", 3},
 	{"group", 2},
 	{"clone", 3},
 	{"revert", 3},

@@ -20,6 +20,14 @@ func (v *view) frozen() *view {
 	return &f
 }
 
+// newest is the layer that was sealed last, nil when there is none.
+func (v *view) newest() *layer {
+	if len(v.sealed) == 0 {
+		return nil
+	}
+	return v.sealed[0]
+}
+
 // chain calls f for every layer, newest first, until f returns false.
 func (v *view) chain(f func(*layer) bool) {
 	for _, l := range [...]*layer{v.top, v.caught, v.logged} {

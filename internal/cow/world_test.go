@@ -47,6 +47,7 @@ var opKinds = []struct {
 	{"group", 2},
 	{"clone", 5},
 	{"revert", 4},
+	{"graft", 4},
 	{"resize", 4},
 	{"delete", 5},
 	{"attrs", 3},
@@ -407,6 +408,8 @@ func (w *world) step(o op) error {
 				m.parent, m.since = to.parent, maps.Clone(to.since)
 			}
 		})
+	case "graft":
+		return w.graft(o)
 	case "resize":
 		m := w.pick(o.a, writable)
 		if m == nil {
@@ -534,4 +537,39 @@ func (w *world) step(o op) error {
 		return w.list()
 	}
 	return fmt.Errorf("unknown operation %q", o.kind)
+}
+
+// graft gives ranges of one volume to another, or to itself.
+func (w *world) graft(o op) error {
+	m, src := w.pick(o.a, writableN), w.pick(o.b, func(m *mvol) bool { return hasData(m) && len(m.data) > 0 })
+	if m == nil || src == nil {
+		return nil
+	}
+	rng := rand.New(rand.NewPCG(o.seed, 4))
+	u := tiny.UnitSize
+	var ranges []RangeClone
+	for range 1 + o.c%3 {
+		n := 1 + rng.IntN(min(len(m.data), len(src.data), 24*u)/u)
+		ranges = append(ranges, RangeClone{
+			To:   int64(rng.IntN(len(m.data)/u-n+1) * u),
+			From: int64(rng.IntN(len(src.data)/u-n+1) * u),
+			Len:  int64(n * u),
+		})
+	}
+	to, err := w.disk(m)
+	if err != nil {
+		return err
+	}
+	from, err := w.disk(src)
+	if err != nil {
+		return err
+	}
+	return w.volumeOp(func() error { return w.s.CloneRanges(context.Background(), to, from, ranges) }, func() {
+		m.before = m.clone()
+		from := bytes.Clone(src.data)
+		for _, r := range ranges {
+			w.change(m, int(r.To), from[r.From:r.From+r.Len])
+		}
+		m.settle()
+	})
 }

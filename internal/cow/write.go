@@ -177,12 +177,7 @@ func (w *writer) units(first uint64, p []byte) error {
 }
 
 func (w *writer) damaged(err error, unit uint64) error {
-	err = damagedAt(err, int64(unit)*int64(w.disk.s.geo.UnitSize))
-	if ce, ok := err.(*CorruptError); ok {
-		ce.Volume = w.disk.id
-		w.disk.s.damage.add(ce)
-	}
-	return err
+	return w.disk.damaged(err, int64(unit)*int64(w.disk.s.geo.UnitSize))
 }
 
 // store writes the slotBuf units to the space files, in runs as long as p and
