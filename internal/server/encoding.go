@@ -22,7 +22,7 @@ import (
 // more.
 func acceptedEncoding(r *http.Request) string {
 	accept := r.Header.Get("Accept-Encoding")
-	if r.Header.Get("Range") != "" || accept == "gzip" && strings.HasPrefix(r.UserAgent(), "Go-http-client/") {
+	if rangeOf(r) != "" || accept == "gzip" && strings.HasPrefix(r.UserAgent(), "Go-http-client/") {
 		return ""
 	}
 	asked := ""

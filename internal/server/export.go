@@ -128,7 +128,7 @@ func planExport(ctx context.Context, r *request, name string, x *api.Export) (*o
 	if out.chunked = length < 0 && r.ProtoAtLeast(1, 1); out.chunked {
 		out.digest = wantsDigest(r.Header, true)
 	}
-	out.part, err = choosePart(r.Header, out.tag, length)
+	out.part, err = choosePart(r.Request, out.tag, length)
 	return out, err
 }
 

@@ -51,7 +51,8 @@ type part struct {
 // representation with an entity tag and a length in bytes, as RFC 9110 says. A
 // length below zero is not known: then the whole is sent. Several ranges are
 // answered with the whole, which a server may do.
-func choosePart(h http.Header, tag string, length int64) (part, error) {
+func choosePart(r *http.Request, tag string, length int64) (part, error) {
+	h := r.Header
 	all := part{http.StatusOK, 0, length}
 	if m := h.Get("If-Match"); m != "" && !tagMatches(m, tag, false) {
 		return part{}, &statusError{http.StatusPreconditionFailed, xapi.NewError(xapi.ErrInvalidValue, "If-Match", m)}
@@ -59,7 +60,7 @@ func choosePart(h http.Header, tag string, length int64) (part, error) {
 	if m := h.Get("If-None-Match"); m != "" && tagMatches(m, tag, true) {
 		return part{http.StatusNotModified, 0, 0}, nil
 	}
-	spec := h.Get("Range")
+	spec := rangeOf(r)
 	if spec == "" || length < 0 {
 		return all, nil
 	}
@@ -74,6 +75,15 @@ func choosePart(h http.Header, tag string, length int64) (part, error) {
 		return part{}, &rangeError{spec, length}
 	}
 	return part{http.StatusPartialContent, from, to}, nil
+}
+
+// rangeOf is the range that a request asks for, "" for everything. Only for a
+// GET has it a meaning (RFC 9110, 14.2): the head of a HEAD is that of the whole.
+func rangeOf(r *http.Request) string {
+	if r.Method == http.MethodHead {
+		return ""
+	}
+	return r.Header.Get("Range")
 }
 
 // parseRange returns the only range of a Range header as [from, to); from is

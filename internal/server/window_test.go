@@ -2,6 +2,7 @@ package server
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
@@ -145,6 +146,11 @@ func TestConditions(t *testing.T) {
 			}
 			if failed := len(o) > 1 && o[0] == "failure"; failed && o[1] != "INVALID_VALUE" {
 				t.Errorf("the task failed with %q, which is not the client's fault", o)
+			}
+			want := map[int]int{206: 200, 416: 200}[tt.status]
+			if head := d.fetch("HEAD", target, tt.headers...); head.StatusCode != cmp.Or(want, tt.status) ||
+				want != 0 && (head.ContentLength != int64(len(contents)) || head.Header.Get("Content-Range") != "") {
+				t.Errorf("HEAD: status %d, %d bytes, Content-Range %q", head.StatusCode, head.ContentLength, head.Header.Get("Content-Range"))
 			}
 			if tt.status == 416 && resp.Header.Get("Content-Range") != "bytes */2097152" {
 				t.Errorf("Content-Range %q", resp.Header.Get("Content-Range"))

@@ -131,7 +131,7 @@ func planXVA(ctx context.Context, r *request, x *api.VMExport) (*outgoing, error
 		length = -1
 		out.tag = encodedTag(out.tag, encoding)
 	}
-	out.part, err = choosePart(r.Header, out.tag, length)
+	out.part, err = choosePart(r.Request, out.tag, length)
 	return out, err
 }
 
