@@ -44,6 +44,27 @@ type Differ interface {
 	Diff(ctx context.Context, from, to Volume, off int64) iter.Seq2[Extent, error]
 }
 
+// RangeCloner makes ranges of one volume read as ranges of another do, or of
+// itself, at one instant and without copying: the two share the units from then
+// on, as after a clone. Both are open volumes of this repo, to opened Live, from
+// either way. Ranges are multiples of [Unit], at most MaxRangeClone in all, and
+// where they overlap the last one counts; else the error is ErrInvalid.
+// ErrReadOnly for a to that cannot be written, a *SpaceError when there is no room
+// for the map, a *CorruptError when that of from is damaged: after an error, a
+// cancel or a crash nothing has changed, or all of it. It is durable on return.
+type RangeCloner interface {
+	CloneRanges(ctx context.Context, to, from Volume, ranges []RangeClone) error
+}
+
+// MaxRangeClone is how many bytes one call of a [RangeCloner] may clone.
+const MaxRangeClone = 1 << 30
+
+// RangeClone says which bytes of one volume become those of another.
+type RangeClone struct {
+	To, From int64 // bytes into the volumes
+	Len      int64 // bytes
+}
+
 // Versioned is the power of a Volume opened Pinned to name its contents: equal
 // versions of one volume ID stand for equal bytes, as long as the repo exists.
 // Different versions may stand for equal bytes, too; but a volume that is

@@ -43,6 +43,26 @@ func foreign(doing string) iter.Seq2[storage.Extent, error] {
 	}
 }
 
+func (r *repo) CloneRanges(ctx context.Context, to, from storage.Volume, ranges []storage.RangeClone) error {
+	a, ok := to.(*volume)
+	if !ok || a.r != r {
+		return fmt.Errorf("clone ranges: %w: volume of another repository", storage.ErrInvalid)
+	}
+	b, ok := from.(*volume)
+	if !ok || b.r != r {
+		return fmt.Errorf("clone ranges: %w: volume of another repository", storage.ErrInvalid)
+	}
+	err := r.usable(ctx)
+	if err == nil {
+		list := make([]engine.RangeClone, len(ranges))
+		for i, c := range ranges {
+			list[i] = engine.RangeClone(c)
+		}
+		err = r.s.CloneRanges(ctx, a.d, b.d, list)
+	}
+	return a.fail("clone ranges into", err)
+}
+
 func (r *repo) DestroyData(ctx context.Context, id storage.ID) error {
 	err := r.usable(ctx)
 	if err == nil {

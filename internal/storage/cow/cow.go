@@ -149,6 +149,7 @@ var (
 	_ storage.Reverter         = (*repo)(nil)
 	_ storage.GroupSnapshotter = (*repo)(nil)
 	_ storage.Differ           = (*repo)(nil)
+	_ storage.RangeCloner      = (*repo)(nil)
 	_ storage.Attributer       = (*repo)(nil)
 	_ storage.DataDestroyer    = (*repo)(nil)
 	_ storage.ChangeTracker    = (*repo)(nil)

@@ -103,7 +103,7 @@ func (h *history) step() error {
 			return err
 		})
 	}
-	switch h.rng.IntN(10) {
+	switch h.rng.IntN(11) {
 	case 0, 1, 2, 3:
 		u := h.rng.IntN(diskUnits)
 		n := 1 + h.rng.IntN(diskUnits-u)
@@ -139,6 +139,22 @@ func (h *history) step() error {
 		err := h.repo.Delete(h.ctx, victim)
 		if err == nil {
 			h.locked(func() { delete(h.disks, victim) })
+		}
+		return err
+	case 9:
+		from, _ := h.pick(any)
+		given := h.disks[from].newest().units
+		n := 1 + h.rng.IntN(diskUnits)
+		to, at := h.rng.IntN(diskUnits-n+1), h.rng.IntN(diskUnits-n+1)
+		h.locked(func() {
+			for i := range n {
+				h.disks[id].set(to+i, given[at+i][0])
+			}
+		})
+		err := h.repo.(storage.RangeCloner).CloneRanges(h.ctx, h.open[id], h.open[from],
+			[]storage.RangeClone{{To: int64(to) * unit, From: int64(at) * unit, Len: int64(n) * unit}})
+		if err == nil {
+			h.locked(func() { copy(h.disks[id].units[to:to+n], given[at:at+n]) })
 		}
 		return err
 	default:

@@ -1,6 +1,7 @@
 package mem
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"iter"
@@ -42,6 +43,52 @@ func (r *repo) DestroyData(ctx context.Context, id storage.ID) error {
 		v.mu.Lock()
 		defer v.mu.Unlock()
 		v.ghost, v.data = v.data.ghost(), newContents(v.data.size)
+		return nil
+	})
+}
+
+func (r *repo) CloneRanges(ctx context.Context, to, from storage.Volume, ranges []storage.RangeClone) error {
+	err := r.usable(ctx)
+	var src contents
+	if err == nil {
+		src, err = r.viewOf(from)
+	}
+	if err != nil {
+		return fmt.Errorf("clone ranges: %w", err)
+	}
+	switch dst := to.(type) {
+	case *live:
+		if dst.repo == r {
+			return dst.cloneRanges(src, ranges)
+		}
+	case *pinned:
+		return dst.refuse()
+	}
+	return fmt.Errorf("clone ranges: %w: volume of another repository", storage.ErrInvalid)
+}
+
+// cloneRanges takes ranges over from what is another volume's, or was its own.
+func (l *live) cloneRanges(src contents, ranges []storage.RangeClone) error {
+	return l.change("clone ranges into", 0, 0, func(c contents) error {
+		left := int64(storage.MaxRangeClone)
+		for _, r := range ranges {
+			if err := cmp.Or(c.within(r.To, r.Len), src.within(r.From, r.Len)); err != nil {
+				return err
+			}
+			if left -= r.Len; (r.To|r.From|r.Len)%storage.Unit != 0 || left < 0 {
+				return fmt.Errorf("%w: %d bytes from %d to %d, in units of %d", storage.ErrInvalid, r.Len, r.From, r.To, storage.Unit)
+			}
+		}
+		for _, r := range ranges {
+			c.drop(r.To/storage.Unit, (r.To+r.Len)/storage.Unit)
+			first, last := r.From/storage.Unit, (r.From+r.Len)/storage.Unit
+			src.pages.Ascend(first, func(unit int64, p *page) bool {
+				if unit < last {
+					c.pages.Set(unit-first+r.To/storage.Unit, p)
+				}
+				return unit < last
+			})
+		}
 		return nil
 	})
 }

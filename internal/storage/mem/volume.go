@@ -80,8 +80,9 @@ func (l *live) ReadAt(p []byte, off int64) (int, error) {
 	return l.v.data.read(p, off)
 }
 
-// change runs fn, which changes [off, off+n), if the volume may be written.
-func (l *live) change(doing string, off, n int64, fn func(contents)) error {
+// change runs fn, which changes [off, off+n), or nothing when it fails, if the
+// volume may be written.
+func (l *live) change(doing string, off, n int64, fn func(contents) error) error {
 	l.v.mu.Lock()
 	defer l.v.mu.Unlock()
 	err := l.check()
@@ -91,16 +92,22 @@ func (l *live) change(doing string, off, n int64, fn func(contents)) error {
 	if err == nil {
 		err = l.v.data.within(off, n)
 	}
+	if err == nil {
+		err = fn(l.v.data)
+	}
 	if err != nil {
 		return l.fail(doing, err)
 	}
-	fn(l.v.data)
 	l.repo.store.stamp(&l.v.data)
 	return nil
 }
 
 func (l *live) WriteAt(p []byte, off int64) (int, error) {
-	if err := l.change("write", off, int64(len(p)), func(c contents) { c.write(p, off) }); err != nil {
+	err := l.change("write", off, int64(len(p)), func(c contents) error {
+		c.write(p, off)
+		return nil
+	})
+	if err != nil {
 		return 0, err
 	}
 	return len(p), nil
@@ -110,7 +117,10 @@ func (l *live) Zero(ctx context.Context, off, n int64) error {
 	if ctx.Err() != nil {
 		return l.fail("zero", context.Cause(ctx))
 	}
-	return l.change("zero", off, n, func(c contents) { c.zero(off, n) })
+	return l.change("zero", off, n, func(c contents) error {
+		c.zero(off, n)
+		return nil
+	})
 }
 
 func (l *live) Flush(ctx context.Context) error {

@@ -76,6 +76,9 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 	if _, ok := m.Repo.(storage.Reverter); ok {
 		all["revert"] = m.revert
 	}
+	if _, ok := m.Repo.(storage.RangeCloner); ok {
+		all["clone ranges"] = m.cloneRanges
+	}
 	if _, ok := m.Repo.(storage.Attributer); ok {
 		all["attributes"] = m.setAttrs
 	}
@@ -302,6 +305,24 @@ func (m *machine) volume(t *rapid.T, name string) (storage.Volume, []byte) {
 	}
 	d := m.draw(t, name, anyDisk)
 	return d.open, d.data
+}
+
+func (m *machine) cloneRanges(t *rapid.T) {
+	d := m.writable(t)
+	from, old := m.volume(t, "from")
+	old = slices.Clone(old)
+	var ranges []storage.RangeClone
+	for range rapid.IntRange(1, 3).Draw(t, "ranges") {
+		n := rapid.IntRange(1, min(len(old), len(d.data))/unit).Draw(t, "units")
+		off := unit * rapid.IntRange(0, len(old)/unit-n).Draw(t, "at")
+		to := unit * rapid.IntRange(0, len(d.data)/unit-n).Draw(t, "to")
+		ranges = append(ranges, storage.RangeClone{To: int64(to), From: int64(off), Len: int64(n * unit)})
+	}
+	must(t, m.Repo.(storage.RangeCloner).CloneRanges(m.ctx, d.open, from, ranges))
+	for _, r := range ranges {
+		d.shadow.write(old[r.From:r.From+r.Len], int(r.To))
+	}
+	d.shadow.flush()
 }
 
 func (m *machine) diff(t *rapid.T) {

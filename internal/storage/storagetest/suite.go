@@ -96,6 +96,9 @@ func Run(t *testing.T, open Open) {
 		{"DiffResume", testDiffResume},
 		{"DiffInvalid", testDiffInvalid},
 
+		{"CloneRanges", testCloneRanges},
+		{"CloneRangesInvalid", testCloneRangesInvalid},
+
 		{"DestroyData", testDestroyData},
 		{"ChangedSince", testChangedSince},
 		{"ChangedSinceLineage", testChangedSinceLineage},
