@@ -13,8 +13,9 @@ import (
 // command is one command of xe.
 type command struct {
 	name     string
-	required []string // parameters
-	optional []string // parameters, as help shows them: "k:" and "k-" stand for k:x=y
+	required []string          // parameters
+	optional []string          // parameters, as help shows them: "k:" and "k-" stand for k:x=y
+	aliases  map[string]string // what others call some of the parameters: refused, like what is misspelt
 	help     string
 	selects  selection // objects it works on by filters
 	standard bool      // in the short list of help
@@ -69,8 +70,8 @@ func (t *table) unknown(name string) error {
 }
 
 // misspelt is the error for a parameter that is not the command's own but
-// nearly is. Ignored, as others are, it would silently do something else: an
-// export with bas= would be a whole one.
+// nearly is, or that is called otherwise elsewhere. Ignored, as others are, it
+// would silently do something else: an export with bas= would be a whole one.
 func (c *command) misspelt(a *arguments) error {
 	if c.selects.noun != "" {
 		return nil // any field is a filter
@@ -79,19 +80,29 @@ func (c *command) misspelt(a *arguments) error {
 		if c.declares(p.key) || reserved[p.key] {
 			continue
 		}
+		if own, ok := c.aliases[p.key]; ok {
+			return unknownParam(p.key, own)
+		}
 		for _, own := range slices.Concat(c.required, c.optional) {
 			if own != p.key+":" && own != p.key+"-" && nearly(p.key, own) { // maps are told for what they are
-				return &usageError{"Unknown parameter: " + p.key, "Did you mean " + own + "?"}
+				return unknownParam(p.key, own)
 			}
 		}
 	}
 	return nil
 }
 
+// unknownParam refuses a parameter in the place of the command's own one.
+func unknownParam(param, own string) error {
+	return &usageError{"Unknown parameter: " + param, "Did you mean " + own + "?"}
+}
+
 // nearly tells whether a word of some length is another with one letter wrong,
-// too many or missing, or with its letters in another order.
+// too many or missing, or with its letters in another order. Names of XenAPI,
+// with their underscores, are those of parameters.
 func nearly(a, b string) bool {
-	return len(a) > 2 && (distance(a, b) == 1 ||
+	a = strings.ReplaceAll(a, "_", "-")
+	return len(a) > 2 && (distance(a, b) <= 1 ||
 		len(a) == len(b) && slices.Equal(slices.Sorted(slices.Values([]byte(a))), slices.Sorted(slices.Values([]byte(b)))))
 }
 

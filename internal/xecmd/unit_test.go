@@ -100,7 +100,9 @@ func TestMisspeltParameter(t *testing.T) {
 		"vdi-export uuid=1 filename=2 base=3": "", "vdi-export uuid=1 filename=2 bas=3": "base", "vdi-export uuid=1 filename=2 bsae=3": "base",
 		"vdi-export uuid=1 filenme=2": "filename", "vdi-export uuid=1 filename=2 host-uuid=3 --trace": "", "vm-import filename=1 forc=true": "force",
 		"vm-import filename=1 force=true": "", "vdi-list name-lable=x": "name-label", "vdi-param-set uuid=1 other-config=x": "", "vdi-create device-config:a=b tag:x=": "", "vm-copy vm-uid=1": "",
-		"vdi-nbd uuid=1 mod=rw": "mode",
+		"vdi-nbd uuid=1 mod=rw": "mode", "vm-import filename=1 restore=true": "preserve", "vm-import filename=1 sr=2": "sr-uuid", "vm-import filename=1 dry_run=true": "dry-run",
+		"vdi-export uuid=1 filename=2 base-vdi-uuid=3": "base", "vdi-copy uuid=1 sr-uuid=2 base=3": "base-vdi-uuid", "vdi-copy uuid=1 sr-uuid=2 base_vdi_uuid=3": "base-vdi-uuid",
+		"template-export template-uuid=1 filename=2 use_compression=zstd": "compress",
 	} {
 		a, err := parseArgs(strings.Fields(args))
 		if err != nil {

@@ -42,8 +42,9 @@ func vdiCommands() []command {
 		},
 		{
 			name: "vdi-copy", required: uuid, optional: []string{"base-vdi-uuid", "sr-uuid", "into-vdi-uuid"},
-			help: "Copy a VDI either into an SR (sr-uuid) or onto an existing VDI (into-vdi-uuid). With base-vdi-uuid only what differs from that VDI is copied.",
-			run:  vdiCopy,
+			aliases: map[string]string{"base": "base-vdi-uuid", "base-uuid": "base-vdi-uuid"},
+			help:    "Copy a VDI either into an SR (sr-uuid) or onto an existing VDI (into-vdi-uuid). With base-vdi-uuid only what differs from that VDI is copied.",
+			run:     vdiCopy,
 		},
 		{
 			name: "vdi-pool-migrate", required: []string{"uuid", "sr-uuid"}, optional: []string{"dest-img-format"},
@@ -63,7 +64,8 @@ func vdiCommands() []command {
 		},
 		{
 			name: "vdi-export", required: []string{"uuid", "filename"}, optional: []string{"format", "base", "progress"},
-			help: "Export a VDI.", run: vdiExport,
+			aliases: map[string]string{"base-vdi-uuid": "base", "base-uuid": "base"},
+			help:    "Export a VDI.", run: vdiExport,
 		},
 		{
 			name: "vdi-import", required: []string{"uuid", "filename"}, optional: []string{"format", "progress"},

@@ -10,6 +10,7 @@ import (
 // vmTransferCommands are those that move whole VMs.
 func vmTransferCommands() []command {
 	metadata := []string{"metadata", "excluded-device-types"}
+	compression := map[string]string{"use_compression": "compress", "use-compression": "compress", "compression": "compress"}
 	return []command{
 		{
 			name: "vm-export", required: []string{"filename"},
@@ -21,7 +22,7 @@ func vmTransferCommands() []command {
 			},
 		},
 		{
-			name: "template-export", required: []string{"filename", "template-uuid"}, optional: append([]string{"compress"}, metadata...),
+			name: "template-export", required: []string{"filename", "template-uuid"}, optional: append([]string{"compress"}, metadata...), aliases: compression,
 			help: "Export a template to <filename>.",
 			run: func(ctx context.Context, r *run) error {
 				vm, err := r.ref(ctx, "VM", "template-uuid")
@@ -34,6 +35,7 @@ func vmTransferCommands() []command {
 		{
 			name: "snapshot-export-to-template", required: []string{"filename", "snapshot-uuid"},
 			optional: append([]string{"preserve-power-state", "compress"}, metadata...),
+			aliases:  compression,
 			help:     "Export a snapshot to <filename>.",
 			run: func(ctx context.Context, r *run) error {
 				vm, err := r.snapshot(ctx)
@@ -46,6 +48,7 @@ func vmTransferCommands() []command {
 		{
 			name:     "vm-import",
 			optional: []string{"filename", "sr-uuid", "preserve", "force", "metadata", "dry-run", "vdi:", "task-uuid", "url", "type"},
+			aliases:  map[string]string{"restore": "preserve", "full-restore": "preserve", "full_restore": "preserve", "sr": "sr-uuid", "sr-id": "sr-uuid", "sr_id": "sr-uuid"},
 			help:     "Import a VM from <filename>. With preserve=true it keeps its uuid and MAC addresses. With metadata=true only records are imported, whose disks are here already; vdi:<old uuid>=<new uuid> says which one stands for another.",
 			run:      vmImport,
 		},
