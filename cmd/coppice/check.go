@@ -30,7 +30,7 @@ func check(ctx context.Context, e env, args []string) error {
 	ctx, unhook := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer unhook()
 	flags := flag.NewFlagSet("check", flag.ContinueOnError)
-	dataFlag := flags.String("data", "", dataUsage)
+	place := dataFlag(flags)
 	repair := flags.Bool("repair", false, "put right what can be without losing anything")
 	lossy := flags.Bool("accept-loss", false, "with --repair: also give up what cannot be read, so that the rest can be used")
 	if err := parse(e, flags, args, -1); err != nil {
@@ -39,7 +39,7 @@ func check(ctx context.Context, e env, args []string) error {
 	if *lossy && !*repair {
 		return errors.New("--accept-loss goes with --repair")
 	}
-	return e.eachStore(ctx, *dataFlag, flags.Args(), func(ctx context.Context, path string) (int, error) {
+	return e.eachStore(ctx, *place, flags.Args(), func(ctx context.Context, path string) (int, error) {
 		if *repair {
 			return repairStore(ctx, e, path, cow.RepairOptions{AcceptLoss: *lossy})
 		}
@@ -50,9 +50,9 @@ func check(ctx context.Context, e env, args []string) error {
 // eachStore calls do for the stores that are named, one after the other, or
 // for every store of a data directory, whose lock it holds meanwhile. do
 // returns how many problems are left.
-func (e env) eachStore(ctx context.Context, dataFlag string, stores []string, do func(context.Context, string) (int, error)) (failed error) {
+func (e env) eachStore(ctx context.Context, place string, stores []string, do func(context.Context, string) (int, error)) (failed error) {
 	if len(stores) == 0 {
-		data, err := e.dataDir(dataFlag)
+		data, err := e.dataDir(place)
 		if err != nil {
 			return err
 		}

@@ -39,7 +39,7 @@ func commands() []command {
 		{"scrub", "[STORE…]", "read all of the stores of a stopped server and restore what has copies", scrub},
 		{"dump", "[STORE]", "show what is inside a store of a stopped server", dump},
 		{"doctor", "", "look for trouble around the server, with ways out", doctor},
-		{"user", "list | add NAME | passwd NAME | role NAME | remove NAME", "look after the users beside root, also while the server runs", user},
+		{"user", strings.Join(userForms, " | "), "look after the users beside root, also while the server runs", user},
 		{"version", "", "tell what this binary is", version},
 	}
 }
@@ -63,9 +63,15 @@ func run(ctx context.Context, e env, args []string) int {
 		return exitUnusable
 	}
 	name, args := args[0], args[1:]
-	if name == "help" || name == "-h" || name == "-help" || name == "--help" {
-		usage(e.stdout)
-		return exitOK
+	switch name {
+	case "help", "-h", "-help", "--help":
+		if len(args) == 0 {
+			usage(e.stdout)
+			return exitOK
+		}
+		name, args = args[0], []string{"-h"}
+	case "-version", "--version":
+		name = "version"
 	}
 	for _, c := range commands() {
 		if c.name == name {
@@ -81,8 +87,6 @@ func report(e env, name string, err error) int {
 	switch {
 	case err == nil, errors.Is(err, flag.ErrHelp):
 		return exitOK
-	case errors.Is(err, errFlags):
-		return exitUnusable // the flag package has said it
 	}
 	fmt.Fprintf(e.stderr, "coppice %s: %v\n", name, err)
 	if h, ok := errors.AsType[*hinted](err); ok {
@@ -93,40 +97,3 @@ func report(e env, name string, err error) int {
 	}
 	return exitUnusable
 }
-
-func usage(w io.Writer) {
-	fmt.Fprint(w, "Usage: coppice COMMAND [FLAGS]\n\n")
-	for _, c := range commands() {
-		fmt.Fprintf(w, "  %-9s %s\n", c.name, c.summary)
-	}
-	fmt.Fprint(w, "\nWithout flags every command uses the default data directory.\n\"coppice COMMAND -h\" explains the flags of a command.\n")
-}
-
-// errFlags says that the command line was bad and that the user knows.
-var errFlags = errors.New("bad flags")
-
-// parse parses the flags of command name. It returns flag.ErrHelp when help
-// was asked for and given, errFlags when the flags were bad.
-func parse(e env, fs *flag.FlagSet, args []string, maxArgs int) error {
-	for _, c := range commands() {
-		if c.name == fs.Name() {
-			fs.Usage = func() {
-				fmt.Fprintf(fs.Output(), "Usage: coppice %s\n\n%s.\n\n", strings.TrimSpace(c.name+" [FLAGS] "+c.args), capital(c.summary))
-				fs.PrintDefaults()
-			}
-		}
-	}
-	fs.SetOutput(e.stderr)
-	if err := fs.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			return err
-		}
-		return errFlags
-	}
-	if maxArgs >= 0 && fs.NArg() > maxArgs {
-		return fmt.Errorf("unexpected argument %q", fs.Arg(maxArgs))
-	}
-	return nil
-}
-
-func capital(s string) string { return strings.ToUpper(s[:1]) + s[1:] }

@@ -3,10 +3,12 @@ package main
 import (
 	"bytes"
 	"context"
+	"flag"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"coppice/internal/vfs"
 )
@@ -55,7 +57,10 @@ func TestExitCodes(t *testing.T) {
 		{[]string{"fly"}, exitUnusable, `there is no command "fly"`},
 		{[]string{"version"}, exitOK, "built with go"},
 		{[]string{"version", "x"}, exitUnusable, `unexpected argument "x"`},
-		{[]string{"serve", "-h"}, exitOK, "-admin-password-file"},
+		{[]string{"--version"}, exitOK, "built with go"},
+		{[]string{"serve", "-h"}, exitOK, "--admin-password-file file"},
+		{[]string{"help", "serve"}, exitOK, "--admin-password-file file"},
+		{[]string{"help", "fly"}, exitUnusable, `there is no command "fly"`},
 		{[]string{"serve", "--fly"}, exitUnusable, "flag provided but not defined"},
 		{[]string{"serve", "--log-level", "loud"}, exitUnusable, "loud"},
 		{[]string{"serve", "--tls-cert", file}, exitUnusable, "--tls-cert and --tls-key go together"},
@@ -63,7 +68,11 @@ func TestExitCodes(t *testing.T) {
 		{[]string{"serve", "--grace", "0s"}, exitUnusable, "--grace must be more"},
 		{[]string{"serve", "--data", file}, exitUnusable, file},
 		{[]string{"serve", "--data", fresh(), "--http", "0.0.0.0:0"}, exitUnusable, "loopback addresses only"},
-		{[]string{"serve", "--data", fresh(), "--http", "nonsense"}, exitUnusable, "--http: "},
+		{[]string{"serve", "--data", ""}, exitUnusable, "a variable that is not set"},
+		{[]string{"check", "--data="}, exitUnusable, "a variable that is not set"},
+		{[]string{"serve", "--data", fresh(), "--http", "nonsense"}, exitUnusable, "--http nonsense: not an address"},
+		{[]string{"serve", "--data", fresh(), "--https", "127.0.0.1:84430"}, exitUnusable, "Write ADDRESS:PORT"},
+		{[]string{"serve", "--data", fresh(), "--listen", "http://127.0.0.1:84430"}, exitUnusable, "not an address"},
 		{[]string{"serve", "--data", fresh(), "--http", "off", "--https", "127.0.0.1:0", "--listen", "ftp://x"}, exitUnusable, "not an address"},
 		{[]string{"serve", "--data", fresh(), "--tls-cert", file, "--tls-key", file}, exitUnusable, "certificate " + file},
 		{[]string{"serve", "--data", fresh(), "--admin-password-file", file}, exitUnusable, "is empty"},
@@ -212,4 +221,25 @@ func TestXEArgs(t *testing.T) {
 	if got, ok := open(addresses{http: off}).xeArgs("pw"); ok {
 		t.Errorf("without an address: %s", got)
 	}
+}
+
+// TestHelpWidth says that help fits a terminal, and that no flag is missing from it.
+func TestHelpWidth(t *testing.T) {
+	for _, c := range commands() {
+		got := runCommand(t, c.name, "-h")
+		if got.code != exitOK || got.stderr != "" {
+			t.Errorf("%s: exit code %d, %q on stderr", c.name, got.code, got.stderr)
+		}
+		for line := range strings.Lines(got.stdout) {
+			if n := utf8.RuneCountInString(strings.TrimSuffix(line, "\n")); n > helpWidth {
+				t.Errorf("%s: %d columns: %s", c.name, n, line)
+			}
+		}
+	}
+	serveHelp := runCommand(t, "serve", "-h").stdout
+	new(serveOptions).flags().VisitAll(func(f *flag.Flag) {
+		if !strings.Contains(serveHelp, "  --"+f.Name) {
+			t.Errorf("help does not explain --%s", f.Name)
+		}
+	})
 }

@@ -3,12 +3,14 @@ package main
 import (
 	"cmp"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"coppice/internal/vfs"
 )
@@ -29,7 +31,20 @@ const passwordFile = "root.password"
 // passwordSource is the name of the file that tells from which file of the operator's that verifier is.
 const passwordSource = "root.password.source"
 
-// dataFlag is the value of --data as the user may leave it: empty means the
+// dataFlag adds --data to the flags of a command. The value is for env.dataDir.
+func dataFlag(flags *flag.FlagSet) *string {
+	value := new(string)
+	flags.Func("data", "data `directory` (default $XDG_STATE_HOME/coppice or ~/.local/state/coppice)", func(s string) error {
+		if s == "" {
+			return errors.New("it is empty, like the value of a variable that is not set")
+		}
+		*value = s
+		return nil
+	})
+	return value
+}
+
+// dataDir is the directory that --data names; without the flag, "", it is the
 // default place.
 func (e env) dataDir(flagValue string) (dataDir, error) {
 	if flagValue != "" {
@@ -46,9 +61,6 @@ func (e env) dataDir(flagValue string) (dataDir, error) {
 	}
 	return dataDir(filepath.Join(state, "coppice")), nil
 }
-
-// dataUsage is the help text of --data.
-const dataUsage = "data `directory` (default $XDG_STATE_HOME/coppice or ~/.local/state/coppice)"
 
 // openDir opens the directory and takes its lock. The caller closes both,
 // the lock first. With create a missing directory is made.
@@ -70,17 +82,26 @@ func (d dataDir) open(create bool) (*vfs.Dir, io.Closer, error) {
 
 // explain adds to an error about the directory what can be done.
 func (d dataDir) explain(err error) error {
+	if errors.Is(err, vfs.ErrLocked) {
+		return &hinted{lockedError{"data directory " + string(d)}, "A coppice server, or a tool, is using it. Stop it first, or use another directory with --data DIR."}
+	}
 	err = fmt.Errorf("data directory %s: %w", string(d), err)
 	switch {
-	case errors.Is(err, vfs.ErrLocked):
-		return &hinted{err, "A coppice server, or a tool, is using it. Stop it first, or use another directory with --data DIR."}
+	case errors.Is(err, syscall.ENOTDIR):
+		return &hinted{err, "Name a directory, or where one can be made, with --data DIR."}
 	case errors.Is(err, fs.ErrNotExist):
-		return &hinted{err, "\"coppice serve\" makes it; or name another one with --data DIR."}
+		return &hinted{err, "\"coppice serve\" makes it where there is a directory to make it in; or name another one with --data DIR."}
 	case errors.Is(err, fs.ErrPermission):
 		return &hinted{err, fmt.Sprintf("User id %d may not write there. Change its owner, or use another directory with --data DIR.", os.Geteuid())}
 	}
 	return err
 }
+
+// lockedError is vfs.ErrLocked in words for people who know what is locked.
+type lockedError struct{ what string }
+
+func (e lockedError) Error() string { return e.what + " is in use by another process" }
+func (e lockedError) Unwrap() error { return vfs.ErrLocked }
 
 // readSmall returns the contents of a small file without the white space
 // around them, "" and fs.ErrNotExist when there is none.

@@ -78,13 +78,13 @@ func (f findings) count(s severity) int {
 // leaves out what only a stopped one permits, and says so.
 func doctor(ctx context.Context, e env, args []string) error {
 	flags := flag.NewFlagSet("doctor", flag.ContinueOnError)
-	dataFlag := flags.String("data", "", dataUsage)
+	place := dataFlag(flags)
 	httpFlag := flags.String("http", "127.0.0.1:8080", "`address` the server will use for HTTP, or off")
 	httpsFlag := flags.String("https", "127.0.0.1:8443", "`address` the server will use for HTTPS, or off")
 	if err := parse(e, flags, args, 0); err != nil {
 		return err
 	}
-	data, err := e.dataDir(*dataFlag)
+	data, err := e.dataDir(*place)
 	if err != nil {
 		return err
 	}

@@ -23,7 +23,7 @@ func dump(ctx context.Context, e env, args []string) (err error) {
 	ctx, unhook := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer unhook()
 	flags := flag.NewFlagSet("dump", flag.ContinueOnError)
-	dataFlag := flags.String("data", "", dataUsage)
+	place := dataFlag(flags)
 	volumeFlag := flags.String("volume", "", "`UUID` of the volume whose record and map to print instead")
 	if err := parse(e, flags, args, 1); err != nil {
 		return err
@@ -38,7 +38,7 @@ func dump(ctx context.Context, e env, args []string) (err error) {
 	}
 	path := flags.Arg(0)
 	if path == "" {
-		data, err := e.dataDir(*dataFlag)
+		data, err := e.dataDir(*place)
 		if err != nil {
 			return err
 		}
@@ -57,9 +57,12 @@ func dump(ctx context.Context, e env, args []string) (err error) {
 
 // explainStore adds to an error of a store what can be done.
 func explainStore(path string, err error) error {
-	err = fmt.Errorf("store %s: %w", filepath.Clean(path), err)
 	if errors.Is(err, vfs.ErrLocked) {
-		return &hinted{err, "A coppice server is using it. Stop it first."}
+		return &hinted{lockedError{"store " + filepath.Clean(path)}, "A coppice server is using it. Stop it first."}
+	}
+	err = fmt.Errorf("store %s: %w", filepath.Clean(path), err)
+	if errors.Is(err, cow.ErrNoStore) || errors.Is(err, syscall.ENOTDIR) {
+		return &hinted{err, "A store is a directory with a file \"" + superblock + "\"; --data DIR stands for all stores of a data directory."}
 	}
 	if errors.Is(err, cow.ErrCorrupt) && errors.Is(err, fs.ErrNotExist) {
 		return &hinted{err, "Put the file back from a copy, or run \"coppice check --repair\", with --accept-loss if what was in it may be given up."}

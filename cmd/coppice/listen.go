@@ -70,11 +70,75 @@ func (eps endpoints) first(scheme string) (endpoint, bool) {
 	return endpoint{}, false
 }
 
-// addresses are the places to listen at, as the command line gives them.
+// addresses are the places to listen at, as the command line gives them; see validate.
 type addresses struct {
 	http  string   // loopback only, or off
 	https string   // or off
 	more  []string // http://ADDRESS or https://ADDRESS
+}
+
+// further is an address of --listen.
+type further struct{ scheme, address string }
+
+// further returns what --listen names.
+func (a addresses) further() (list []further, err error) {
+	for _, spec := range a.more {
+		u, err := url.Parse(spec)
+		if err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" || strings.Trim(u.Path, "/") != "" {
+			return nil, notAnAddress("--listen", spec, "http://ADDRESS:PORT or https://ADDRESS:PORT")
+		}
+		address := u.Host
+		if u.Port() == "" {
+			address = net.JoinHostPort(u.Hostname(), map[string]string{"http": "80", "https": "443"}[u.Scheme])
+		}
+		if _, err := splitAddress(address); err != nil {
+			return nil, notAnAddress("--listen", spec, "http://ADDRESS:PORT or https://ADDRESS:PORT")
+		}
+		list = append(list, further{u.Scheme, address})
+	}
+	return list, nil
+}
+
+// validate finds what cannot be listened at, whatever else happens on this machine.
+func (a addresses) validate() error {
+	if err := validAddress("--http", a.http); err != nil {
+		return err
+	}
+	if a.http != off && !isLoopback(a.http) { // passwords in the clear over a network by accident
+		return &hinted{
+			fmt.Errorf("--http %s: plain HTTP is for loopback addresses only, it shows passwords to the network", a.http),
+			"Use --https " + a.http + ", or --listen http://" + a.http + " if the network may see them.",
+		}
+	}
+	if err := validAddress("--https", a.https); err != nil {
+		return err
+	}
+	_, err := a.further()
+	return err
+}
+
+// validAddress refuses what is neither off nor a host and a port.
+func validAddress(flagName, address string) error {
+	if address == off {
+		return nil
+	}
+	if _, err := splitAddress(address); err != nil {
+		return notAnAddress(flagName, address, "ADDRESS:PORT, such as 127.0.0.1:8080, or off")
+	}
+	return nil
+}
+
+// splitAddress returns the host of an address, which must have a port, too.
+func splitAddress(address string) (host string, err error) {
+	host, port, err := net.SplitHostPort(address)
+	if err == nil {
+		_, err = net.LookupPort("tcp", port)
+	}
+	return host, err
+}
+
+func notAnAddress(flagName, value, want string) error {
+	return &hinted{fmt.Errorf("%s %s: not an address with a port", flagName, value), "Write " + want + "."}
 }
 
 // listen opens all of them and the Unix socket, or none.
@@ -97,9 +161,6 @@ func (a addresses) listen(ctx context.Context, config *tls.Config, socket string
 		return nil
 	}
 	if a.http != off {
-		if err := mustBeLoopback(a.http); err != nil {
-			return eps, err
-		}
 		if err := add("--http", "http", a.http); err != nil {
 			return eps, err
 		}
@@ -109,16 +170,12 @@ func (a addresses) listen(ctx context.Context, config *tls.Config, socket string
 			return eps, err
 		}
 	}
-	for _, spec := range a.more {
-		u, err := url.Parse(spec)
-		if err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" || strings.Trim(u.Path, "/") != "" {
-			return eps, &hinted{fmt.Errorf("--listen %s: not an address", spec), "Write http://ADDRESS:PORT or https://ADDRESS:PORT."}
-		}
-		address := u.Host
-		if u.Port() == "" {
-			address = net.JoinHostPort(u.Hostname(), map[string]string{"http": "80", "https": "443"}[u.Scheme])
-		}
-		if err := add("--listen", u.Scheme, address); err != nil {
+	more, err := a.further()
+	if err != nil {
+		return eps, err
+	}
+	for _, f := range more {
+		if err := add("--listen", f.scheme, f.address); err != nil {
 			return eps, err
 		}
 	}
@@ -129,24 +186,9 @@ func (a addresses) listen(ctx context.Context, config *tls.Config, socket string
 	return append(eps, endpoint{l, "unix"}), nil
 }
 
-// mustBeLoopback refuses to send passwords in the clear over a network by
-// accident.
-func mustBeLoopback(address string) error {
-	if _, _, err := net.SplitHostPort(address); err != nil {
-		return fmt.Errorf("--http: %w", err)
-	}
-	if isLoopback(address) {
-		return nil
-	}
-	return &hinted{
-		fmt.Errorf("--http %s: plain HTTP is for loopback addresses only, it shows passwords to the network", address),
-		"Use --https " + address + ", or --listen http://" + address + " if the network may see them.",
-	}
-}
-
 // isLoopback reports whether only this machine can reach an address.
 func isLoopback(address string) bool {
-	host, _, err := net.SplitHostPort(address)
+	host, err := splitAddress(address)
 	ip := net.ParseIP(host)
 	return err == nil && (host == "localhost" || ip != nil && ip.IsLoopback())
 }

@@ -46,6 +46,28 @@ func (eps *nbdEndpoints) close() error {
 	return errors.Join(errs...)
 }
 
+// validate finds what cannot be listened at, whatever else happens on this machine.
+func (a nbdAddresses) validate() error {
+	if a.tls != "" {
+		if err := validAddress("--nbd", a.tls); err != nil {
+			return err
+		}
+	}
+	if a.plain == "" || a.plain == off {
+		return nil
+	}
+	if err := validAddress("--nbd-plain", a.plain); err != nil {
+		return err
+	}
+	if !isLoopback(a.plain) {
+		return &hinted{
+			fmt.Errorf("--nbd-plain %s: NBD without TLS is for loopback addresses only, it shows disks and sessions to the network", a.plain),
+			"Use --nbd " + a.plain + ".",
+		}
+	}
+	return nil
+}
+
 // listen opens all of them, or none.
 func (a nbdAddresses) listen(ctx context.Context, socket string) (eps nbdEndpoints, err error) {
 	defer func() {
@@ -68,12 +90,6 @@ func (a nbdAddresses) listen(ctx context.Context, socket string) (eps nbdEndpoin
 	}
 	if err != nil || a.plain == "" || a.plain == off {
 		return eps, err
-	}
-	if !isLoopback(a.plain) {
-		return eps, &hinted{
-			fmt.Errorf("--nbd-plain %s: NBD without TLS is for loopback addresses only, it shows disks and sessions to the network", a.plain),
-			"Use --nbd " + a.plain + ".",
-		}
 	}
 	eps.plain, err = listenTCP(ctx, "--nbd-plain", a.plain)
 	return eps, err

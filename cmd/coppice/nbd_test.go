@@ -29,13 +29,18 @@ func TestNBDListeners(t *testing.T) {
 		t.Errorf("port %d", got)
 	}
 	for want, a := range map[string]nbdAddresses{
-		"the port is in use":      {tls: eps.plain.Addr().String()},
-		"is for loopback":         {tls: off, plain: "192.0.2.1:1"},
-		"missing port in address": {tls: "nowhere"},
+		"is for loopback":               {tls: off, plain: "192.0.2.1:1"},
+		"--nbd nowhere: not an address": {tls: "nowhere"},
+		"--nbd-plain nowhere":           {plain: "nowhere"},
 	} {
-		if _, err := a.listen(t.Context(), filepath.Join(dir, "b")); err == nil || !strings.Contains(err.Error(), want) {
+		if err := a.validate(); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%+v: %v, want %q", a, err, want)
 		}
+	}
+	const want = "the port is in use"
+	taken := nbdAddresses{tls: eps.plain.Addr().String()}
+	if _, err := taken.listen(t.Context(), filepath.Join(dir, "b")); taken.validate() != nil || err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("%+v: %v, want %q", taken, err, want)
 	}
 	if eps, err = (nbdAddresses{tls: off}).listen(t.Context(), filepath.Join(dir, "c")); err != nil || eps.tls != nil || eps.plain != nil {
 		t.Errorf("off: %v", err)

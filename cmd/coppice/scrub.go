@@ -24,7 +24,7 @@ func scrub(ctx context.Context, e env, args []string) error {
 	ctx, unhook := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer unhook()
 	flags := flag.NewFlagSet("scrub", flag.ContinueOnError)
-	dataFlag := flags.String("data", "", dataUsage)
+	place := dataFlag(flags)
 	rate := flags.Float64("rate", 0, "read no more than this many `MiB/s` on average; 0 means no bound")
 	if err := parse(e, flags, args, -1); err != nil {
 		return err
@@ -32,7 +32,7 @@ func scrub(ctx context.Context, e env, args []string) error {
 	if math.IsNaN(*rate) || *rate < 0 || *rate > 1<<20 {
 		return fmt.Errorf("--rate %v is not a number of MiB/s", *rate)
 	}
-	return e.eachStore(ctx, *dataFlag, flags.Args(), func(ctx context.Context, path string) (int, error) {
+	return e.eachStore(ctx, *place, flags.Args(), func(ctx context.Context, path string) (int, error) {
 		return scrubStore(ctx, e, path, int64(math.Ceil(*rate*(1<<20))))
 	})
 }

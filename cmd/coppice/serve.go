@@ -44,7 +44,7 @@ const (
 
 // serveOptions are the flags of serve.
 type serveOptions struct {
-	data         string
+	data         *string
 	addresses    addresses
 	nbd          nbdAddresses
 	passwordFile string
@@ -62,7 +62,7 @@ type serveOptions struct {
 
 func (o *serveOptions) flags() *flag.FlagSet {
 	fs := flag.NewFlagSet("serve", flag.ContinueOnError)
-	fs.StringVar(&o.data, "data", "", dataUsage)
+	o.data = dataFlag(fs)
 	fs.StringVar(&o.addresses.http, "http", "127.0.0.1:8080", "loopback `address` for plain HTTP, or off")
 	fs.StringVar(&o.addresses.https, "https", "127.0.0.1:8443", "`address` for HTTPS, or off")
 	fs.Func("listen", "further `URL` to listen at, such as https://0.0.0.0:443; may be repeated", func(s string) error {
@@ -77,14 +77,14 @@ func (o *serveOptions) flags() *flag.FlagSet {
 	fs.StringVar(&o.tlsKey, "tls-key", "", "`file` with the RSA key of --tls-cert in PEM form")
 	fs.StringVar(&o.readyFile, "ready-file", "", "`file` that gets the URLs, one a line, when the server is ready")
 	fs.StringVar(&o.auditLog, "audit-log", "", "`file` to which is appended, as JSON, who did what (default: it is not written)")
-	fs.DurationVar(&o.idle, "transfer-idle", 0, "how long the client of a transfer may neither send nor take a byte; 0 for ever")
+	fs.DurationVar(&o.idle, "transfer-idle", 0, "`duration`, such as 30m, for which the client of a transfer may neither send nor take a byte; 0, for ever, without it")
 	fs.Func("pull-from", "`networks`, such as 10.0.0.0/8,127.0.0.1, of the servers from which disks can be pulled, or off (default: all but those of this machine, its links and the metadata services of clouds)", func(s string) (err error) {
 		o.pullFrom, err = remote.ParseNetworks(s)
 		return err
 	})
-	fs.DurationVar(&o.grace, "grace", server.DefaultGrace, "how long a stop waits for running work")
-	fs.StringVar(&o.revert, "revert", revertInPlace, "how VMs are reverted: in-place puts contents back, clone replaces disks by clones, as other_config:coppice:revert=clone of the pool does, too")
-	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
+	fs.DurationVar(&o.grace, "grace", server.DefaultGrace, "`duration`, such as 30s, for which a stop waits for running work")
+	fs.StringVar(&o.revert, "revert", revertInPlace, "`how` VMs are reverted: in-place puts contents back, clone replaces disks by clones, as other_config:coppice:revert=clone of the pool does, too")
+	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "`level` from which on things are logged: debug, info, warn or error")
 	return fs
 }
 
@@ -102,6 +102,7 @@ func (o *serveOptions) validate() error {
 	if o.grace <= 0 {
 		errs = append(errs, errors.New("--grace must be more than 0s"))
 	}
+	errs = append(errs, o.addresses.validate(), o.nbd.validate())
 	return errors.Join(errs...)
 }
 
@@ -123,7 +124,7 @@ func serve(ctx context.Context, e env, args []string) (err error) {
 	defer unhook()
 	context.AfterFunc(ctx, unhook) // the second signal has its usual effect
 
-	data, err := e.dataDir(o.data)
+	data, err := e.dataDir(*o.data)
 	if err != nil {
 		return err
 	}
@@ -207,7 +208,6 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 		return nil, err
 	}
 	i.cert.OnReloadError(func(err error) { log.Error("the TLS certificate is the one of before", "err", err) })
-	i.background.Go(func() { reportCertificate(log, i.cert) })
 	running, stop := context.WithCancel(ctx)
 	opened(func() error { stop(); i.background.Wait(); return nil })
 	if i.endpoints, err = o.addresses.listen(ctx, i.cert.TLS(), data.socket()); err != nil {
@@ -218,6 +218,7 @@ func start(ctx context.Context, data dataDir, o serveOptions, log *slog.Logger) 
 		return nil, err
 	}
 	opened(i.nbd.close)
+	i.background.Go(func() { reportCertificate(log, i.cert) })
 
 	store, err := bolt.Open(data.database())
 	if err != nil {

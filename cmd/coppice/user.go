@@ -22,14 +22,14 @@ import (
 
 // userOptions are the flags of user.
 type userOptions struct {
-	data         string
+	data         *string
 	roles        []string
 	passwordFile string
 }
 
 func (o *userOptions) flags() *flag.FlagSet {
 	fs := flag.NewFlagSet("user", flag.ContinueOnError)
-	fs.StringVar(&o.data, "data", "", dataUsage)
+	o.data = dataFlag(fs)
 	fs.Func("role", "`role` of the user: "+strings.Join(api.RoleNames(), ", ")+"; may be repeated, the strongest counts", func(s string) error {
 		if !slices.Contains(api.RoleNames(), s) {
 			return errors.New("there is no such role")
@@ -41,8 +41,8 @@ func (o *userOptions) flags() *flag.FlagSet {
 	return fs
 }
 
-// userVerbs are what can be done to users, by name.
-var userVerbs = []string{"list", "add", "passwd", "role", "remove"}
+// userForms are what can be done to users: a verb, and whether it takes a name.
+var userForms = []string{"list", "add NAME", "passwd NAME", "role NAME", "remove NAME"}
 
 // user looks after the users beside root. A server that runs follows the file of the users, so it need not be
 // stopped.
@@ -53,14 +53,22 @@ func user(_ context.Context, e env, args []string) error {
 	if err != nil {
 		return err
 	}
-	if len(words) == 0 || !slices.Contains(userVerbs, words[0]) {
-		return &hinted{errors.New("what should be done?"), "coppice user " + strings.Join(userVerbs, " | ")}
+	forms := "coppice user " + strings.Join(userForms, " | ")
+	if len(words) == 0 {
+		return &hinted{errors.New("what should be done?"), forms}
 	}
 	verb, names := words[0], words[1:]
-	if want := map[bool]int{true: 0, false: 1}[verb == "list"]; len(names) != want {
-		return fmt.Errorf("%s takes %d names, not %d", verb, want, len(names))
+	form := slices.IndexFunc(userForms, func(form string) bool { return strings.Fields(form)[0] == verb })
+	if form < 0 {
+		return &hinted{fmt.Errorf("%q is nothing that can be done", verb), forms}
 	}
-	data, err := e.dataDir(o.data)
+	if want := len(strings.Fields(userForms[form])) - 1; len(names) != want {
+		return &hinted{
+			fmt.Errorf("%s takes %s, not %d", verb, map[int]string{0: "no name", 1: "one name"}[want], len(names)),
+			forms,
+		}
+	}
+	data, err := e.dataDir(*o.data)
 	if err != nil {
 		return err
 	}
@@ -90,7 +98,9 @@ func user(_ context.Context, e env, args []string) error {
 			return func(u *users.User) { u.Roles = o.roles }, nil
 		})
 	case "remove":
-		err = file.Remove(names[0])
+		if err = file.Remove(names[0]); errors.Is(err, users.ErrNotFound) {
+			err = unknownUser(names[0])
+		}
 	}
 	return err
 }
@@ -145,7 +155,7 @@ func changeUser(file *users.File, name string, ask func() (func(*users.User), er
 		return err
 	}
 	if !slices.ContainsFunc(list, func(u users.User) bool { return u.Name == name }) {
-		return &hinted{fmt.Errorf("%w: %q", users.ErrNotFound, name), "coppice user list shows them. The password of root is set with --admin-password-file, or by session.change_password."}
+		return unknownUser(name)
 	}
 	change, err := ask()
 	if err != nil {
@@ -155,6 +165,17 @@ func changeUser(file *users.File, name string, ask func() (func(*users.User), er
 		change(u)
 		return nil
 	})
+}
+
+// unknownUser is users.ErrNotFound with a way out.
+func unknownUser(name string) error {
+	if name == "root" {
+		return &hinted{
+			fmt.Errorf("%w: %q is not one of them", users.ErrNotFound, name),
+			"root is always there and may do everything; \"coppice serve --admin-password-file FILE\" sets its password, and so does session.change_password.",
+		}
+	}
+	return &hinted{fmt.Errorf("%w: %q", users.ErrNotFound, name), "coppice user list shows them."}
 }
 
 // askPassword gets a new password: from a file, from whoever sits at the terminal, twice, or from the standard input.
