@@ -47,6 +47,17 @@ func (h *header) tables() int64 { return ceilDiv(h.size, h.perTable()<<h.cluster
 // to the compression type.
 const headPeek = 112
 
+// IsImage tells whether data begins with the header of an image, one that can
+// be read or not, by its first 72 bytes.
+func IsImage(start []byte) bool {
+	be := binary.BigEndian
+	if len(start) < headSizeV2 || be.Uint32(start) != magic {
+		return false
+	}
+	version, bits := be.Uint32(start[4:]), be.Uint32(start[20:])
+	return (version == 2 || version == 3) && bits >= minClusterBits && bits <= maxClusterBits
+}
+
 // parseHeader reads the first bytes of an image, headPeek of them or all
 // there are.
 func parseHeader(b []byte) (*header, error) {

@@ -6,6 +6,9 @@ import (
 	"net/http"
 	"strings"
 
+	"coppice/internal/qcow2"
+	"coppice/internal/vhd"
+	"coppice/internal/vmdk"
 	"coppice/internal/xapi"
 )
 
@@ -24,6 +27,10 @@ type format struct {
 	// here, before anything is sent.
 	encode func(ctx context.Context, d *download) (image, error)
 	decode decoder
+
+	// begins tells by the first detectBytes of data whether it is an image of
+	// this format; nil when that does not tell.
+	begins func(start []byte) bool
 }
 
 // image is a planned image of a disk.
@@ -44,10 +51,10 @@ type image interface {
 func formats() []format {
 	return []format{
 		{name: "raw", contentType: "application/octet-stream", encode: planRaw, decode: readRaw},
-		{name: "vhd", contentType: "application/vhd", encode: planVHD, decode: readVHD},
+		{name: "vhd", contentType: "application/vhd", encode: planVHD, decode: readVHD, begins: vhd.HasFooter},
 		{name: "tar", contentType: "application/x-tar", fullOnly: true, encode: planTar, decode: readTar},
-		{name: "qcow2", contentType: "application/x-qemu-disk", encode: planQcow2, decode: readQcow2},
-		{name: "vmdk", contentType: "application/x-vmdk", fullOnly: true, encode: planVMDK, decode: readVMDK},
+		{name: "qcow2", contentType: "application/x-qemu-disk", encode: planQcow2, decode: readQcow2, begins: qcow2.IsImage},
+		{name: "vmdk", contentType: "application/x-vmdk", fullOnly: true, encode: planVMDK, decode: readVMDK, begins: vmdk.IsSparse},
 	}
 }
 

@@ -150,6 +150,9 @@ func planImport(r *request, req api.TransferRequest, m *api.Import) (*incoming, 
 	}
 	in.decode = f.decode
 	_, chunked := r.param("chunked")
+	if req.Format == "" {
+		in.decode = readUndeclared
+	}
 	atomic, _ := r.param(atomicParam)
 	offset, resumable := r.param(offsetParam)
 	switch {
@@ -171,7 +174,7 @@ func planImport(r *request, req api.TransferRequest, m *api.Import) (*incoming, 
 		}
 	}
 	if f.name == "raw" && in.length > m.Volume.Size()-in.offset {
-		return nil, badBody("%d bytes do not fit a disk of %d bytes", in.length, m.Volume.Size()-in.offset)
+		return nil, tooLong(req.Format, in.length, m.Volume.Size()-in.offset)
 	}
 	if base, ok := r.param(baseParam); ok {
 		rec, err := m.Holds(baseParam, base)

@@ -204,7 +204,7 @@ func TestTransferRefusals(t *testing.T) {
 		"export, dangling base":     {export + "?format=vhd&vdi=" + ref + "&base=OpaqueRef:b", "500 Internal Server Error", []string{"failure", "HANDLE_INVALID", "VDI", "OpaqueRef:b"}},
 		"export, too large":         {export + "?format=vhd&vdi=" + huge, "500 Internal Server Error", []string{"failure", "VDI_TOO_LARGE", huge, "2190433320960"}},
 		"import, no vdi and no SR":  {imp + "?format=raw", "500 Internal Server Error", []string{"failure", "VDI_MISSING"}},
-		"import, longer than disk":  {imp + "?vdi=" + ref + "\x00x\r\nContent-Length: 2097153", "500 Internal Server Error", []string{"failure", "VDI_IO_ERROR", "2097153 bytes do not fit a disk of 2097152 bytes"}},
+		"import, longer than disk":  {imp + "?vdi=" + ref + "\x00x\r\nContent-Length: 2097153", "500 Internal Server Error", []string{"failure", "VDI_IO_ERROR", "2097153 bytes do not fit a disk of 2097152 bytes, and without format= data is taken as raw"}},
 		"import, onto a snapshot":   {imp + "?vdi=" + snapshot, "500 Internal Server Error", []string{"failure", "VDI_READONLY", snapshot}},
 		"import, wrong uuid of SR":  {imp + "?sr_uuid=x", "500 Internal Server Error", []string{"failure", "UUID_INVALID", "SR", "x"}},
 		"export, invalid session":   {export + "?session_id=OpaqueRef:s&vdi=" + ref, "401 Unauthorized", []string{"pending"}},

@@ -22,6 +22,12 @@ func IsFixed(start []byte) bool {
 	return string(start) != cookieFooter && string(start) != cookiePoison
 }
 
+// HasFooter tells whether data begins with the copy of a footer, as all images
+// do but fixed ones, by its first 512 bytes.
+func HasFooter(start []byte) bool {
+	return len(start) >= footerSize && checkFooter((*Footer)(start), 0, "footer") == nil
+}
+
 // NewFixedReader refuses a length that no fixed image has.
 func NewFixedReader(src io.Reader, o ReaderOptions) (*FixedReader, error) {
 	if o.Length >= 0 {

@@ -86,6 +86,16 @@ func NewReader(src io.Reader, o ReaderOptions) (*Reader, error) {
 	return r, nil
 }
 
+// IsSparse tells whether data begins with the header of a sparse extent,
+// streamOptimized or not, by its first 512 bytes.
+func IsSparse(start []byte) bool {
+	if len(start) < SectorSize {
+		return false
+	}
+	h := decodeHeader(start)
+	return h.magic == headMagic && h.version >= 1 && h.version <= 3
+}
+
 func (h *header) check() error {
 	const need = flagCompressed | flagMarkers
 	switch {
