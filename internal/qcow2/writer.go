@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/bits"
 	"strings"
 )
 
@@ -99,9 +100,12 @@ func (l *Layout) Length() int64 { return l.clusters() * ClusterSize }
 // HeadLength is the length of all that comes before the data, in bytes.
 func (l *Layout) HeadLength() int64 { return l.dataAt() * ClusterSize }
 
+// headBuffer is how much of a head is written at a time, in bytes.
+const headBuffer = 4 * ClusterSize
+
 // WriteHead writes everything that comes before the data.
 func (l *Layout) WriteHead(w io.Writer) error {
-	b := &entries{w: bufio.NewWriterSize(w, ClusterSize)}
+	b := &entries{w: bufio.NewWriterSize(w, headBuffer)}
 	b.bytes(l.header())
 	b.pad()
 	for i := range l.refBlocks {
@@ -122,19 +126,21 @@ func (l *Layout) WriteHead(w io.Writer) error {
 		table++
 	}
 	b.padTo(l.l2At() * ClusterSize)
-	data := l.dataAt()
+	// A table of data that is scattered is nearly empty, so only what it has is looked at.
+	data, page := l.dataAt(), make([]byte, ClusterSize)
 	for _, t := range l.set.tables {
 		if t == nil {
 			continue
 		}
-		for i := range perTable {
-			if t.words[i>>6]&(1<<(i&63)) == 0 {
-				b.u64(0)
-				continue
+		clear(page)
+		for i, word := range t.words {
+			for ; word != 0; word &= word - 1 {
+				at := 8 * (i<<6 + bits.TrailingZeros64(word))
+				binary.BigEndian.PutUint64(page[at:], uint64(data)*ClusterSize|flagCopied)
+				data++
 			}
-			b.u64(uint64(data)*ClusterSize | flagCopied)
-			data++
 		}
+		b.bytes(page)
 	}
 	return b.w.Flush()
 }
