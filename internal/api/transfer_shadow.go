@@ -103,8 +103,9 @@ func (x *Import) publish(ctx context.Context) error {
 
 // Scratch makes a hidden volume of at least size bytes in the SR of the disk,
 // which goes when the import ends. Its contents take room of the SR as those
-// of a disk do.
-func (x *Import) Scratch(size int64) (storage.Volume, error) {
+// of a disk do. What it has can be moved to Volume by the batch, which is nil
+// when the SR cannot.
+func (x *Import) Scratch(size int64) (storage.Volume, *storage.CloneBatch, error) {
 	ctx := x.call.Context()
 	size = min(max(size+storage.Unit-1, storage.Unit)/storage.Unit*storage.Unit, storage.MaxSize)
 	h, err := x.call.api.hide(ctx, x.dst.repo, func(id storage.ID) error {
@@ -112,10 +113,10 @@ func (x *Import) Scratch(size int64) (storage.Volume, error) {
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("scratch volume for VDI %s: %w", x.VDI.UUID, err)
+		return nil, nil, fmt.Errorf("scratch volume for VDI %s: %w", x.VDI.UUID, err)
 	}
 	x.scratch = append(x.scratch, h)
-	return h.Volume, nil
+	return h.Volume, storage.NewCloneBatch(x.Repo, x.Volume, h.Volume), nil
 }
 
 // Describe puts an entry into the other_config of the task when it ends.

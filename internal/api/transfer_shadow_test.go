@@ -28,7 +28,7 @@ func TestImportShadow(t *testing.T) {
 		if _, err := x.Volume.WriteAt([]byte("atomic"), 4096); err != nil {
 			t.Fatal(err)
 		}
-		scratch, err := x.Scratch(3<<20 + 1)
+		scratch, _, err := x.Scratch(3<<20 + 1)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -73,7 +73,7 @@ func TestImportShadowCrash(t *testing.T) {
 	if _, err := x.Volume.WriteAt([]byte("lost"), 0); err != nil {
 		t.Fatal(err)
 	}
-	scratch, err := x.Scratch(1 << 20)
+	scratch, _, err := x.Scratch(1 << 20)
 	if err != nil {
 		t.Fatal(err)
 	}

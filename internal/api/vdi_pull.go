@@ -55,7 +55,7 @@ type Fetch struct {
 	Format string
 
 	Volume   storage.Volume
-	Scratch  func(size int64) (storage.Volume, error)
+	Scratch  func(size int64) (storage.Volume, *storage.CloneBatch, error)
 	Progress func(done, total int64)
 }
 

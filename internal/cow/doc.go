@@ -33,7 +33,8 @@
 // wait at the same time share a frame, which is one write, durable when it
 // returns. A
 // snapshot seals the layers of its source and puts them under both volumes;
-// that is all it does.
+// that is all it does. Ranges of a volume that another one gets, see
+// [Store.CloneRanges], are the one thing that only a checkpoint can do.
 //
 // A checkpoint cuts all changed volumes at one moment between two frames,
 // merges their logged and sealed layers into trees, writes counters and region

@@ -46,7 +46,7 @@ func TestCloneRanges(t *testing.T) {
 	u := tiny.UnitSize
 	src, dst := newDisk(t, s, 1, int64(units*u), nil), newDisk(t, s, 2, int64(units*u), nil)
 	mustWrite(t, src, noise(30*u), 3)
-	mustWrite(t, dst, noise(5*u)[u:], 20)
+	mustWrite(t, dst, noise(5 * u)[u:], 20)
 	if err := s.sync(ctx); err != nil {
 		t.Fatal(err)
 	}

@@ -62,20 +62,10 @@ func write(t testing.TB, contents []byte, set *ClusterSet, backing *Backing) []b
 	return out.Bytes()
 }
 
-// scratch is a spool in memory that notes whether it was asked for. What is
-// discarded is not what it was.
+// scratch is a spool in memory that notes whether it was asked for.
 type scratch struct {
 	b      []byte
 	opened bool
-	gone   int64 // bytes that have been discarded
-}
-
-func (s *scratch) Discard(off, n int64) error {
-	s.gone += n
-	for i := off; i < min(off+n, int64(len(s.b))); i++ {
-		s.b[i] ^= 0xA5
-	}
-	return nil
 }
 
 func (s *scratch) open() (Spool, error) {

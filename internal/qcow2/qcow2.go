@@ -65,7 +65,8 @@
 //	}
 //
 // Data that comes before the table that refers to it is put into scratch space
-// which the caller provides when it is needed first. Images of this package,
+// which the caller provides when it is needed first, and the run says where it
+// is there, so that a caller who can may move it without reading it. Images of this package,
 // of qemu-img convert and of the common backup tools need none.
 //
 // Backing files and external data files are never opened. An image with an
@@ -118,6 +119,11 @@ func field(off int64, name string, found, want any) error {
 type Run struct {
 	Off, Len int64 // bytes
 	Zero     bool  // reads as zero; of a Reader, which has no bytes for it
+
+	// Of a Reader: the bytes are in its Spool, from From on, and need not be read
+	// from the Reader.
+	Spooled bool
+	From    int64
 }
 
 // End returns the first byte behind the run.

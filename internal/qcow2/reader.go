@@ -33,13 +33,6 @@ type Spool interface {
 	io.WriterAt
 }
 
-// Discarder is a Spool that takes room back: what is discarded is not read
-// again. Whole clusters of data are, as soon as they have been read from it, if
-// the image says that nothing else refers to them.
-type Discarder interface {
-	Discard(off, n int64) error
-}
-
 // ReaderOptions say what is known about a stream beforehand.
 type ReaderOptions struct {
 	// Length of the image in bytes. Nothing is read behind it. Below zero it
@@ -47,8 +40,7 @@ type ReaderOptions struct {
 	Length int64
 
 	// Spool is called when scratch space is needed, once. Offsets in it are
-	// those of the image. Without it an image that needs one is refused. It
-	// may be a Discarder.
+	// those of the image. Without it an image that needs one is refused.
 	Spool func() (Spool, error)
 
 	// Check, unless nil, is asked before each table that is read from the
@@ -121,7 +113,7 @@ func NewReader(src io.Reader, o ReaderOptions) (*Reader, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &Reader{h: h, length: o.Length, spool: spool{open: o.Spool, clusterBits: h.clusterBits}, check: o.Check}
+	r := &Reader{h: h, length: o.Length, spool: spool{open: o.Spool}, check: o.Check}
 	// A compressed cluster is looked at as a whole: it may share a sector
 	// with the next one, and take up two clusters at most.
 	r.src = bufio.NewReaderSize(first, int(max(64<<10, 2*h.clusterSize()+SectorSize)))
@@ -162,15 +154,13 @@ func (r *Reader) Next() (Run, error) {
 	if r.err != nil {
 		return Run{}, r.err
 	}
-	if r.left > 0 {
+	if r.left > 0 && !r.run.Spooled {
 		if _, err := io.Copy(io.Discard, onlyReader{r}); err != nil {
 			return Run{}, err
 		}
 	}
-	run, err := Run{}, r.settle()
-	if err == nil {
-		run, err = r.advance()
-	}
+	r.left = 0
+	run, err := r.advance()
 	if err != nil {
 		r.err = err
 		return Run{}, err
@@ -180,16 +170,6 @@ func (r *Reader) Next() (Run, error) {
 		r.left = run.Len
 	}
 	return run, nil
-}
-
-// settle ends the current run, which has been read.
-func (r *Reader) settle() error {
-	s, ok := r.from.(*section)
-	r.from = nil
-	if !ok || s.once.from == s.once.to {
-		return nil
-	}
-	return r.spool.giveBack(s.once.from, s.once.to-s.once.from)
 }
 
 // onlyReader hides other methods of a reader.

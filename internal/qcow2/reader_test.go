@@ -147,55 +147,60 @@ func TestReaderSpools(t *testing.T) {
 	}
 }
 
-// Data that has been read from the spool leaves it, if the image says that
-// nothing else refers to it; then nothing else may.
-func TestReaderGivesBack(t *testing.T) {
+// A run that is in the spool says where: nothing of it is read again. Clusters
+// may be referred to more than once.
+func TestReaderSaysWhere(t *testing.T) {
 	const size = 12 * mib
 	contents := disk(size, 1, [2]int64{0, 4*mib + 100}, [2]int64{5 * mib, 64 << 10}, [2]int64{6*mib - 512, 5 * mib})
 	image := tablesLast(t, contents)
-	s := new(scratch)
-	if got := applied(t, image, size, s); !bytes.Equal(got, contents) {
-		t.Error(difference(got, contents))
-	}
-	if data := clustersOf(contents, nil).Len() * ClusterSize; s.gone > data || s.gone < data-releaseBatch {
-		t.Errorf("%d of %d bytes were given back", s.gone, data)
-	}
 	be := binary.BigEndian
 	l2At := be.Uint64(image[be.Uint64(image[40:]):]) & maskOffset
-	last := l2At + 8*11*mib/ClusterSize // the entry behind the last one
-	copy(image[last:], image[l2At:][:8])
-	if err := apply(bytes.NewReader(image), -1, make([]byte, size), new(scratch)); !errors.Is(err, ErrFormat) {
-		t.Errorf("a cluster that is referred to twice: %v", err)
-	}
-	for i := range uint64(perTable) { // as an image with shared clusters
-		e := be.Uint64(image[l2At+8*i:])
-		be.PutUint64(image[l2At+8*i:], e&^flagCopied)
-	}
+	copy(image[l2At+8*11*mib/ClusterSize:], image[l2At:][:8])
 	copy(contents[11*mib:], contents[:ClusterSize])
-	s = new(scratch)
+	s := new(scratch)
 	if got := applied(t, image, size, s); !bytes.Equal(got, contents) {
 		t.Errorf("with a shared cluster: %s", difference(got, contents))
 	}
-	if s.gone > 0 {
-		t.Errorf("%d bytes of shared clusters were given back", s.gone)
+
+	s = new(scratch)
+	r, err := NewReader(bytes.NewReader(image), ReaderOptions{Length: -1, Spool: s.open})
+	if err != nil {
+		t.Fatal(err)
 	}
-	broken := errors.New("broken")
-	r, err := NewReader(bytes.NewReader(tablesLast(t, contents)), ReaderOptions{Length: -1, Spool: func() (Spool, error) { return stubborn{new(scratch), broken}, nil }})
-	for err == nil {
-		_, err = r.Next()
+	got := make([]byte, size)
+	for {
+		run, err := r.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !run.Spooled || run.Len > spoolRun {
+			t.Errorf("%+v, want a run of the spool of at most %d bytes", run, spoolRun)
+		}
+		if run.Off%(2*ClusterSize) == 0 { // what has been read in part goes on at the next run, too
+			if _, err := io.ReadFull(r, make([]byte, 1000)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		copy(got[run.Off:run.End()], s.b[run.From:])
 	}
-	if !errors.Is(err, broken) {
-		t.Errorf("a spool that takes nothing back: %v", err)
+	if !bytes.Equal(got, contents) {
+		t.Error(difference(got, contents))
+	}
+
+	// What is zero and has to wait is in no spool.
+	empty := tablesLast(t, disk(mib, 1, [2]int64{0, 1}))
+	clear(empty[ClusterSize:be.Uint64(empty[40:])]) // data and refcounts
+	s = new(scratch)
+	if r, err = NewReader(bytes.NewReader(empty), ReaderOptions{Length: -1, Spool: s.open}); err != nil {
+		t.Fatal(err)
+	}
+	if run, err := r.Next(); err != nil || run != (Run{Len: ClusterSize, Zero: true}) {
+		t.Errorf("zeros: %+v, %v", run, err)
 	}
 }
-
-// stubborn is a spool that takes nothing back.
-type stubborn struct {
-	*scratch
-	err error
-}
-
-func (s stubborn) Discard(int64, int64) error { return s.err }
 
 // tablesLast moves the tables of a small image behind its data.
 func tablesLast(t testing.TB, contents []byte) []byte {

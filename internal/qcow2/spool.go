@@ -11,23 +11,14 @@ import (
 // interleave with data more often than that is refused.
 const maxHeld = 1 << 18
 
-// maxGone is how many clusters of an image can be given back: 16 TiB of those
-// of 64 KiB. Those behind stay until the end.
-const maxGone = 1 << 28
-
-// releaseBatch is how much is read from the spool as one run, and is given back
-// at once where it adjoins, in bytes.
-const releaseBatch = 4 << 20
+// spoolRun is how much of the spool is a run at most, in bytes.
+const spoolRun = 4 << 20
 
 // spool keeps parts of the stream that may turn out to be needed.
 type spool struct {
 	open func() (Spool, error)
 	s    Spool
 	held []held // ascending
-
-	clusterBits uint32
-	gone        []uint64 // a bit for each cluster that has been given back, or is about to be
-	release     held     // what is about to be
 }
 
 // held is a range [from, to) of the image.
@@ -88,71 +79,16 @@ func (s *spool) has(off, n int64, what string) error {
 		}
 		return 0
 	})
-	if !found || s.held[i].to < off+n || s.isGone(off, n) {
+	if !found || s.held[i].to < off+n {
 		return field(off, what, "a place that is used already, or behind the end", "one of its own")
 	}
 	return nil
 }
 
-// giveBack says that a range that the spool has, in whole clusters, has been
-// read and that nothing else in the image means it: its room is given back, soon.
-// From now on a reference to it is a fault of the image.
-func (s *spool) giveBack(off, n int64) error {
-	if _, ok := s.s.(Discarder); !ok || (off+n)>>s.clusterBits > maxGone {
-		return nil
-	}
-	last := (off + n - 1) >> s.clusterBits
-	if more := last/64 + 1 - int64(len(s.gone)); more > 0 {
-		s.gone = append(s.gone, make([]uint64, more)...)
-	}
-	for c := off >> s.clusterBits; c <= last; c++ {
-		s.gone[c/64] |= 1 << (c % 64)
-	}
-	var err error
-	switch r := &s.release; {
-	case r.to == off:
-		r.to += n
-	case r.from == off+n:
-		r.from = off
-	default:
-		err = s.flush()
-		s.release = held{off, off + n}
-	}
-	if err == nil && s.release.to-s.release.from >= releaseBatch {
-		err = s.flush()
-	}
-	return err
-}
-
-// flush gives back what is about to be.
-func (s *spool) flush() error {
-	d, ok := s.s.(Discarder)
-	r := s.release
-	s.release = held{}
-	if !ok || r.from == r.to {
-		return nil
-	}
-	if err := d.Discard(r.from, r.to-r.from); err != nil {
-		return fmt.Errorf("scratch space: %w", err)
-	}
-	return nil
-}
-
-// isGone tells whether any of a range has been given back.
-func (s *spool) isGone(off, n int64) bool {
-	last := min((off+n-1)>>s.clusterBits, int64(len(s.gone))*64-1)
-	for c := off >> s.clusterBits; c <= last; c++ {
-		if s.gone[c/64]&(1<<(c%64)) != 0 {
-			return true
-		}
-	}
-	return false
-}
-
 // readFull fills p from a range that the spool has.
 func (s *spool) readFull(p []byte, off int64) error {
 	clear(p)
-	if s.s == nil { // all of it was zero
+	if s.s == nil { // all of it is zero
 		return nil
 	}
 	if n, err := s.s.ReadAt(p, off); n < len(p) && !errors.Is(err, io.EOF) {
@@ -165,7 +101,6 @@ func (s *spool) readFull(p []byte, off int64) error {
 type section struct {
 	s        *spool
 	off, end int64
-	once     held // what is to be given back when it has been read
 }
 
 func (s *section) Read(p []byte) (int, error) {

@@ -99,7 +99,7 @@ func (r *Reader) fromEntry(guest int64) (Run, error) {
 		n++
 	}
 	if kind == entryData && host < r.pos {
-		n = min(n, releaseBatch>>r.h.clusterBits)
+		n = min(n, spoolRun>>r.h.clusterBits)
 	}
 	t.next += n
 	length := min(n<<r.h.clusterBits, r.h.size-guest)
@@ -107,11 +107,7 @@ func (r *Reader) fromEntry(guest int64) (Run, error) {
 	case entryZero:
 		return Run{Off: guest, Len: length, Zero: true}, nil
 	case entryData:
-		run, err := r.stored(at, host, guest, length)
-		if s, ok := r.from.(*section); ok && run.Len > 0 && e&flagCopied != 0 {
-			s.once = held{host, host + n<<r.h.clusterBits}
-		}
-		return run, err
+		return r.stored(at, host, guest, length)
 	}
 	return Run{}, nil
 }
@@ -188,8 +184,11 @@ func (r *Reader) stored(at, host, guest, n int64) (Run, error) {
 	if err := r.spool.has(host, n, claimData.String()); err != nil {
 		return Run{}, err
 	}
+	if r.spool.s == nil {
+		return Run{Off: guest, Len: n, Zero: true}, nil
+	}
 	r.from = &section{s: &r.spool, off: host, end: host + n}
-	return Run{Off: guest, Len: n}, nil
+	return Run{Off: guest, Len: n, Spooled: true, From: host}, nil
 }
 
 // compressed deals with the entry of a compressed cluster: the low bits are

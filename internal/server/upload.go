@@ -37,8 +37,9 @@ type upload struct {
 	interrupt func()
 
 	// scratch makes a volume of a size for parts of the body that have to
-	// wait, which goes with the upload.
-	scratch func(size int64) (storage.Volume, error)
+	// wait, which goes with the upload, and what moves them on to the disk; that
+	// is nil when they have to be copied.
+	scratch func(size int64) (storage.Volume, *storage.CloneBatch, error)
 
 	// atomic makes everything that is written from now on, which must be
 	// everything, appear at once in the end or not at all.
@@ -123,6 +124,21 @@ type piece struct {
 	data        []byte
 	zero        int64 // bytes that become zero, instead of data
 	done, total int64 // progress when it is stored
+
+	// What is cloned instead, nil for nothing.
+	clone *storage.CloneBatch
+	from  storage.RangeClone
+}
+
+// size is how much of the disk a piece covers, in bytes.
+func (p *piece) size() int64 {
+	switch {
+	case p.clone != nil:
+		return p.from.Len
+	case p.zero > 0:
+		return p.zero
+	}
+	return int64(len(p.data))
 }
 
 // receive stores the pieces that read cuts out of the body, each one while
@@ -139,22 +155,25 @@ func (u *upload) receive(ctx context.Context, read func(ctx context.Context, nex
 		return read(ctx, func() (*piece, error) {
 			p, err := next()
 			if err == nil {
-				p.data, p.zero = p.data[:uploadChunk], 0
+				p.data, p.zero, p.clone = p.data[:uploadChunk], 0, nil
 			}
 			return p, err
 		}, send)
 	}
 	return relay(ctx, buffers, produce, func(p *piece) error {
 		var err error
-		if p.zero > 0 {
+		switch {
+		case p.clone != nil:
+			err = p.clone.Add(ctx, p.from)
+		case p.zero > 0:
 			err = u.overlay.Zero(ctx, p.off, p.zero)
-		} else {
+		default:
 			err = u.overlay.WriteAt(ctx, p.data, p.off)
 		}
 		if err != nil {
 			return err
 		}
-		u.stored = p.off + max(p.zero, int64(len(p.data)))
+		u.stored = p.off + p.size()
 		u.done(p.done, p.total)
 		return nil
 	})

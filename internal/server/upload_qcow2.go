@@ -9,36 +9,20 @@ import (
 	"coppice/internal/storage"
 )
 
-// spool is a scratch volume from which what has been read goes at once.
-type spool struct {
-	storage.Volume
-	zero func(off, n int64) error
-}
-
-func (s spool) Discard(off, n int64) error {
-	first := (off + storage.Unit - 1) / storage.Unit * storage.Unit
-	end := min(off+n, s.Size()) / storage.Unit * storage.Unit
-	if first >= end {
-		return nil
-	}
-	return s.zero(first, end-first)
-}
-
 // readQcow2 writes the clusters that a qcow2 image holds and leaves all others
 // as they are, whether or not the image names a backing file. Data that comes
-// before its table lands in a scratch volume of the SR first, and leaves it as it
-// moves on to the disk, so that it takes the room of the SR once.
+// before its table lands in a scratch volume of the SR first, from where the
+// disk takes it over without copying it.
 func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) error {
+	var moved *storage.CloneBatch // from the scratch volume, nil when data is copied
 	scratch := func() (qcow2.Spool, error) {
 		size := length
 		if size < 0 {
 			size = storage.MaxSize
 		}
-		v, err := u.scratch(size)
-		if err != nil {
-			return nil, err
-		}
-		return spool{v, func(off, n int64) error { return v.Zero(ctx, off, n) }}, nil
+		v, batch, err := u.scratch(size)
+		moved = batch
+		return v, err
 	}
 	reading := ctx // ends early when a write fails
 	r, err := qcow2.NewReader(body, qcow2.ReaderOptions{
@@ -59,7 +43,7 @@ func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) err
 	if length < 0 {
 		total = r.Size()
 	}
-	return u.receive(ctx, func(ctx context.Context, next func() (*piece, error), send func(*piece)) error {
+	err = u.receive(ctx, func(ctx context.Context, next func() (*piece, error), send func(*piece)) error {
 		reading = ctx
 		for {
 			run, err := r.Next()
@@ -76,10 +60,14 @@ func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) err
 				}
 				p.off = run.Off
 				n := min(uploadChunk, run.Len)
-				if run.Zero {
+				switch {
+				case run.Zero:
 					n = run.Len
 					p.zero = n
-				} else {
+				case moved != nil && run.Spooled && (run.Off|run.From|run.Len)%storage.Unit == 0:
+					n = run.Len
+					p.clone, p.from = moved, storage.RangeClone{To: run.Off, From: run.From, Len: n}
+				default:
 					p.data = p.data[:n]
 					if _, err := io.ReadFull(r, p.data); err != nil {
 						return u.bodyError(err)
@@ -91,4 +79,8 @@ func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) err
 			}
 		}
 	})
+	if err == nil && moved != nil {
+		err = moved.Flush(ctx)
+	}
+	return err
 }

@@ -2,8 +2,10 @@ package server
 
 import (
 	"bytes"
+	"fmt"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"testing"
 
 	"coppice/internal/peertest"
@@ -57,4 +59,25 @@ func TestImportQcow2TablesLast(t *testing.T) {
 	}
 	r.close()
 	r.host.check(t)
+}
+
+// Over a disk that has contents, only what differs changes.
+func TestImportQcow2TablesLastOver(t *testing.T) {
+	const size = 24 * mib
+	contents := random(size, 1, [2]int64{0, 9 * mib}, [2]int64{11*mib + 4096, 12 * mib})
+	d := newDepot(t)
+	ref, _ := d.disk(1 << 30)
+	d.upload(ref, "qcow2", resized(t, contents, "1G"))
+	base := d.do("VDI.snapshot", d.session, ref).(string)
+	copy(contents[2*mib:], random(mib, 7, [2]int64{0, mib}))
+	d.upload(ref, "qcow2", resized(t, contents, "1G"))
+	resp := d.fetch("GET", d.url("/export_raw_vdi", "vdi", ref), "Range", fmt.Sprintf("bytes=0-%d", size-1))
+	if got := readBody(t, resp); !bytes.Equal(got, contents) {
+		t.Error("not the contents")
+	}
+	resp = d.fetch("HEAD", d.url("/export_raw_vdi", "vdi", ref, "format", "qcow2", "base", base))
+	_ = resp.Body.Close()
+	if n := resp.Header.Get("Coppice-Changed-Bytes"); n != strconv.Itoa(mib) {
+		t.Errorf("%s bytes have changed, want %d", n, mib)
+	}
 }

@@ -323,7 +323,7 @@ func TestUploadStorageFailsBetweenTables(t *testing.T) {
 		u := &upload{
 			size: 4 * mib, overlay: storage.NewOverlay(v), done: func(int64, int64) {},
 			interrupt: sync.OnceFunc(func() { close(s.waiting) }),
-			scratch:   func(int64) (storage.Volume, error) { return s, nil },
+			scratch:   func(int64) (storage.Volume, *storage.CloneBatch, error) { return s, nil, nil },
 		}
 		if err := readQcow2(t.Context(), bytes.NewReader(image), int64(len(image)), u); err != errTest {
 			t.Errorf("error is %v, want %v", err, errTest)
