@@ -21,9 +21,9 @@ const (
 	// one is put into the spool, like all that it refers to.
 	maxL1Ahead = 512 << 10
 
-	// spoolUnit is what writes to the spool begin and end at, if they can, in
-	// bytes.
-	spoolUnit = 4096
+	// spoolPiece is what writes to the spool begin and end at multiples of, if
+	// they can, in bytes.
+	spoolPiece = 1 << 20
 )
 
 // Spool is scratch space for parts of an image that come before what says
@@ -75,6 +75,7 @@ type Reader struct {
 	pending int64 // L2 tables ahead
 
 	spool   spool
+	piece   []byte // on its way there
 	check   func() error
 	inflate inflater
 
@@ -419,35 +420,35 @@ func (r *Reader) passTo(off int64) error {
 		return r.skip(off-r.pos, "gap")
 	}
 	for r.pos < off {
-		n, err := r.divert(off - r.pos)
-		if err == io.EOF || n == 0 && err == nil {
+		switch err := r.divert(off - r.pos); err {
+		case nil:
+		case io.EOF:
 			return cut(r.pos, "gap")
-		}
-		if err != nil {
+		default:
 			return err
 		}
 	}
 	return nil
 }
 
-// divert puts up to n of the next bytes into the spool.
-func (r *Reader) divert(n int64) (int, error) {
-	b, err := r.src.Peek(int(min(n, int64(r.src.Size()))))
-	if len(b) == 0 {
-		return 0, err
+// divert puts up to n of the next bytes into the spool. At the end of the stream
+// there are none, and the error is io.EOF.
+func (r *Reader) divert(n int64) error {
+	if r.piece == nil {
+		r.piece = make([]byte, spoolPiece)
 	}
-	if err != nil && err != io.EOF {
-		return 0, err
+	k, err := io.ReadFull(r.src, r.piece[:min(n, spoolPiece-r.pos%spoolPiece)])
+	if k > 0 && err == io.ErrUnexpectedEOF {
+		err = nil // the end comes again
 	}
-	if odd := (r.pos + int64(len(b))) % spoolUnit; odd < int64(len(b)) && int64(len(b)) < n {
-		b = b[:int64(len(b))-odd]
+	if err != nil {
+		return err
 	}
-	if err := r.spool.put(b, r.pos); err != nil {
-		return 0, err
+	if err := r.spool.put(r.piece[:k], r.pos); err != nil {
+		return err
 	}
-	r.pos += int64(len(b))
-	_, err = r.src.Discard(len(b))
-	return len(b), err
+	r.pos += int64(k)
+	return nil
 }
 
 // drain reads the rest of the stream.
@@ -455,7 +456,7 @@ func (r *Reader) drain() error {
 	for {
 		var err error
 		if r.wanted() {
-			_, err = r.divert(math.MaxInt64)
+			err = r.divert(math.MaxInt64)
 		} else {
 			var n int
 			n, err = r.src.Discard(r.src.Size())

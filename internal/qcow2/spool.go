@@ -26,9 +26,6 @@ type held struct{ from, to int64 }
 
 // put stores the next part of the stream.
 func (s *spool) put(p []byte, off int64) error {
-	if len(p) == 0 {
-		return nil
-	}
 	last := len(s.held) - 1
 	switch {
 	case last >= 0 && s.held[last].to == off:
