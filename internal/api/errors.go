@@ -89,6 +89,7 @@ var storageErrors = []struct {
 	{is: storage.ErrReadOnly, number: 46, text: "The VDI is read-only"},
 	{is: storage.ErrRepoReadOnly, number: 47, text: "The SR has become read-only after a failure"},
 	{is: storage.ErrLocked, number: 47, text: "The SR is in use by another process"},
+	{is: storage.ErrOccupied, number: 16, text: "The SR cannot be made there"},
 	{is: storage.ErrNoRepo, number: 47, text: "The SR is not available"},
 	{is: storage.ErrClosed, number: 47, text: "The SR is not available"},
 	{is: storage.ErrInvalid, number: 79, text: "VDI Invalid size or argument"},

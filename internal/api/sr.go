@@ -1,12 +1,14 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"maps"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/google/uuid"
 
@@ -52,11 +54,19 @@ func newSR(typ, label, description, contentType string, shared bool, smConfig ma
 
 // srCreate makes an SR with its storage and attaches it. Where the storage
 // exists already and is nobody's, its disks come with it: nothing is erased.
-// A failure leaves no record; an empty store may stay on the disk.
+// A failure leaves no record; an empty store may stay on the disk. A key of
+// the configuration that the driver does not know is INVALID_VALUE: it could be
+// meant to be the place, or a bound that there is not.
 func (a *API) srCreate(ctx context.Context, c *Call, host xapi.Ref[xapi.Host], config map[string]string, size int64, label, description, typ, contentType string, shared bool, smConfig map[string]string) (xapi.Ref[xapi.SR], error) {
 	drv, err := a.driver(typ)
 	if err != nil {
 		return "", err
+	}
+	for _, key := range slices.Sorted(maps.Keys(config)) {
+		if _, ok := drv.Config[key]; !ok {
+			known := slices.Sorted(maps.Keys(drv.Config))
+			return "", invalidValue("device_config", fmt.Sprintf("%s (there are for SRs of type %s: %s)", key, typ, cmp.Or(strings.Join(known, ", "), "none")))
+		}
 	}
 	sr := newSR(typ, label, description, contentType, shared, smConfig)
 	sr.UUID = uuid.NewString()

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
 
 	"coppice/internal/vfs"
@@ -32,6 +33,34 @@ func Destroy(dir vfs.FS) (err error) {
 	return dir.SyncDir()
 }
 
+// Foreign returns the names of the files in a directory without a store that
+// are not what a [Create] or a [Destroy] that was cut off has left there, in
+// order. Create would leave them alone, but not all of those that only seem to
+// be a store's: a log is one beside the other files of a store, and the file of
+// somebody else where it is alone.
+func Foreign(dir vfs.FS) ([]string, error) {
+	names, err := dir.List()
+	if err != nil {
+		return nil, err
+	}
+	onlyLog := !slices.ContainsFunc(names, func(n string) bool { return isStoreFile(n) && n != logName })
+	foreign := slices.DeleteFunc(names, func(n string) bool {
+		return isStoreFile(n) && !(onlyLog && n == logName)
+	})
+	slices.Sort(foreign)
+	return foreign, nil
+}
+
+// isStoreFile reports whether a file of a store has that name, for ever or
+// while it is made, but for the superblock.
+func isStoreFile(name string) bool {
+	var i int
+	base := strings.TrimSuffix(name, tempName(""))
+	_, err := fmt.Sscanf(base, "space-%04d", &i)
+	isSpace := err == nil && base == spaceName(i)
+	return isSpace || base == regionsName(0) || base == regionsName(1) || base == logName || name == superTemp
+}
+
 // removeFiles removes all files of a store but the superblock.
 func removeFiles(dir vfs.FS) error {
 	names, err := dir.List()
@@ -39,14 +68,11 @@ func removeFiles(dir vfs.FS) error {
 		return err
 	}
 	for _, n := range names {
-		var i int
-		base := strings.TrimSuffix(n, tempName(""))
-		_, scanErr := fmt.Sscanf(base, "space-%04d", &i)
-		isSpace := scanErr == nil && base == spaceName(i)
-		if isSpace || base == regionsName(0) || base == regionsName(1) || base == logName || n == superTemp {
-			if err := dir.Remove(n); err != nil {
-				return err
-			}
+		if !isStoreFile(n) {
+			continue
+		}
+		if err := dir.Remove(n); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -259,7 +259,8 @@ func (e Extent) End() int64 { return e.Off + e.Len }
 
 // Errors that drivers return, wrapped with what was being done.
 var (
-	ErrNoRepo       = errors.New("no such repository") // of Driver.Open
+	ErrNoRepo       = errors.New("no such repository")                   // of Driver.Open
+	ErrOccupied     = errors.New("the place is used for something else") // of Driver.Open that is to create
 	ErrNotFound     = errors.New("no such volume")
 	ErrExists       = errors.New("volume exists")
 	ErrInvalid      = errors.New("invalid argument")

@@ -14,6 +14,7 @@ import (
 	"io"
 	"iter"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -102,6 +103,9 @@ func openStore(ctx context.Context, dir vfs.FS, o engine.Options, create bool) (
 	}
 	s, err := engine.Open(ctx, dir, o)
 	if errors.Is(err, engine.ErrNoStore) && create {
+		if err := vacant(dir); err != nil {
+			return nil, err
+		}
 		if err := removeLabel(dir); err != nil { // of a store that was destroyed in part
 			return nil, err
 		}
@@ -111,6 +115,23 @@ func openStore(ctx context.Context, dir vfs.FS, o engine.Options, create bool) (
 		return nil, err
 	}
 	return &repo{s: s, dir: dir}, nil
+}
+
+// vacant refuses to make a store among files that are not of one, some of which
+// could have the names of its own. The directory for what a file system has
+// lost is no obstacle: a file system of its own is a good place for a store.
+func vacant(dir vfs.FS) error {
+	foreign, err := engine.Foreign(dir)
+	if err != nil {
+		return err
+	}
+	foreign = slices.DeleteFunc(foreign, func(n string) bool {
+		return n == labelName || n == labelTemp || n == "lost+found"
+	})
+	if len(foreign) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%w: %q is in the directory; name a new or an empty one", storage.ErrOccupied, foreign[0])
 }
 
 // destroyDir removes a store, and nothing else of its directory. The superblock
