@@ -68,7 +68,11 @@ func findFormat(name string) (format, error) {
 			return f, nil
 		}
 	}
-	return format{}, unknownFormat(fmt.Sprintf("Unknown format %s", name))
+	names := make([]string, 0, len(formats()))
+	for _, f := range formats() {
+		names = append(names, f.name)
+	}
+	return format{}, unknownFormat(fmt.Sprintf("Unknown format %s (there are %s)", name, strings.Join(names, ", ")))
 }
 
 // unknownFormat is what a format that the handler does not know, or not in

@@ -202,7 +202,7 @@ func (c *client) copied(err error) (Response, error) {
 	// os.File wraps what goes wrong at the connection it copies from, too.
 	network := errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ETIMEDOUT)
 	if e, ok := errors.AsType[*fs.PathError](err); ok && !network {
-		return Failed, operationFailed(fmt.Sprintf("Sys_error(%q)", reason(e)))
+		return Failed, operationFailed(fmt.Sprintf("Sys_error(%q)", e.Path+": "+reason(e)))
 	}
 	return Failed, nil
 }

@@ -184,13 +184,18 @@ func parseSize(s string) (int64, bool) {
 
 // A usageError is reported with what may help, "" for nothing, and a pointer to
 // the help.
-type usageError struct{ text, hint string }
+type usageError struct {
+	text, hint string
+	params     bool // it is about the parameters of the command: its own help helps
+}
 
 func (e *usageError) Error() string { return e.text }
 
 func syntaxError(reason string) error { return &usageError{text: "Syntax error: " + reason} }
 
-func missing(param string) error { return &usageError{text: "Required parameter not found: " + param} }
+func missing(param string) error {
+	return &usageError{text: "Required parameter not found: " + param, params: true}
+}
 
 // A failure is an error of a command itself; the user sees its text.
 type failure struct{ text string }

@@ -1,6 +1,7 @@
 package xecmd
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -43,7 +44,11 @@ func (r *run) explain(err error) (lines []string, unknown *xapi.Error) {
 		if e.hint != "" {
 			lines = append(lines, e.hint)
 		}
-		return append(lines, "For usage run: 'xe help'"), nil
+		help := "xe help"
+		if r.cmd != nil && e.params {
+			help += " " + r.cmd.name
+		}
+		return append(lines, "For usage run: '"+help+"'"), nil
 	}
 	if e, ok := errors.AsType[*failure](err); ok {
 		return []string{"Error: " + e.text}, nil
@@ -52,8 +57,11 @@ func (r *run) explain(err error) (lines []string, unknown *xapi.Error) {
 	if !ok {
 		e = xapi.InternalError(err)
 	}
+	if e.Code == xapi.ErrInternalError && len(e.Params) == 1 && strings.HasPrefix(e.Params[0], "Unknown format ") {
+		return []string{"Error: " + e.Params[0]}, nil // which nothing is wrong with the server for
+	}
 	params := r.describeRefs(e.Params)
-	if hint := remedy(e.Code, params); hint != "" {
+	if hint := cmp.Or(remedy(e.Code, params), r.mistaken(e)); hint != "" {
 		lines = append(lines, hint)
 	}
 	names := xapi.Datamodel().Errors[e.Code]
@@ -61,6 +69,24 @@ func (r *run) explain(err error) (lines []string, unknown *xapi.Error) {
 		return lines, xapi.NewError(e.Code, params...)
 	}
 	return slices.Concat([]string{sentence(e.Code)}, labelled(names, params), lines), nil
+}
+
+// mistaken says what a uuid that is of no object of the class wanted is of
+// instead, "" for nothing that is known.
+func (r *run) mistaken(e *xapi.Error) (hint string) {
+	if e.Code != xapi.ErrUUIDInvalid || len(e.Params) != 2 || r.session == "" {
+		return ""
+	}
+	// Without a valid session nothing is said.
+	_ = r.read(func(v view) error {
+		for _, class := range xapi.Datamodel().Classes {
+			if ref, ok := v.UUID(class, e.Params[1]); ok {
+				hint = "That is the uuid of another object: " + class.Name + " " + r.describeRefs([]string{ref})[0] + "."
+			}
+		}
+		return nil
+	})
+	return hint
 }
 
 // remedy says what to do about an error whose own text does not, "" for
@@ -72,12 +98,23 @@ func remedy(code string, params []string) string {
 	case code == xapi.ErrRevertOnlyAllowedOnSnapshot:
 		return "What is given is not a snapshot. To see the snapshots of a disk: xe vdi-list snapshot-of=<uuid>"
 	case code == xapi.ErrOperationBlocked && len(params) > 1 && strings.HasPrefix(params[1], "coppice:hold"):
-		uuid, _, _ := strings.Cut(params[0], " ")
-		return "It is on hold. If it may go: xe <vm, snapshot or vdi>-param-remove uuid=" + uuid + " param-name=other-config param-key=coppice:hold"
+		return "It is on hold. If it may go: xe <vm, snapshot or vdi>-param-remove uuid=" + firstWord(params[0]) + " param-name=other-config param-key=coppice:hold"
+	case code == xapi.ErrSRHasPBD && len(params) == 1:
+		return "To detach it: xe pbd-unplug uuid=$(xe pbd-list sr-uuid=" + firstWord(params[0]) + " --minimal)"
+	case code == xapi.ErrSRHasNoPBDs && len(params) == 1:
+		return "It is detached, or has been forgotten. To attach it: xe pbd-plug uuid=$(xe pbd-list sr-uuid=" + firstWord(params[0]) + " --minimal)"
+	case code == xapi.ErrSRNotEmpty:
+		return "There are disks on it. They go with xe vdi-destroy, or stay, for a later xe sr-introduce, with xe sr-forget; to see them: xe vdi-list sr-uuid=<uuid>"
 	case code == xapi.ErrVMSSHasVM:
 		return "VMs follow it. For each of them: xe vm-param-set uuid=<uuid> snapshot-schedule="
 	}
 	return ""
+}
+
+// firstWord returns the uuid of an object that describeRefs has described.
+func firstWord(s string) string {
+	word, _, _ := strings.Cut(s, " ")
+	return word
 }
 
 // labelled puts the documented names in front of the parameters of an error.
@@ -160,6 +197,7 @@ var sentences = map[string]string{
 	xapi.ErrSRUnknownDriver:               "The storage repository could not be connected because the driver was not recognised.",
 	xapi.ErrSRHasNoPBDs:                   "The storage repository has no PBDs.",
 	xapi.ErrSRNotAttached:                 "The storage repository is not attached.",
+	xapi.ErrSRNotEmpty:                    "The storage repository is not empty.",
 	xapi.ErrSROperationNotSupported:       "The storage repository does not support the operation.",
 	xapi.ErrVMBadPowerState:               "You attempted an operation on a VM that was not in an appropriate power state at the time.",
 	xapi.ErrVMIsTemplate:                  "The operation attempted is not valid for a template VM.",

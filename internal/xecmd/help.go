@@ -1,6 +1,7 @@
 package xecmd
 
 import (
+	"errors"
 	"strings"
 )
 
@@ -62,7 +63,11 @@ func (r *run) help() error {
 func (r *run) helpCommand(name string) {
 	c := r.table.byName[name]
 	if c == nil {
-		r.out.message("Unknown command '" + name + "'")
+		text := "Unknown command '" + name + "'"
+		if e, ok := errors.AsType[*usageError](r.table.unknown(name)); ok && e.hint != "" {
+			text += "\n" + e.hint
+		}
+		r.out.message(text)
 		return
 	}
 	optional, description := c.optional, c.help

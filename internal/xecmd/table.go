@@ -94,7 +94,7 @@ func (c *command) misspelt(a *arguments) error {
 
 // unknownParam refuses a parameter in the place of the command's own one.
 func unknownParam(param, own string) error {
-	return &usageError{"Unknown parameter: " + param, "Did you mean " + own + "?"}
+	return &usageError{text: "Unknown parameter: " + param, hint: "Did you mean " + own + "?", params: true}
 }
 
 // nearly tells whether a word of some length is another with one letter wrong,

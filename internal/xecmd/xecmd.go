@@ -140,11 +140,11 @@ func (r *run) serve(ctx context.Context, args []string) error {
 func (r *run) login(ctx context.Context) error {
 	user, password := r.args.str("username"), r.args.str("password")
 	if user == "" && !r.origin.Trusted {
-		return &usageError{"Username/password must be specified", "See -u, -pw and -pwf, or put username= and password= into ~/.xe."}
+		return &usageError{text: "Username/password must be specified", hint: "See -u, -pw and -pwf, or put username= and password= into ~/.xe."}
 	}
 	session, err := r.api.Login(ctx, r.origin, user, password)
 	if e, ok := errors.AsType[*xapi.Error](err); ok && e.Code == xapi.ErrSessionAuthenticationFailed {
-		return &usageError{"Authentication failed", "The user name or the password is wrong: see -u, -pw and -pwf, and ~/.xe."}
+		return &usageError{text: "Authentication failed", hint: "The user name or the password is wrong: see -u, -pw and -pwf, and ~/.xe."}
 	}
 	if err != nil {
 		return err
