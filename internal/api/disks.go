@@ -48,10 +48,10 @@ func (a *API) openReader(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], c
 }
 
 // openWriter opens the live disk for what, which the errors of those that
-// come too late name. It waits for operations that it would disturb, but not
-// for another writer.
+// come too late name. It waits for operations that it would disturb, but for
+// another writer only as long as that may be about to end.
 func (a *API) openWriter(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], what string) (*openDisk, error) {
-	a.nbdSettle(ctx, nbdWritten(ref, ""))
+	a.awaitWriters(ctx, ref)
 	return a.open(ctx, c, ref, writing, func(tx *db.Tx) error { return a.vdiWritable(tx, ref, what) })
 }
 

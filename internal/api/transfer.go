@@ -276,10 +276,10 @@ func (x *Import) Context() context.Context { return x.call.Context() }
 // Progress is like Export.Progress.
 func (x *Import) Progress(done, total int64) { x.call.Progress(done, total) }
 
-// Finish makes what was written durable, releases the disk and completes the
-// task: when err is nil, with the reference of the disk as its result. After
-// an error an existing disk keeps what was written, unless that went to a
-// shadow; a new one is deleted. It returns what the task ended with: nil for success, else an *xapi.Error.
+// Finish releases the disk and completes the task: when err is nil, after what
+// was written has been made durable, with the reference of the disk as its
+// result. After an error an existing disk keeps what was written, which a crash
+// may undo, unless that went to a shadow; a new one is deleted. It returns what the task ended with: nil for success, else an *xapi.Error.
 func (x *Import) Finish(err error) error {
 	ref, err := x.end(err)
 	x.call.api.describe(x.Task, x.notes)
@@ -292,9 +292,9 @@ func (x *Import) Finish(err error) error {
 // end is all of Finish but the end of the task.
 func (x *Import) end(err error) (xapi.Ref[xapi.VDI], error) {
 	a, ctx := x.call.api, context.WithoutCancel(x.call.Context())
-	if dropped := err != nil && (x.record != nil || x.shadow != nil); !dropped {
-		if flush := x.Volume.Flush(ctx); err == nil && flush != nil {
-			err = fmt.Errorf("flush VDI %s: %w", x.VDI.UUID, flush)
+	if err == nil {
+		if err = x.Volume.Flush(ctx); err != nil {
+			err = fmt.Errorf("flush VDI %s: %w", x.VDI.UUID, err)
 		}
 	}
 	if err == nil && x.sealed != nil {

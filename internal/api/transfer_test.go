@@ -7,6 +7,8 @@ import (
 	"io"
 	"slices"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
@@ -171,6 +173,10 @@ func TestExportFailureAndCancel(t *testing.T) {
 }
 
 func TestImport(t *testing.T) {
+	synctest.Test(t, testImport) // what is refused waits before
+}
+
+func testImport(t *testing.T) {
 	r := newRig(t)
 	disk := r.disk(2 << 20)
 	q, task := r.importRequest(string(disk))
@@ -212,6 +218,55 @@ func TestImport(t *testing.T) {
 		t.Errorf("disk %+v", got)
 	}
 	r.wantConsistent()
+}
+
+// Whoever has interrupted an import may use the disk at once: what the server
+// still has to do about the first one is waited for.
+func TestImportAgain(t *testing.T) {
+	for name, again := range map[string]func(r *rig, disk vdiRef) error{
+		"import": func(r *rig, disk vdiRef) error {
+			q, _ := r.importRequest(string(disk))
+			x, err := r.Import(r.t.Context(), trusted, q)
+			if err == nil {
+				err = x.Finish(nil)
+			}
+			return err
+		},
+		"destroy": func(r *rig, disk vdiRef) error {
+			_, err := r.try(r.root, "VDI.destroy", disk)
+			return err
+		},
+		"resize": func(r *rig, disk vdiRef) error {
+			_, err := r.try(r.root, "VDI.resize", disk, "8388608")
+			return err
+		},
+		"copy": func(r *rig, disk vdiRef) error {
+			_, err := r.try(r.root, "VDI.copy", r.disk(2<<20), "", "", disk)
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t)
+				disk := r.disk(2 << 20)
+				q, _ := r.importRequest(string(disk))
+				x, err := r.Import(t.Context(), trusted, q)
+				if err != nil {
+					t.Fatal(err)
+				}
+				done := make(chan error, 1)
+				go func() { done <- again(r, disk) }()
+				time.Sleep(writerPatience - 1)
+				if err := x.Finish(xapi.NewError(xapi.ErrClientError, "gone")); code(err) != xapi.ErrClientError {
+					t.Errorf("the interrupted import: %v", err)
+				}
+				if err := <-done; err != nil {
+					t.Errorf("after it: %v", err)
+				}
+				r.wantConsistent()
+			})
+		})
+	}
 }
 
 func TestImportErrors(t *testing.T) {

@@ -81,7 +81,7 @@ func (a *API) beginDisk(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], op
 		return nil, err
 	}
 	if !slices.Contains(vdiOpsWhileAttached, op) {
-		a.nbdSettle(ctx, nbdWritten(ref, ""))
+		a.awaitWriters(ctx, ref)
 	}
 	claims := []Claim{claimOn(ref, op)}
 	if srOp != "" {

@@ -20,7 +20,7 @@ func (a *API) vdiPoolMigrate(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI
 	if format := options["dest_img_format"]; format != "" {
 		return "", xapi.NewError(xapi.ErrValueNotSupported, "dest_img_format", format, "The SRs of this server have one format each")
 	}
-	a.nbdSettle(ctx, nbdWritten(ref, ""))
+	a.awaitWriters(ctx, ref)
 	release, err := c.Claim(ctx, func(tx *db.Tx) error {
 		if _, err := db.Get(tx, sr); err != nil {
 			return err

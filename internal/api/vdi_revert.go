@@ -60,7 +60,7 @@ func (a *API) claimDiskRevert(ctx context.Context, c *Call, snapshot xapi.Ref[xa
 		if err != nil {
 			return nil, nil, err
 		}
-		a.nbdSettle(ctx, nbdWritten(w.ref, ""))
+		a.awaitWriters(ctx, w.ref)
 		claims := w.claims
 		release, err := c.Claim(ctx, func(tx *db.Tx) error {
 			now, err := a.planDiskRevert(tx, c, snapshot)

@@ -113,7 +113,7 @@ func (a *API) claimRevert(ctx context.Context, c *Call, snapshot xapi.Ref[xapi.V
 		if err != nil {
 			return nil, nil, err
 		}
-		a.nbdSettle(ctx, r.written)
+		a.awaitWriters(ctx, r.written()...)
 		claims := r.claims
 		release, err := c.Claim(ctx, func(tx *db.Tx) error {
 			now, err := a.planRevert(tx, c, snapshot)
@@ -132,19 +132,9 @@ func (a *API) claimRevert(ctx context.Context, c *Call, snapshot xapi.Ref[xapi.V
 	}
 }
 
-// written says that a client writes by NBD to a disk whose contents are replaced.
-func (r *vmRevertWork) written(t *nbdTable) bool {
-	for _, disk := range r.inPlace {
-		if nbdWritten(disk, "")(t) {
-			return true
-		}
-	}
-	for disk := range r.doomed {
-		if nbdWritten(disk, "")(t) {
-			return true
-		}
-	}
-	return false
+// written lists the disks whose contents are replaced.
+func (r *vmRevertWork) written() []xapi.Ref[xapi.VDI] {
+	return slices.AppendSeq(slices.Collect(maps.Values(r.inPlace)), maps.Keys(r.doomed))
 }
 
 // planRevert decides what becomes of every disk.
