@@ -278,3 +278,23 @@ func BenchmarkExtents(b *testing.B) {
 		}
 	}
 }
+
+// BenchmarkCloneRanges gives 512 MiB in pieces of 64 KiB to another disk.
+func BenchmarkCloneRanges(b *testing.B) {
+	s := benchStore(b)
+	src, dst := newDisk(b, s, 1, benchSize, nil), newDisk(b, s, 2, benchSize, nil)
+	fill(b, src)
+	const piece = 64 << 10
+	var ranges []RangeClone
+	for off := int64(0); off < benchSize/2; off += piece {
+		ranges = append(ranges, RangeClone{To: benchSize - off - piece, From: off, Len: piece})
+	}
+	if err := s.sync(b.Context()); err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		if err := s.CloneRanges(b.Context(), dst, src, ranges); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -7,9 +7,10 @@ import (
 	"io"
 )
 
-// A batch is cloned when it has so many bytes, or ranges: each costs a commit.
+// A batch is cloned when it has so many bytes, or ranges: each costs a commit,
+// which holds up flushes of other volumes the longer the more it has.
 const (
-	cloneBatchBytes  = MaxRangeClone / 2
+	cloneBatchBytes  = MaxRangeClone / 8
 	cloneBatchRanges = 64 << 10
 )
 

@@ -90,8 +90,8 @@ func TestCloneBatchDivides(t *testing.T) {
 	b := storage.NewCloneBatch(c, to, from)
 	must(t, b.Add(t.Context(), storage.RangeClone{Len: size}))
 	must(t, b.Flush(t.Context()))
-	if c.calls != 3 || c.units != size/unit {
-		t.Errorf("%d units in %d calls, want %d in 3", c.units, c.calls, size/unit)
+	if c.calls != 10 || c.units != size/unit {
+		t.Errorf("%d units in %d calls, want %d in 10", c.units, c.calls, size/unit)
 	}
 	c.units = 0
 	if err := errors.Join(b.Add(t.Context(), storage.RangeClone{Len: size}), b.Flush(t.Context())); err != nil || c.units > 0 {
