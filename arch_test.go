@@ -28,6 +28,7 @@ var mayImport = map[string][]string{
 	"internal/thincli":  {},
 	"internal/schedule": {},
 	"internal/users":    {},
+	"internal/typo":     {},
 	"internal/peertest": {}, // of tests
 
 	"internal/xapi/gen": {"internal/xapi"},
@@ -43,10 +44,10 @@ var mayImport = map[string][]string{
 	"internal/remote": {"internal/rpc"},
 
 	"internal/api":   {"internal/xapi", "internal/db", "internal/storage", "internal/rpc", "internal/schedule", "internal/users"},
-	"internal/xecmd": {"internal/api", "internal/xapi", "internal/thincli"},
+	"internal/xecmd": {"internal/api", "internal/xapi", "internal/thincli", "internal/typo"},
 	"internal/server": {
 		"internal/api", "internal/xapi", "internal/rpc", "internal/xecmd", "internal/thincli",
-		"internal/storage", "internal/vhd", "internal/nbd", "internal/qcow2", "internal/vmdk", "internal/xva", "internal/remote", "internal/server/web",
+		"internal/storage", "internal/vhd", "internal/nbd", "internal/qcow2", "internal/vmdk", "internal/xva", "internal/remote", "internal/typo", "internal/server/web",
 	},
 	"internal/server/web": {},
 

@@ -21,6 +21,12 @@ type route struct {
 // routes is everything this server answers. POST / catches any other POST,
 // because some clients send XML-RPC to paths of their own.
 func routes() []route {
+	exportVDI := checked((*Server).exportRawVDI, []string{"vdi", "format", "base"})
+	importVDI := checked((*Server).importRawVDI, []string{"vdi", "sr_id", "sr_uuid", "format", "chunked", atomicParam, baseParam, offsetParam})
+	exportOf := []string{"uuid", "ref", "use_compression", "excluded_device_types"}
+	exportXVA := checked(exportVM(false), exportOf, "export_snapshots", "preserve_power_state")
+	exportRecords := checked(exportVM(true), exportOf, "export_snapshots", "preserve_power_state", "all", "include_dom0")
+	importTo := []string{"sr_id", "sr_uuid"}
 	return []route{
 		{http.MethodPost, "/", (*Server).xmlRPC},
 		{http.MethodPost, "/RPC2", (*Server).xmlRPC},
@@ -28,17 +34,17 @@ func routes() []route {
 		{http.MethodPost, "/jsonrpc", (*Server).jsonRPC},
 		{http.MethodPost, "/json", (*Server).jsonRPC},
 		{http.MethodPost, "/cli", (*Server).cli},
-		{http.MethodGet, "/export_raw_vdi", (*Server).exportRawVDI},
-		{http.MethodHead, "/export_raw_vdi", (*Server).exportRawVDI},
-		{http.MethodPut, "/import_raw_vdi", (*Server).importRawVDI},
+		{http.MethodGet, "/export_raw_vdi", exportVDI},
+		{http.MethodHead, "/export_raw_vdi", exportVDI},
+		{http.MethodPut, "/import_raw_vdi", importVDI},
 		{http.MethodHead, "/import_raw_vdi", (*Server).importState},
-		{http.MethodGet, "/export", exportVM(false)},
-		{http.MethodHead, "/export", exportVM(false)},
-		{http.MethodGet, "/export_metadata", exportVM(true)},
-		{http.MethodHead, "/export_metadata", exportVM(true)},
-		{http.MethodPut, "/import", importVM(false)},
-		{http.MethodPut, "/import_metadata", importVM(true)},
-		{http.MethodGet, "/audit_log", (*Server).auditLog},
+		{http.MethodGet, "/export", exportXVA},
+		{http.MethodHead, "/export", exportXVA},
+		{http.MethodGet, "/export_metadata", exportRecords},
+		{http.MethodHead, "/export_metadata", exportRecords},
+		{http.MethodPut, "/import", checked(importVM(false), importTo, "restore", "force")},
+		{http.MethodPut, "/import_metadata", checked(importVM(true), importTo, "restore", "force", "dry_run")},
+		{http.MethodGet, "/audit_log", checked((*Server).auditLog, []string{"since"})},
 		{http.MethodGet, "/metrics", (*Server).serveMetrics},
 		{http.MethodGet, "/healthz", (*Server).healthz},
 		{http.MethodGet, "/readyz", (*Server).readyz},

@@ -192,6 +192,10 @@ func TestTransferRefusals(t *testing.T) {
 	}{
 		"export, unknown format":    {export + "?vdi=" + ref + "&format=<x>", "404 Not Found", []string{"failure", "INTERNAL_ERROR", "Unknown format <x> (there are raw, vhd, tar, qcow2, vmdk)"}},
 		"import, unknown format":    {imp + "?vdi=" + ref + "&format=vdi", "404 Not Found", []string{"failure", "INTERNAL_ERROR", "Unknown format vdi (there are raw, vhd, tar, qcow2, vmdk)"}},
+		"export, bas=":              {export + "?vdi=" + ref + "&format=vhd&bas=" + snapshot, "400 Bad Request", []string{"pending"}},
+		"import, formatt=":          {imp + "?vdi=" + ref + "&formatt=vhd", "400 Bad Request", []string{"pending"}},
+		"VM export, a switch":       {"GET /export?uuid=x&export_snapshots=ture", "400 Bad Request", []string{"pending"}},
+		"VM import, sr_uid=":        {"PUT /import?sr_uid=x", "400 Bad Request", []string{"pending"}},
 		"export, delta as tar":      {export + "?vdi=" + ref + "&format=tar&base=" + snapshot, "400 Bad Request", append([]string{"failure", "VALUE_NOT_SUPPORTED", "format", "tar"}, noDeltas)},
 		"export, delta as vmdk":     {export + "?vdi=" + ref + "&format=vmdk&base=" + snapshot, "400 Bad Request", append([]string{"failure", "VALUE_NOT_SUPPORTED", "format", "vmdk"}, noDeltas)},
 		"VM export, wrong uuid":     {"GET /export?uuid=x", "500 Internal Server Error", []string{"failure", "UUID_INVALID", "VM", "x"}},

@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"net/http"
-	"strconv"
 	"strings"
 
 	"coppice/internal/api"
@@ -66,13 +65,13 @@ func exportVMRequest(r *request, session string, metadata bool) api.VMExportRequ
 	return req
 }
 
-// flag returns a parameter that is true or false.
+// flag returns a parameter that is true or false; see checked.
 func (p params) flag(key string, otherwise bool) bool {
 	v, ok := p.param(key)
 	if !ok {
 		return otherwise
 	}
-	on, err := strconv.ParseBool(strings.ToLower(v))
+	on, err := parseSwitch(v)
 	return err == nil && on
 }
 

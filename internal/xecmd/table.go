@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 
+	"coppice/internal/typo"
 	"coppice/internal/xapi"
 )
 
@@ -61,7 +62,7 @@ func (t *table) unknown(name string) error {
 	const most = 3
 	var near []string
 	for limit := 1; limit <= 2 && len(near) == 0; limit++ {
-		near = t.names(func(c *command) bool { return !c.hidden && distance(c.name, name) <= limit })
+		near = t.names(func(c *command) bool { return !c.hidden && typo.Distance(c.name, name) <= limit })
 	}
 	if len(near) > 0 {
 		e.hint = "Did you mean " + strings.Join(near[:min(len(near), most)], ", ") + "?"
@@ -84,7 +85,7 @@ func (c *command) misspelt(a *arguments) error {
 			return unknownParam(p.key, own)
 		}
 		for _, own := range slices.Concat(c.required, c.optional) {
-			if own != p.key+":" && own != p.key+"-" && nearly(p.key, own) { // maps are told for what they are
+			if own != p.key+":" && own != p.key+"-" && typo.Nearly(p.key, own) { // maps are told for what they are
 				return unknownParam(p.key, own)
 			}
 		}
@@ -95,41 +96,6 @@ func (c *command) misspelt(a *arguments) error {
 // unknownParam refuses a parameter in the place of the command's own one.
 func unknownParam(param, own string) error {
 	return &usageError{text: "Unknown parameter: " + param, hint: "Did you mean " + own + "?", params: true}
-}
-
-// nearly tells whether a word of some length is another with one letter wrong,
-// too many or missing, or with its letters in another order. Names of XenAPI,
-// with their underscores, are those of parameters.
-func nearly(a, b string) bool {
-	a = strings.ReplaceAll(a, "_", "-")
-	return len(a) > 2 && (distance(a, b) <= 1 ||
-		len(a) == len(b) && slices.Equal(slices.Sorted(slices.Values([]byte(a))), slices.Sorted(slices.Values([]byte(b)))))
-}
-
-// distance is how many letters must be inserted, removed or replaced to make
-// one word of another (Levenshtein); for words of very different lengths, how
-// different these are.
-func distance(a, b string) int {
-	if d := max(len(a)-len(b), len(b)-len(a)); d > 2 {
-		return d
-	}
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			replaced := diagonal
-			if a[i] != b[j] {
-				replaced++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(replaced, row[j]+1, row[j+1]+1)
-		}
-	}
-	return row[len(b)]
 }
 
 // commands returns the table. It is built at the first call: read only.

@@ -83,14 +83,6 @@ func TestUnknownCommand(t *testing.T) {
 			t.Errorf("%q: %+v, want %q", name, e, want)
 		}
 	}
-	for _, tc := range []struct {
-		a, b string
-		want int
-	}{{"", "", 0}, {"", "ab", 2}, {"abc", "abc", 0}, {"abc", "abd", 1}, {"abc", "bc", 1}, {"ab", "ba", 2}, {"abcdef", "a", 5}} {
-		if got := distance(tc.a, tc.b); got != tc.want {
-			t.Errorf("%q to %q: %d, want %d", tc.a, tc.b, got, tc.want)
-		}
-	}
 }
 
 // A parameter that nearly is one is not ignored; another that is none is, as
