@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"container/list"
 	"crypto/sha256"
 	"encoding/base64"
@@ -14,41 +15,71 @@ import (
 	"sync"
 )
 
-// hashed computes the SHA-256 of what goes through it, beside sending it.
+// hashed computes the SHA-256 of what goes through it, in a goroutine of its
+// own, beside sending it. What is lent to it may be hashed behind its sending,
+// so that neither waits for the other at each buffer. It is used by one
+// goroutine.
 type hashed struct {
 	w    io.Writer
 	h    hash.Hash
-	work chan []byte
+	work chan hashing
 	done chan struct{}
+	lent bool // what is written now stays as it is until it is given back
 }
 
-// hashBeside is from how many bytes on a goroutine of its own does the work.
-const hashBeside = 32 << 10
+// hashing is bytes to be hashed, and what to call when that is done.
+type hashing struct {
+	p    []byte
+	then func()
+}
+
+const (
+	// hashCopied is up to how many bytes a write is copied for its hash.
+	hashCopied = 32 << 10
+	// hashQueue is how many writes may wait for their hash.
+	hashQueue = 32
+)
 
 // newHashed returns a hashed writer; sum must be called once in the end.
 func newHashed(w io.Writer) *hashed {
-	d := &hashed{w: w, h: sha256.New(), work: make(chan []byte), done: make(chan struct{})}
+	d := &hashed{w: w, h: sha256.New(), work: make(chan hashing, hashQueue), done: make(chan struct{})}
 	go func() {
 		defer close(d.done)
-		for p := range d.work {
-			d.h.Write(p)
-			d.done <- struct{}{}
+		for j := range d.work {
+			d.h.Write(j.p)
+			if j.then != nil {
+				j.then()
+			}
 		}
 	}()
 	return d
 }
 
 func (d *hashed) Write(p []byte) (int, error) {
-	if len(p) < hashBeside {
-		d.h.Write(p)
+	switch {
+	case len(p) <= hashCopied:
+		d.work <- hashing{p: bytes.Clone(p)}
+		return d.w.Write(p)
+	case d.lent:
+		d.work <- hashing{p: p}
 		return d.w.Write(p)
 	}
-	d.work <- p
+	hashed := make(chan struct{})
+	d.work <- hashing{p, func() { close(hashed) }}
 	n, err := d.w.Write(p)
-	<-d.done
+	<-hashed
 	return n, err
 }
 
+func (d *hashed) lend(write func() error, release func()) error {
+	d.lent = true
+	err := write()
+	d.lent = false
+	d.work <- hashing{then: release}
+	return err
+}
+
+// sum waits until everything has been hashed.
 func (d *hashed) sum() []byte {
 	close(d.work)
 	<-d.done

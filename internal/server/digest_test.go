@@ -13,7 +13,7 @@ import (
 
 func TestHashed(t *testing.T) {
 	var parts [][]byte
-	for _, n := range []int{0, 1, hashBeside - 1, hashBeside, 3, 5 * hashBeside} {
+	for _, n := range []int{0, 1, hashCopied, hashCopied + 1, 3, 5 * hashCopied} {
 		parts = append(parts, random(int64(n), byte(n), [2]int64{0, int64(n)}))
 	}
 	var out bytes.Buffer
@@ -28,10 +28,64 @@ func TestHashed(t *testing.T) {
 		t.Error("wrong hash, or not what was written")
 	}
 	h = newHashed(writerFunc(func([]byte) (int, error) { return 0, errTest }))
-	if _, err := h.Write(make([]byte, 2*hashBeside)); !errors.Is(err, errTest) {
+	if _, err := h.Write(make([]byte, 2*hashCopied)); !errors.Is(err, errTest) {
 		t.Errorf("error %v", err)
 	}
 	h.sum()
+}
+
+// What is lent may be changed as soon as it is given back, and what is not lent
+// as soon as it is written.
+func TestHashedLent(t *testing.T) {
+	var out, want bytes.Buffer
+	h := newHashed(&out)
+	released := 0 // before sum returns, by the goroutine that hashes
+	const writes = 3 * hashQueue
+	for i := range writes {
+		n := int64([]int{5, hashCopied, hashCopied + 1, 4 * hashCopied}[i%4])
+		p := random(n, byte(i), [2]int64{0, n})
+		want.Write(p)
+		write := func() error { _, err := h.Write(p); return err }
+		if i%3 == 0 {
+			if err := write(); err != nil {
+				t.Fatal(err)
+			}
+			clear(p)
+			continue
+		}
+		if err := h.lend(write, func() { released++; clear(p) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sum := sha256.Sum256(want.Bytes())
+	if got := h.sum(); !bytes.Equal(got, sum[:]) || !bytes.Equal(out.Bytes(), want.Bytes()) {
+		t.Error("wrong hash, or not what was written")
+	}
+	if released != writes*2/3 {
+		t.Errorf("%d of %d buffers given back", released, writes*2/3)
+	}
+}
+
+// A buffer that is lent has been sent when it is not hashed yet, and is given
+// back once that has happened, whether it could be sent or not.
+func TestHashedBehind(t *testing.T) {
+	for _, fails := range []error{nil, errTest} {
+		h := newHashed(writerFunc(func(p []byte) (int, error) { return len(p), fails }))
+		gate, released := make(chan struct{}), make(chan struct{})
+		h.work <- hashing{then: func() { <-gate }}
+		err := h.lend(func() error { _, err := h.Write(make([]byte, 2*hashCopied)); return err }, func() { close(released) })
+		if err != fails {
+			t.Errorf("error %v, want %v", err, fails)
+		}
+		select {
+		case <-released:
+			t.Error("given back before it is hashed")
+		default:
+		}
+		close(gate)
+		<-released
+		h.sum()
+	}
 }
 
 func TestWantsDigest(t *testing.T) {

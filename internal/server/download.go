@@ -19,8 +19,9 @@ import (
 	"github.com/google/uuid"
 )
 
-// readAhead is how many buffers of a download are filled before they are sent.
-const readAhead = 4
+// readAhead is how many bytes of a download are in buffers: read and not sent
+// yet, or sent and not hashed yet.
+const readAhead = 8 << 20
 
 // download is a disk to be sent: what is sent of it is decided by data, how it
 // looks by a format.
@@ -240,7 +241,7 @@ type chunk struct {
 const chunkSize = 1 << 20
 
 func newChunks() []*chunk {
-	buffers := make([]*chunk, readAhead)
+	buffers := make([]*chunk, readAhead/chunkSize)
 	for i := range buffers {
 		buffers[i] = new(chunk)
 	}
@@ -329,16 +330,13 @@ func (g *gather) flush() error {
 
 // sendChunks sends what produce makes to w.
 func sendChunks(ctx context.Context, w *window, done func(int64), produce func(ctx context.Context, next func() (*chunk, error), send func(*chunk)) error) error {
-	return relay(ctx, newChunks(), produce, func(c *chunk) error {
+	return relayLent(ctx, newChunks(), produce, func(c *chunk, release func()) error {
 		if c.skip > 0 {
 			w.skip(c.skip)
+			release()
 			return nil
 		}
-		if _, err := w.Write(c.data); err != nil {
-			return err
-		}
-		done(w.pos)
-		return nil
+		return w.sendLent(c.data, release, done)
 	})
 }
 

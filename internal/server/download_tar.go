@@ -64,7 +64,7 @@ func sendTar(ctx context.Context, w *window, done func(int64), d *download, l *x
 		data []byte // nil when it is not needed
 		n    int64
 	}
-	buffers := make([]*entry, readAhead)
+	buffers := make([]*entry, readAhead/xva.ChunkSize)
 	for i := range buffers {
 		buffers[i] = new(entry)
 	}
@@ -92,15 +92,12 @@ func sendTar(ctx context.Context, w *window, done func(int64), d *download, l *x
 		}
 		return nil
 	}
-	return relay(ctx, buffers, produce, func(e *entry) error {
+	return relayLent(ctx, buffers, produce, func(e *entry, release func()) error {
 		if e.data == nil {
 			w.skip(e.n)
+			release()
 			return nil
 		}
-		if _, err := w.Write(e.data); err != nil {
-			return err
-		}
-		done(w.pos)
-		return nil
+		return w.sendLent(e.data, release, done)
 	})
 }

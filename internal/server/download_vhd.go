@@ -44,7 +44,7 @@ func (v vhdImage) send(ctx context.Context, w *window, done func(int64)) error {
 		index int64
 		vhd.Block
 	}
-	buffers := make([]*indexed, min(readAhead, v.l.NumBlocks()))
+	buffers := make([]*indexed, min(readAhead/vhd.BlockSize, v.l.NumBlocks()))
 	for i := range buffers {
 		buffers[i] = new(indexed)
 	}
@@ -80,8 +80,8 @@ func (v vhdImage) send(ctx context.Context, w *window, done func(int64)) error {
 		}
 		return nil
 	}
-	err = relay(ctx, buffers, produce, func(b *indexed) error {
-		if err := enc.WriteBlock(b.index, &b.Block); err != nil {
+	err = relayLent(ctx, buffers, produce, func(b *indexed, release func()) error {
+		if err := w.lend(func() error { return enc.WriteBlock(b.index, &b.Block) }, release); err != nil {
 			return err
 		}
 		done(w.pos)

@@ -53,13 +53,17 @@ func grains(ctx context.Context, d *download) (n int64, err error) {
 func (v vmdkImage) length() int64 { return -1 }
 func (v vmdkImage) etag() string  { return v.tag }
 
+// pressedAhead is how many grains are compressed and not sent yet, or sent and
+// not hashed yet.
+const pressedAhead = 16
+
 func (v vmdkImage) send(ctx context.Context, w *window, done func(int64)) error {
 	type pressed struct {
 		vmdk.Grain
 		raw [vmdk.GrainSize]byte
 		end int64 // on the disk
 	}
-	buffers := make([]*pressed, readAhead)
+	buffers := make([]*pressed, pressedAhead)
 	for i := range buffers {
 		buffers[i] = new(pressed)
 	}
@@ -97,8 +101,8 @@ func (v vmdkImage) send(ctx context.Context, w *window, done func(int64)) error 
 		}
 		return nil
 	}
-	err = relay(ctx, buffers, produce, func(b *pressed) error {
-		if err := enc.Write(&b.Grain); err != nil {
+	err = relayLent(ctx, buffers, produce, func(b *pressed, release func()) error {
+		if err := w.lend(func() error { return enc.Write(&b.Grain) }, release); err != nil {
 			return err
 		}
 		done(b.end)

@@ -45,20 +45,13 @@ func acceptedEncoding(r *http.Request) string {
 	return asked
 }
 
-// nopCloser makes a writer that needs no end.
-type nopCloser struct{ io.Writer }
-
-func (nopCloser) Close() error { return nil }
-
-// encoder compresses what is written to it; Close ends the data.
+// encoder compresses what is written to it, as zstd or else as gzip; Close ends
+// the data.
 func encoder(name string, w io.Writer) (io.WriteCloser, error) {
-	switch name {
-	case "zstd":
+	if name == "zstd" {
 		return zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(2), zstd.WithWindowSize(1<<20))
-	case "gzip":
-		return gzip.NewWriterLevel(w, gzip.BestSpeed)
 	}
-	return nopCloser{w}, nil
+	return gzip.NewWriterLevel(w, gzip.BestSpeed)
 }
 
 // maxDecoderWindow is the largest window of a zstd body, in bytes: what the

@@ -241,13 +241,17 @@ func (o *outgoing) body(conn io.Writer) (body io.Writer, finish func(complete bo
 		hash := newHashed(body)
 		body, sum = hash, hash.sum
 	}
-	enc, err := encoder(o.encoding, body)
-	if err != nil {
-		sum()
-		return nil, nil, err
+	end := func() error { return nil }
+	if o.encoding != "" {
+		enc, err := encoder(o.encoding, body)
+		if err != nil {
+			sum()
+			return nil, nil, err
+		}
+		body, end = enc, enc.Close
 	}
-	return enc, func(complete bool) ([]byte, error) {
-		err := enc.Close() // of one that failed it only ends its goroutines
+	return body, func(complete bool) ([]byte, error) {
+		err := end() // of an encoder that failed it only ends its goroutines
 		sum := sum()
 		if err == nil && complete && frames != nil {
 			trailer := ""

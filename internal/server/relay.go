@@ -21,6 +21,21 @@ func relay[B any](
 	produce func(ctx context.Context, next func() (B, error), send func(B)) error,
 	consume func(B) error,
 ) error {
+	return relayLent(ctx, buffers, produce, func(b B, release func()) error {
+		defer release()
+		return consume(b)
+	})
+}
+
+// relayLent is relay with a consume that may hold on to a buffer when it
+// returns: it has release called once, by whatever goroutine, also when it
+// fails, and maybe after relayLent has returned.
+func relayLent[B any](
+	ctx context.Context,
+	buffers []B,
+	produce func(ctx context.Context, next func() (B, error), send func(B)) error,
+	consume func(b B, release func()) error,
+) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	free, full := make(chan B, len(buffers)), make(chan B, len(buffers))
@@ -44,15 +59,17 @@ func relay[B any](
 	}()
 	var err error
 	for b := range full {
+		release := func() { free <- b }
 		if err == nil {
-			if err = context.Cause(ctx); err == nil {
-				err = consume(b)
-			}
-			if err != nil {
-				cancel(err)
-			}
+			err = context.Cause(ctx)
 		}
-		free <- b
+		if err != nil {
+			release()
+			continue
+		}
+		if err = consume(b, release); err != nil {
+			cancel(err)
+		}
 	}
 	return cmp.Or(err, <-produced)
 }

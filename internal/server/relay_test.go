@@ -75,6 +75,62 @@ func TestRelayBounded(t *testing.T) {
 	})
 }
 
+// A buffer that the consumer keeps is not filled again before it is given back.
+func TestRelayLent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var kept []func()
+		var got []int
+		var sent []*int
+		done := make(chan error)
+		consumed := make(chan struct{})
+		go func() {
+			done <- relayLent(t.Context(), ints(3), count(7), func(b *int, release func()) error {
+				got, sent, kept = append(got, *b), append(sent, b), append(kept, release)
+				if len(got) == 3 {
+					close(consumed)
+				}
+				return nil
+			})
+		}()
+		<-consumed
+		synctest.Wait()
+		if len(got) != 3 || *sent[0] != 0 || *sent[1] != 1 || *sent[2] != 2 {
+			t.Fatalf("%v consumed while 3 buffers are kept", got)
+		}
+		for i := range 4 {
+			kept[i]()
+			synctest.Wait()
+			if len(got) != 4+i {
+				t.Fatalf("%v consumed after %d buffers were given back", got, 1+i)
+			}
+		}
+		if err := <-done; err != nil { // with three still kept
+			t.Error(err)
+		}
+		for _, release := range kept[4:] {
+			release()
+		}
+		if want := []int{0, 1, 2, 3, 4, 5, 6}; !slices.Equal(got, want) {
+			t.Errorf("consumed %v, want %v", got, want)
+		}
+	})
+}
+
+// A consumer that fails leaves nobody waiting for the buffers that it keeps.
+func TestRelayLentFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var release func()
+		err := relayLent(t.Context(), ints(1), count(5), func(_ *int, r func()) error {
+			release = r
+			return errTest
+		})
+		if err != errTest {
+			t.Errorf("relay: %v, want %v", err, errTest)
+		}
+		release()
+	})
+}
+
 var errTest = errors.New("broken")
 
 func TestRelayConsumerFails(t *testing.T) {

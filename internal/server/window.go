@@ -35,6 +35,38 @@ func (w *window) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// lender is a writer that may look at what it was given when its Write has
+// returned, if it knows that it may.
+type lender interface {
+	io.Writer
+	// lend calls write, which writes to the lender bytes that stay as they are until
+	// release has been called. That happens once, also on a failure, maybe later and
+	// in another goroutine.
+	lend(write func() error, release func()) error
+}
+
+// lend calls write, which writes to w bytes that stay as they are until release
+// has been called, see [lender].
+func (w *window) lend(write func() error, release func()) error {
+	if l, ok := w.w.(lender); ok {
+		return l.lend(write, release)
+	}
+	defer release()
+	return write()
+}
+
+// sendLent lends p to w, and tells done how far that is.
+func (w *window) sendLent(p []byte, release func(), done func(int64)) error {
+	err := w.lend(func() error {
+		_, err := w.Write(p)
+		return err
+	}, release)
+	if err == nil {
+		done(w.pos)
+	}
+	return err
+}
+
 // skip stands for n bytes written that are not needed.
 func (w *window) skip(n int64) { w.pos += n }
 
