@@ -68,11 +68,15 @@ func findFormat(name string) (format, error) {
 			return f, nil
 		}
 	}
-	names := make([]string, 0, len(formats()))
+	return format{}, unknownFormat(fmt.Sprintf("Unknown format %s (there are %s)", name, strings.Join(formatNames(), ", ")))
+}
+
+// formatNames returns the names of all formats.
+func formatNames() (names []string) {
 	for _, f := range formats() {
 		names = append(names, f.name)
 	}
-	return format{}, unknownFormat(fmt.Sprintf("Unknown format %s (there are %s)", name, strings.Join(names, ", ")))
+	return names
 }
 
 // unknownFormat is what a format that the handler does not know, or not in

@@ -455,17 +455,6 @@ func TestLargeAnswerIsStreamed(t *testing.T) {
 	}
 }
 
-func TestWelcomePage(t *testing.T) {
-	f := start(t, 0)
-	got := f.send(t, "tcp", "GET / HTTP/1.0\r\nHost: "+f.tcp+"\r\n\r\n")
-	_, port, _ := net.SplitHostPort(f.tcp)
-	for _, want := range []string{"version 1.2.3", "server=127.0.0.1,port=" + port + ",", "nossl=true", "http://" + f.tcp + "/jsonrpc"} {
-		if !strings.Contains(got, want) {
-			t.Errorf("no %q in:\n%s", want, got)
-		}
-	}
-}
-
 // TestPanic: a handler that panics costs its own request, no other.
 func TestPanic(t *testing.T) {
 	f := start(t, 0,

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"strings"
 )
 
 //go:embed web
@@ -38,9 +39,9 @@ func (s *Server) welcome(w http.ResponseWriter, r *request) {
 	}
 	var page bytes.Buffer
 	err = welcomePage.Execute(&page, struct {
-		Version, Scheme, Host, Port string
-		Secure                      bool
-	}{s.version, scheme, host, port, r.TLS != nil})
+		Version, Scheme, Host, Port, Formats string
+		Secure                               bool
+	}{s.version, scheme, host, port, strings.Join(formatNames(), ", "), r.TLS != nil})
 	if err != nil {
 		s.fail(w, r, err)
 		return
