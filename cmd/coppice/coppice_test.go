@@ -62,6 +62,7 @@ func TestExitCodes(t *testing.T) {
 		{[]string{"help", "serve"}, exitOK, "--admin-password-file file"},
 		{[]string{"help", "fly"}, exitUnusable, `there is no command "fly"`},
 		{[]string{"serve", "--fly"}, exitUnusable, "flag provided but not defined"},
+		{[]string{"serve", "--dat", file}, exitUnusable, "Did you mean --data?"},
 		{[]string{"serve", "--log-level", "loud"}, exitUnusable, "loud"},
 		{[]string{"serve", "--tls-cert", file}, exitUnusable, "--tls-cert and --tls-key go together"},
 		{[]string{"serve", "--http", "off", "--https", "off"}, exitUnusable, "nothing to listen at"},

@@ -8,6 +8,8 @@ import (
 	"regexp"
 	"strings"
 	"unicode/utf8"
+
+	"coppice/internal/typo"
 )
 
 // helpWidth is how wide help is printed, in columns.
@@ -64,6 +66,13 @@ var flagInError = regexp.MustCompile(`(?:for flag|flag needs an argument:|boolea
 // explained.
 func (c command) explainFlags(fs *flag.FlagSet, err error) error {
 	hint := fmt.Sprintf("\"coppice %s -h\" explains the flags.", c.name)
+	if name, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: -"); ok {
+		fs.VisitAll(func(f *flag.Flag) {
+			if typo.Nearly(name, f.Name) {
+				hint = "Did you mean --" + f.Name + "? " + hint
+			}
+		})
+	}
 	if m := flagInError.FindStringSubmatch(err.Error()); m != nil {
 		if f := fs.Lookup(m[1]); f != nil {
 			hint = strings.Trim(flagHelp(f), " \n") + "\n" + hint
