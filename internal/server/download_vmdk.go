@@ -102,10 +102,11 @@ func (v vmdkImage) send(ctx context.Context, w *window, done func(int64)) error 
 		return nil
 	}
 	err = relayLent(ctx, buffers, produce, func(b *pressed, release func()) error {
+		end := b.end // which is the next grain's once b has been given back
 		if err := w.lend(func() error { return enc.Write(&b.Grain) }, release); err != nil {
 			return err
 		}
-		done(b.end)
+		done(end)
 		return nil
 	})
 	if err != nil {
