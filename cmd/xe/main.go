@@ -9,6 +9,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"os"
 	"os/signal"
 	"syscall"
@@ -19,21 +20,36 @@ import (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
+	ctx, interrupt := context.WithCancelCause(context.Background())
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		s := (<-signals).(syscall.Signal)
+		signal.Stop(signals) // another one ends it at once
+		interrupt(interrupted(s))
+	}()
 	dir, err := os.Getwd()
 	if err != nil {
 		dir = "/" // relative file names will not be found, absolute ones work
 	}
-	os.Exit(thincli.Run(ctx, thincli.Env{
+	code := thincli.Run(ctx, thincli.Env{
 		Stdin:       os.Stdin,
 		Stdout:      os.Stdout,
 		Stderr:      os.Stderr,
 		Getenv:      os.Getenv,
 		Dir:         dir,
 		RawTerminal: rawTerminal,
-	}, os.Args[1:]))
+	}, os.Args[1:])
+	if s, ok := errors.AsType[interrupted](context.Cause(ctx)); ok && code != 0 {
+		code = 128 + int(s) // what shells make of an end by a signal
+	}
+	os.Exit(code)
 }
+
+// interrupted is the signal that ended the run.
+type interrupted syscall.Signal
+
+func (s interrupted) Error() string { return syscall.Signal(s).String() }
 
 // rawTerminal puts the terminal at standard input into raw mode, if it is one.
 func rawTerminal() (restore func()) {

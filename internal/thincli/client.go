@@ -41,6 +41,7 @@ type client struct {
 	*options
 	env       *Env
 	permitted map[string]bool
+	received  received
 	trace     io.Writer // nil unless asked for
 
 	out sync.Mutex // guards Stdout and Stderr of env, and trace
@@ -67,7 +68,7 @@ func failf(format string, args ...any) error {
 // sends args (without the program's name) and does what the server says.
 // The result is the exit code; like the stock client, it is 0 when all that
 // happened is that the usage was shown. When ctx ends, so does the run, with
-// code 1; a file that was being received stays as it is.
+// code 1. A file that has been received stays only if the run succeeds.
 func Run(ctx context.Context, env Env, args []string) int {
 	env.stdin = bufio.NewReader(env.Stdin)
 	o, err := parseOptions(&env, args)
@@ -77,8 +78,9 @@ func Run(ctx context.Context, env Env, args []string) int {
 	}
 	var code int
 	var kept strings.Builder
+	c := &client{options: o, env: &env, received: received{env: &env}}
 	if err == nil {
-		c := &client{options: o, env: &env, permitted: permitted(&env, o.args)}
+		c.permitted = permitted(&env, o.args)
 		switch {
 		case o.debug:
 			c.trace = env.Stderr
@@ -87,9 +89,15 @@ func Run(ctx context.Context, env Env, args []string) int {
 		}
 		code, err = c.run(ctx)
 	}
+	if (err != nil || code != 0) && ctx.Err() != nil {
+		err = failf("Interrupted.\n") // whatever came of that
+	}
 	if f, ok := errors.AsType[*failure](err); ok {
 		fmt.Fprint(env.Stderr, f.text)
 		code = f.code
+	}
+	if code != 0 || c.received.broken {
+		fmt.Fprint(env.Stderr, c.received.drop())
 	}
 	if code != 0 {
 		fmt.Fprint(env.Stderr, kept.String())

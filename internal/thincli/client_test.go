@@ -230,6 +230,9 @@ func TestInterrupted(t *testing.T) {
 			if code := Run(ctx, env, []string{"a", "f=f"}); code != 1 {
 				t.Errorf("%#v: exit %d, want 1", m, code)
 			}
+			if got := env.Stderr.(*strings.Builder).String(); got != "Interrupted.\n" {
+				t.Errorf("%#v: says %q", m, got)
+			}
 			typing.Close()
 		})
 	}

@@ -181,13 +181,16 @@ func (c *client) get(ctx context.Context, m HTTPGet) (Response, error) {
 	if err := c.mayTouch(m.File); err != nil {
 		return 0, err
 	}
-	f, err := c.env.open(m.File, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := c.received.create(m.File)
 	if err != nil {
 		return Failed, operationFailed(fmt.Sprintf("Sys_error(%q)", m.File+": "+reason(err)))
 	}
 	err = receive(f, x)
 	if e := f.Close(); err == nil {
 		err = e
+	}
+	if err != nil {
+		c.received.broken = true
 	}
 	return c.copied(err)
 }

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -20,7 +21,10 @@ func newWire(t *testing.T, conn net.Conn) *wire {
 }
 
 func TestTransfers(t *testing.T) {
-	const ok = "HTTP/1.1 200 OK\r\n\r\n"
+	const (
+		ok   = "HTTP/1.1 200 OK\r\n\r\n"
+		gone = "new was not complete and has been removed.\n"
+	)
 	get := func(file, url string, answer Message) func(*wire) {
 		return func(w *wire) {
 			w.hello()
@@ -107,8 +111,27 @@ func TestTransfers(t *testing.T) {
 		},
 		{
 			name: "cut short", args: "x f=new",
-			peer: []func(*wire){get("new", "/ok", Failed), reply("GET /ok HTTP/1.0\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\ndata")},
-			file: "data",
+			peer:   []func(*wire){get("new", "/ok", Failed), reply("GET /ok HTTP/1.0\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\ndata")},
+			stderr: gone,
+		},
+		{
+			name: "failed in the end", args: "x f=new",
+			peer: []func(*wire){func(w *wire) {
+				w.hello()
+				w.send(HTTPGet{"new", "/ok"})
+				w.expectMessage(OK)
+				w.send(PrintStderr{"wrong\n"}, Exit{1})
+			}, reply("GET /ok HTTP/1.0\r\n\r\n", ok+"data")},
+			code: 1, stderr: "wrong\n" + gone,
+		},
+		{
+			name: "server lost behind the end", args: "x f=new",
+			peer: []func(*wire){func(w *wire) {
+				w.hello()
+				w.send(HTTPGet{"new", "/ok"})
+				w.expectMessage(OK)
+			}, reply("GET /ok HTTP/1.0\r\n\r\n", ok+"data")},
+			code: 1, stderr: "Lost connection to the server.\n" + gone,
 		},
 		{
 			name: "cut short, to standard output", args: "x filename=",
@@ -255,7 +278,14 @@ func TestExitDuringTransfer(t *testing.T) {
 		if last == nil {
 			stderr = "Lost connection to the server.\n"
 		}
-		p.check(p.run("x", "f=f"), 1, "", stderr)
+		code := p.run("x", "f=f")
+		if strings.Contains(p.stderr.String(), "removed") { // unless it did not even get to make the file
+			stderr += "f was not complete and has been removed.\n"
+		}
+		p.check(code, 1, "", stderr)
+		if _, err := os.Stat(filepath.Join(p.dir, "f")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("a part of the file is left: %v", err)
+		}
 	}
 }
 

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"html"
 	"strings"
-	"time"
 )
 
 // pullArgs are the parameters of vdi-pull that are passed on as they are, and
@@ -67,24 +66,4 @@ func vdiPull(ctx context.Context, r *run) error {
 	}
 	r.out.list(pulled.VDI)
 	return nil
-}
-
-// follow sends a message as a task, shows its progress if the user wants that,
-// and returns its result, in XML, when it has ended. When the client goes
-// first, the task is cancelled.
-func (r *run) follow(ctx context.Context, method string, params ...any) (result string, err error) {
-	progress, err := r.args.boolean("progress", false)
-	if err != nil {
-		return "", err
-	}
-	w := &watch{r: r, ended: make(chan struct{})}
-	if w.task, err = r.callText(ctx, "Async."+method, params...); err != nil {
-		return "", err
-	}
-	defer w.dispose(ctx)
-	if progress {
-		w.bar = &bar{started: time.Now()}
-	}
-	w.run(ctx)
-	return w.result, w.err
 }

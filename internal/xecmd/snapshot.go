@@ -51,7 +51,7 @@ func snapshotCommands() []command {
 			},
 		},
 		{
-			name: "snapshot-copy", required: []string{"new-name-label"}, optional: append([]string{"new-name-description", "sr-uuid"}, either...),
+			name: "snapshot-copy", required: []string{"new-name-label"}, optional: append([]string{"new-name-description", "sr-uuid", "progress"}, either...),
 			help: "Create a new template by copying an existing VM, but without using storage-level fast disk clone operation.",
 			run: func(ctx context.Context, r *run) error {
 				vm, err := r.snapshot(ctx)

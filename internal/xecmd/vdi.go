@@ -41,13 +41,13 @@ func vdiCommands() []command {
 			run:  vdiRevert,
 		},
 		{
-			name: "vdi-copy", required: uuid, optional: []string{"base-vdi-uuid", "sr-uuid", "into-vdi-uuid"},
+			name: "vdi-copy", required: uuid, optional: []string{"base-vdi-uuid", "sr-uuid", "into-vdi-uuid", "progress"},
 			aliases: map[string]string{"base": "base-vdi-uuid", "base-uuid": "base-vdi-uuid"},
 			help:    "Copy a VDI either into an SR (sr-uuid) or onto an existing VDI (into-vdi-uuid). With base-vdi-uuid only what differs from that VDI is copied.",
 			run:     vdiCopy,
 		},
 		{
-			name: "vdi-pool-migrate", required: []string{"uuid", "sr-uuid"}, optional: []string{"dest-img-format"},
+			name: "vdi-pool-migrate", required: []string{"uuid", "sr-uuid"}, optional: []string{"dest-img-format", "progress"},
 			help: "Migrate a VDI to a specified SR, while the VDI may be attached to a running guest.", run: vdiPoolMigrate,
 		},
 		{
@@ -177,7 +177,7 @@ func vdiCopy(ctx context.Context, r *run) error {
 		}
 		params = append(params, ref)
 	}
-	made, err := r.callText(ctx, "VDI.copy", params...)
+	made, err := r.made(ctx, "VDI.copy", params...)
 	if err != nil {
 		return err
 	}
@@ -197,7 +197,7 @@ func vdiPoolMigrate(ctx context.Context, r *run) error {
 	if format, ok := r.args.lookup("dest-img-format"); ok {
 		options["dest_img_format"] = format
 	}
-	moved, err := r.callText(ctx, "VDI.pool_migrate", vdi, sr, options)
+	moved, err := r.made(ctx, "VDI.pool_migrate", vdi, sr, options)
 	if err != nil {
 		return err
 	}

@@ -23,7 +23,7 @@ func vmCommands() []command {
 			help: "Clone an existing VM, using storage-level fast disk clone operation where available.", run: vmClone,
 		},
 		{
-			name: "vm-copy", required: []string{"new-name-label"}, optional: []string{"new-name-description", "sr-uuid"},
+			name: "vm-copy", required: []string{"new-name-label"}, optional: []string{"new-name-description", "sr-uuid", "progress"},
 			selects: selection{noun: "vm", templates: true, single: true},
 			help:    "Copy an existing VM, but without using storage-level fast disk clone operation.", run: vmCopy,
 		},
@@ -107,7 +107,7 @@ func vmCopyWith(method string, params ...any) func(ctx context.Context, r *run) 
 
 // newVM sends a message that makes a VM, describes the VM and prints its uuid.
 func (r *run) newVM(ctx context.Context, method string, params ...any) error {
-	vm, err := r.callText(ctx, method, params...)
+	vm, err := r.made(ctx, method, params...)
 	if err != nil {
 		return err
 	}

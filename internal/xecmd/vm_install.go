@@ -55,7 +55,7 @@ func vmInstall(ctx context.Context, r *run) error {
 	if sr == xapi.NullRef || len(rec.VBDs) == 0 {
 		vm, err = r.callText(ctx, "VM.clone", template, name)
 	} else {
-		vm, err = r.callText(ctx, "VM.copy", template, name, sr)
+		vm, err = r.made(ctx, "VM.copy", template, name, sr)
 	}
 	if err != nil {
 		return err
