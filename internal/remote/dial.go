@@ -77,7 +77,7 @@ func parseURL(text string, insecure bool) (*url.URL, error) {
 	case u.Scheme != "https" && u.Scheme != "http":
 		return nil, &URLError{"the URL must begin with https://"}
 	case u.Scheme == "http" && !insecure:
-		return nil, &URLError{"http:// is for what has been said to be insecure"}
+		return nil, &URLError{"http:// has no certificate to recognise the server by; it goes only with remote-insecure=true"}
 	case u.User != nil:
 		return nil, &URLError{"the URL must not have a user or a password in it"}
 	case u.Hostname() == "" || u.Opaque != "":

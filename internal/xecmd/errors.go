@@ -105,6 +105,8 @@ func remedy(code string, params []string) string {
 		return "It is detached, or has been forgotten. To attach it: xe pbd-plug uuid=$(xe pbd-list sr-uuid=" + firstWord(params[0]) + " --minimal)"
 	case code == xapi.ErrSRNotEmpty:
 		return "There are disks on it. They go with xe vdi-destroy, or stay, for a later xe sr-introduce, with xe sr-forget; to see them: xe vdi-list sr-uuid=<uuid>"
+	case code == xapi.ErrSSLVerifyError:
+		return "The server is recognised by remote-fingerprint=, which coppice doctor prints there, or by remote-ca-filename=; remote-insecure=true takes any."
 	case code == xapi.ErrVMSSHasVM:
 		return "VMs follow it. For each of them: xe vm-param-set uuid=<uuid> snapshot-schedule="
 	}
@@ -207,6 +209,8 @@ var sentences = map[string]string{
 	xapi.ErrUnimplementedInSMBackend:      "You have attempted a function which is not implemented by the storage backend.",
 	xapi.ErrHostIsSlave:                   "You cannot make regular API calls directly on a pool member. Please pass API calls via the coordinator.",
 	xapi.ErrEventSubscriptionParseFailure: "The server failed to parse your event subscription.",
+	xapi.ErrSSLVerifyError:                "The certificate of the server is not one to trust.",
+	xapi.ErrCannotContactHost:             "The server cannot be reached.",
 	xapi.ErrSessionAuthenticationFailed:   "The credentials given by the user are incorrect.",
 }
 
