@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"iter"
+	"slices"
 )
 
 // RangeClone says which bytes of one volume become those of another. All of it
@@ -65,7 +66,7 @@ func (s *Store) cloneRanges(ctx context.Context, to, from *Disk, ranges []RangeC
 	if err := s.admit(ctx, int64(2*leaves*height)+2*s.tableCost()); err != nil {
 		return err
 	}
-	g := &graft{ranges: ranges}
+	g := &graft{ranges: slices.Clone(ranges)} // a call that is cancelled may be done later
 	err = s.commitAtCut(ctx, func(*batch) error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
