@@ -70,7 +70,7 @@ func (s *Store) cloneRanges(ctx context.Context, to, from *Disk, ranges []RangeC
 	err = s.commitAtCut(ctx, func(*batch) error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if err := s.mayGraft(to, from, ranges); err != nil {
+		if err := s.mayGraft(to, from, g.ranges); err != nil {
 			return err
 		}
 		if to.v.view.Load().height > height {
