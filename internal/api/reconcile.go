@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"time"
 
 	"coppice/internal/db"
 	"coppice/internal/storage"
@@ -202,69 +201,4 @@ func (a *API) closeStorage() error {
 		}
 	}
 	return a.repos.closeAll()
-}
-
-// The sizes of SRs are compared with what their storage says soon after an
-// operation, once for all that come together, and now and then, because space
-// also changes in the background.
-const (
-	usagePause    = time.Second
-	usageInterval = 30 * time.Second
-)
-
-// watchUsage keeps the sizes of SRs up to date until the server stops.
-func (a *API) watchUsage() {
-	lasting := troubles{log: a.log, ctx: a.ctx}
-	for {
-		select {
-		case <-a.ctx.Done():
-			return
-		case <-time.After(usageInterval):
-		case <-a.repos.wake:
-			select {
-			case <-a.ctx.Done():
-				return
-			case <-time.After(usagePause):
-			}
-		}
-		lasting.note("sizes of SRs are out of date", "", a.refreshUsage(a.ctx))
-		for _, repo := range a.repos.all() {
-			lasting.note("what is damaged is not recorded", repo.sr, a.noteDamage(a.ctx, repo, false))
-		}
-		lasting.note("event tokens may not survive a crash", "", a.db.Sync(a.ctx))
-		for _, repo := range a.repos.all() {
-			lasting.note("a store does not know how far the database is", repo.sr, a.markStore(a.ctx, repo))
-		}
-	}
-}
-
-// refreshUsage writes the sizes of the attached SRs, where they have changed.
-func (a *API) refreshUsage(ctx context.Context) error {
-	var errs []error
-	for _, repo := range a.repos.all() {
-		usage, err := repo.Usage(ctx)
-		if err != nil {
-			errs = append(errs, fmt.Errorf("SR %s: %w", repo.sr, err))
-			continue
-		}
-		stale := false
-		err = a.db.View(func(tx *db.Tx) error {
-			sr, err := db.Get(tx, repo.sr)
-			stale = err == nil && (sr.PhysicalSize != usage.Total || sr.PhysicalUtilisation != usage.Used)
-			return nil
-		})
-		if err != nil || !stale {
-			errs = append(errs, err)
-			continue
-		}
-		errs = append(errs, a.db.Update(ctx, func(tx *db.Tx) error {
-			if _, err := db.Get(tx, repo.sr); err != nil {
-				return nil // forgotten meanwhile
-			}
-			return db.Modify(tx, repo.sr, func(sr *xapi.SR) {
-				sr.PhysicalSize, sr.PhysicalUtilisation = usage.Total, usage.Used
-			})
-		}))
-	}
-	return errors.Join(errs...)
 }

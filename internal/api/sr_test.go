@@ -354,6 +354,9 @@ func TestWatchUsage(t *testing.T) {
 		if got := record(r.core, r.sr).PhysicalUtilisation; got < before+1<<20 {
 			t.Errorf("after the interval: %d, was %d", got, before)
 		}
+		if got := record(r.core, disk).PhysicalUtilisation; got != 1<<20 {
+			t.Errorf("after the interval the disk maps %d bytes, want %d", got, 1<<20)
+		}
 		r.write(disk, slices.Repeat([]byte{1}, 1<<20), 2<<20)
 		before = record(r.core, r.sr).PhysicalUtilisation
 		r.call("VDI.snapshot", disk)
@@ -363,6 +366,45 @@ func TestWatchUsage(t *testing.T) {
 			t.Errorf("after the pause: %d, was %d", got, before)
 		}
 	})
+}
+
+// What a disk maps is told some time after it was written, though nobody scans
+// the SR; and nothing changes when nothing has.
+func TestRefreshDisks(t *testing.T) {
+	r := newRig(t)
+	disk, other := r.disk(8<<20), r.disk(8<<20)
+	repo, err := r.API.repos.get(r.sr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	refresh := func() {
+		t.Helper()
+		if err := r.refreshDisks(t.Context(), repo); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.write(disk, slices.Repeat([]byte{1}, 1<<20), 0)
+	before := record(r.core, other)
+	refresh()
+	if got := record(r.core, disk).PhysicalUtilisation; got != 1<<20 {
+		t.Errorf("the disk maps %d bytes, want %d", got, 1<<20)
+	}
+	if got := record(r.core, other); got != before {
+		t.Errorf("the other disk has changed: %+v", got)
+	}
+	revision := r.API.db.Revision()
+	refresh()
+	if got := r.API.db.Revision(); got != revision {
+		t.Errorf("revision %d, want %d as before", got, revision)
+	}
+	// A disk whose record an operation is about to change is left to it.
+	r.write(disk, slices.Repeat([]byte{1}, 1<<20), 4<<20)
+	reserved := repo.reserve(storage.ID(record(r.core, disk).UUID))
+	refresh()
+	reserved()
+	if got := record(r.core, disk).PhysicalUtilisation; got != 1<<20 {
+		t.Errorf("the disk maps %d bytes, want %d as before", got, 1<<20)
+	}
 }
 
 // A data directory takes its stores along wherever it goes, and a copy of it
