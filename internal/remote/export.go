@@ -121,8 +121,19 @@ func (c *Client) Export(ctx context.Context, vdi, base, format string) (*Export,
 	return x, nil
 }
 
-// Close ends the export without asking how it went.
-func (x *Export) Close() error { return x.body.Close() }
+// Close ends the export without asking how it went, also when ctx has ended.
+func (x *Export) Close(ctx context.Context) error {
+	err := x.body.Close()
+	x.leave(ctx)
+	return err
+}
+
+// leave has the server remove the task, when it is over.
+func (x *Export) leave(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), partingTime)
+	defer cancel()
+	_, _ = x.c.Call(ctx, "task.destroy", x.task) // else the server does, in time
+}
 
 // Received returns how many bytes of the image have been read.
 func (x *Export) Received() int64 { return x.received }
@@ -139,9 +150,11 @@ func (x *Export) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// How long a server gets to say how an export went, and how often it is asked.
+// How long a server gets to say how an export went, or to hear that nobody
+// wants to know, and how often it is asked.
 const (
 	settleTime            = time.Minute
+	partingTime           = time.Second
 	reasonTime            = 3 * time.Second
 	settleMin, settlePoll = 10 * time.Millisecond, time.Second
 )
@@ -158,6 +171,7 @@ func (x *Export) Finish(ctx context.Context, err error) error {
 		x.body.Close() // which cuts what has not come to its end
 	}
 	if ctx.Err() != nil {
+		x.leave(ctx)
 		return context.Cause(ctx)
 	}
 	limit := settleTime
@@ -205,10 +219,11 @@ func (x *Export) settle(ctx context.Context) error {
 				continue
 			case <-ctx.Done():
 				t.Stop()
+				x.leave(ctx)
 				return &ProtocolError{errors.New("the server does not say how the export went")}
 			}
 		}
-		_, _ = x.c.Call(ctx, "task.destroy", x.task) // else the server does, in time
+		x.leave(ctx)
 		if status == "success" {
 			return x.verify(task)
 		}
