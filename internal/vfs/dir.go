@@ -84,7 +84,8 @@ func syncParent(path string) error {
 
 // RemoveDir removes a directory that holds nothing but perhaps a lock file
 // that nobody has locked, durably. A directory with anything else in it, or
-// in use, stays.
+// where a file system is mounted, stays, which is no error; one that is locked
+// is [ErrLocked].
 func RemoveDir(path string) error {
 	path, err := filepath.Abs(path)
 	if err != nil {
@@ -107,7 +108,7 @@ func RemoveDir(path string) error {
 	if err := d.root.Remove(lockName); err != nil {
 		return err
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, unix.ENOTEMPTY) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.EBUSY) {
 		return err
 	}
 	return syncParent(path)

@@ -364,6 +364,20 @@ func TestRemoveDir(t *testing.T) {
 	fails(t, err, fs.ErrNotExist)
 }
 
+// The root of a mounted file system cannot be removed, and need not be.
+func TestRemoveMountPoint(t *testing.T) {
+	d := newDir(t)
+	if err := syscall.Mount("none", d.Path(), "tmpfs", 0, "size=64k"); errors.Is(err, syscall.EPERM) {
+		t.Skip("mounting is not permitted")
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ok(t, syscall.Unmount(d.Path(), 0)) })
+	ok(t, vfs.RemoveDir(d.Path()))
+	_, err := os.Stat(d.Path())
+	ok(t, err)
+}
+
 // TestDirSpace checks that Allocate takes host space and PunchHole gives it
 // back, where the file system can.
 func TestDirSpace(t *testing.T) {
