@@ -65,11 +65,11 @@ func vdiCommands() []command {
 		{
 			name: "vdi-export", required: []string{"uuid", "filename"}, optional: []string{"format", "base", "progress"},
 			aliases: map[string]string{"base-vdi-uuid": "base", "base-uuid": "base"},
-			help:    "Export a VDI.", run: vdiExport,
+			help:    "Export what a VDI contains at this moment to a file of the client. format is raw, as without it, vhd, qcow2, vmdk or tar. With base=<uuid of a VDI>, only what differs from that one: as vhd or qcow2, or as raw, in which the rest is zero.", run: vdiExport,
 		},
 		{
 			name: "vdi-import", required: []string{"uuid", "filename"}, optional: []string{"format", "progress"},
-			help: "Import a raw VDI.", run: vdiImport,
+			help: "Overwrite a VDI with a file of the client. format is raw, as without it, vhd, qcow2, vmdk or tar. A vhd or qcow2 that was exported with base= changes only what differed.", run: vdiImport,
 		},
 		{
 			name: "vdi-list-changed-blocks", required: []string{"vdi-from-uuid", "vdi-to-uuid"},
