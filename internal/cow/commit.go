@@ -3,6 +3,7 @@ package cow
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 )
 
@@ -101,7 +102,8 @@ func (s *Store) commit(ctx context.Context, before func() error, do func(*batch)
 }
 
 // commitAtCut has an operation that is too large for a frame done by the next
-// checkpoint, within its cut.
+// checkpoint, within its cut. A cancel takes the operation back, or waits for the
+// checkpoint that is at it: do is not called after the return.
 func (s *Store) commitAtCut(ctx context.Context, do func(*batch) error) error {
 	r := &request{do: do, done: make(chan error, 1)}
 	s.waitMu.Lock()
@@ -112,8 +114,17 @@ func (s *Store) commitAtCut(ctx context.Context, do func(*batch) error) error {
 	case err := <-r.done:
 		return err
 	case <-ctx.Done():
-		return context.Cause(ctx)
 	}
+	s.waitMu.Lock()
+	i := slices.Index(s.atCut, r)
+	if i >= 0 {
+		s.atCut = slices.Delete(s.atCut, i, i+1)
+	}
+	s.waitMu.Unlock()
+	if i < 0 {
+		return <-r.done
+	}
+	return context.Cause(ctx)
 }
 
 // lead answers everything in the queue. The role is held.

@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"iter"
-	"slices"
 )
 
 // RangeClone says which bytes of one volume become those of another. All of it
@@ -26,8 +25,9 @@ const MaxRangeClone = 1 << 18
 // not have more than [MaxRangeClone] units.
 //
 // It is done by a checkpoint, which takes about as long as writing the map pages
-// that change, and during which flushes wait. It is durable on return; a crash
-// or a cancel leaves all of it or nothing. Errors: [ErrInvalid], [ErrReadOnly],
+// that change, and during which flushes wait, and writes to the disk that gets
+// the ranges. It is durable on return; a crash
+// or a cancel leaves all of it or nothing, and nothing is done after the return. Errors: [ErrInvalid], [ErrReadOnly],
 // [ErrFailed], a *SpaceError, and a *CorruptError when a map is damaged, after
 // all of which nothing has changed.
 func (s *Store) CloneRanges(ctx context.Context, to, from *Disk, ranges []RangeClone) error {
@@ -62,12 +62,20 @@ func (s *Store) cloneRanges(ctx context.Context, to, from *Disk, ranges []RangeC
 	if err := s.sync(ctx); err != nil {
 		return err
 	}
+	return s.giveRanges(ctx, to, from, ranges, leaves)
+}
+
+// giveRanges has the next checkpoint do what [Store.CloneRanges] says, which
+// changes so many leaves. It fails with errRetry when each costs more than it
+// seemed.
+func (s *Store) giveRanges(ctx context.Context, to, from *Disk, ranges []RangeClone, leaves int) error {
 	height := to.v.view.Load().height
-	if err := s.admit(ctx, int64(2*leaves*height)+2*s.tableCost()); err != nil {
+	units := int64(2*leaves*height) + 2*s.tableCost()
+	if err := s.promise(ctx, units, floorWrite); err != nil {
 		return err
 	}
-	g := &graft{ranges: slices.Clone(ranges)} // a call that is cancelled may be done later
-	err = s.commitAtCut(ctx, func(*batch) error {
+	g := &graft{ranges: ranges}
+	err := s.commitAtCut(ctx, func(*batch) error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if err := s.mayGraft(to, from, g.ranges); err != nil {
@@ -77,8 +85,11 @@ func (s *Store) cloneRanges(ctx context.Context, to, from *Disk, ranges []RangeC
 			return errRetry
 		}
 		s.addGraft(to.v, from.v, g)
+		s.opPromised += units // not before: a cut without the graft would give them back
+		units = 0
 		return nil
 	})
+	s.space.unpromise(units)
 	switch {
 	case err != nil:
 		return err
@@ -111,16 +122,18 @@ func (s *Store) mayGraft(to, from *Disk, ranges []RangeClone) error {
 
 // foresee reads the maps of ranges, so that damage is found while it can be
 // refused, and the checkpoint finds them in memory. It returns how many leaves
-// change, at most.
-func (s *Store) foresee(ctx context.Context, to, from *Disk, ranges []RangeClone) (leaves int, err error) {
+// change.
+func (s *Store) foresee(ctx context.Context, to, from *Disk, ranges []RangeClone) (changed int, err error) {
 	e := s.eras.enter()
 	defer e.leave()
+	leaves := map[uint64]struct{}{} // by chunk
 	look := func(d *Disk, off, n int64) error {
 		w := d.v.view.Load()
 		for p := range s.geo.parts(off, n) {
 			if err := context.Cause(ctx); err != nil {
 				return err
 			}
+			leaves[p.chunk] = struct{}{}
 			sl, err := s.pageReader.lookup(w, p.chunk, p.lo)
 			if err == nil && sl.state == slotLost {
 				err = errLost()
@@ -128,7 +141,6 @@ func (s *Store) foresee(ctx context.Context, to, from *Disk, ranges []RangeClone
 			if err != nil {
 				return d.damaged(err, int64(p.first)*int64(s.geo.UnitSize))
 			}
-			leaves++
 		}
 		return nil
 	}
@@ -137,13 +149,13 @@ func (s *Store) foresee(ctx context.Context, to, from *Disk, ranges []RangeClone
 			return 0, err
 		}
 	}
-	leaves = 0
+	clear(leaves)
 	for _, r := range ranges {
 		if err := look(to, r.To, r.Len); err != nil {
 			return 0, err
 		}
 	}
-	return leaves, nil
+	return len(leaves), nil
 }
 
 // part is the units of a range that one leaf maps.
@@ -171,7 +183,8 @@ func (g Geometry) parts(off, n int64) iter.Seq[part] {
 
 // graft is ranges that a volume gets from another one. A layer that has one
 // is empty, and only part of the cut that is made next: what it stands for is
-// known when the trees below have been written.
+// known when the trees below have been written. Until then the volume reads as
+// before, and writes to it wait.
 type graft struct {
 	ranges []RangeClone
 	from   *view // all sealed, and held by the cut

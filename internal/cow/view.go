@@ -1,5 +1,7 @@
 package cow
 
+import "slices"
+
 // view is the contents of a volume at one moment: a tree under a short chain
 // of layers. It is immutable; a change of the chain is a new view.
 type view struct {
@@ -26,6 +28,12 @@ func (v *view) newest() *layer {
 		return nil
 	}
 	return v.sealed[0]
+}
+
+// grafted reports whether the volume gets ranges of another one by the
+// checkpoint that is being made.
+func (v *view) grafted() bool {
+	return slices.ContainsFunc(v.sealed, func(l *layer) bool { return l.graft != nil })
 }
 
 // chain calls f for every layer, newest first, until f returns false.

@@ -2,6 +2,7 @@ package cow
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -170,7 +171,7 @@ func (w *writer) units(first uint64, p []byte) error {
 		}
 		s.dropUnits(lost)
 	}
-	if err == errRetry { // the volume has grown: the path costs more
+	if err == errRetry { // the volume has grown, or got ranges of another one
 		return w.units(first, p)
 	}
 	return err
@@ -211,10 +212,23 @@ func (w *writer) store(slots []slot, p []byte, promised *int64) error {
 	return nil
 }
 
+// errGrafted says that the volume is about to get ranges of another one.
+var errGrafted = errors.New("volume gets ranges of another one")
+
 // publish changes the top layer of the volume by f, under the shared gate,
 // and settles the promise made for it. height is what the promise assumed;
-// end is the first unit behind the change.
+// end is the first unit behind the change. A volume that is getting ranges of
+// another one changes when it has them, and the writer looks at it again then:
+// a change is before all of them or after.
 func (w *writer) publish(height int, promised int64, end uint64, f func(*layer) (load, []uint64, error)) error {
+	err := w.tryPublish(height, promised, end, f)
+	if err == errGrafted {
+		err = cmp.Or(w.disk.s.sync(context.Background()), errRetry)
+	}
+	return err
+}
+
+func (w *writer) tryPublish(height int, promised int64, end uint64, f func(*layer) (load, []uint64, error)) error {
 	s, v := w.disk.s, w.disk.v
 	v.gate.RLock()
 	defer v.gate.RUnlock()
@@ -224,6 +238,8 @@ func (w *writer) publish(height int, promised int64, end uint64, f func(*layer) 
 	case err != nil:
 	case end > s.geo.units(view.size):
 		err = fmt.Errorf("%w: the volume has shrunk", ErrInvalid)
+	case view.grafted():
+		err = errGrafted
 	case view.height > height:
 		err = errRetry
 	}
