@@ -10,6 +10,9 @@ import (
 // the disk. Whoever meets it stops the store before the error can spread.
 var errCount = errors.New("reference count error")
 
+// errMaxRefs says that a counter cannot count more references.
+var errMaxRefs = fmt.Errorf("%w: too many references to a unit", errCount)
+
 // counterPage is a counter page in memory.
 type counterPage struct {
 	n     []uint32
@@ -76,7 +79,7 @@ func (s *space) count(addr uint64) (uint32, error) {
 }
 
 // add counts n new references to a unit that is referenced or has just been
-// allocated.
+// allocated. It fails with errMaxRefs when they are too many for a counter.
 func (s *space) add(addr uint64, n uint32) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -96,7 +99,7 @@ func (s *space) add(addr uint64, n uint32) error {
 			r.used[u/64] |= 1 << (u % 64)
 		}
 	} else if p.n[i]+n < n {
-		return fmt.Errorf("%w: unit %d has too many references", errCount, addr)
+		return errMaxRefs
 	}
 	p.n[i] += n
 	s.touch(p, addr)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"math"
 	"testing"
 
 	"coppice/internal/vfs"
@@ -342,5 +343,73 @@ func TestCloneRangesOfDamage(t *testing.T) {
 				t.Errorf("late %v: a check finds %v", late, p)
 			}
 		}
+	}
+}
+
+// TestUnitsWithAllReferences clones, and writes beside, a unit that has as many
+// references as its counter can count: it is copied.
+func TestUnitsWithAllReferences(t *testing.T) {
+	ctx := context.Background()
+	m := vfs.NewMem(0)
+	s, err := Create(ctx, m, tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	u := tiny.UnitSize
+	d, dst := newDisk(t, s, 1, int64(4*u), nil), newDisk(t, s, 2, int64(4*u), nil)
+	want := append(noise(2*u), make([]byte, 2*u)...)
+	mustWrite(t, d, want[:2*u], 0)
+	if err := s.sync(ctx); err != nil {
+		t.Fatal(err)
+	}
+	leaf, err := s.leafPage(d.v.view.Load().base.root, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	counted := func(n uint32) (before uint32) {
+		s.space.mu.Lock()
+		defer s.space.mu.Unlock()
+		p, i, err := s.space.counter(getEntry(leaf).addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		before, p.n[i] = p.n[i], n
+		return before
+	}
+	counted(math.MaxUint32)
+	if err := s.CloneRanges(ctx, dst, d, []RangeClone{unitRange(2, 0, 2)}); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(bytesOf(t, dst)[2*u:], want[:2*u]) {
+		t.Error("other bytes in the clone")
+	}
+	if _, err := s.Snapshot(ctx, []Pair{{Src: ID{1}, New: ID{3}}}); err != nil {
+		t.Fatal(err)
+	}
+	before := bytes.Clone(want)
+	clear(want[u : 2*u])
+	if err := errors.Join(d.Zero(ctx, int64(u), int64(u)), s.sync(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	if n := counted(1); n != math.MaxUint32 {
+		t.Errorf("%d references are counted", n)
+	}
+	snap, err := s.OpenDisk(ctx, ID{3}, Live)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(bytesOf(t, d), want) || !bytes.Equal(bytesOf(t, snap), before) {
+		t.Error("other bytes")
+	}
+	s.space.mu.Lock()
+	p, _, err := s.space.counter(getEntry(leaf).addr)
+	s.space.touch(p, getEntry(leaf).addr) // to be written as it is now
+	s.space.mu.Unlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustWrite(t, d, noise(u), 3)
+	if err := errors.Join(drain(s), s.Close(), checkClean(m)); err != nil {
+		t.Error(err)
 	}
 }

@@ -211,6 +211,27 @@ func (w *treeWriter) mergeChildren(ents []entry, shared bool, level int, lo uint
 	return nil
 }
 
+// refUnit counts one more reference to what an entry of a leaf refers to, and
+// returns that, or a copy when the unit has as many as can be counted. One that
+// cannot be read for that is lost here.
+func (w *treeWriter) refUnit(e entry) (entry, error) {
+	err := w.ref(e, 1)
+	if err != errMaxRefs {
+		return e, err
+	}
+	if err := w.flush(); err != nil {
+		return e, err
+	}
+	b := make([]byte, w.geo.UnitSize)
+	if err := w.verified(b, e); err != nil {
+		w.mapped--
+		return lost(e.birth), nil
+	}
+	c, err := w.writeUnit(b, classData, &w.data, false)
+	c.birth = e.birth
+	return c, err
+}
+
 // mergeUnits replaces the units of a leaf that the layer has.
 func (w *treeWriter) mergeUnits(ents []entry, shared bool, chunk uint64, l *layer) error {
 	slots, rest := l.chunk(chunk)
@@ -237,7 +258,7 @@ func (w *treeWriter) mergeUnits(ents []entry, shared bool, chunk uint64, l *laye
 					if s.state == slotBuf {
 						next.addr, placed = placed[0], placed[1:]
 					}
-					if err := w.ref(next, 1); err != nil {
+					if next, err = w.refUnit(next); err != nil {
 						return err
 					}
 				}
@@ -247,7 +268,7 @@ func (w *treeWriter) mergeUnits(ents []entry, shared bool, chunk uint64, l *laye
 		case rest:
 			next = hole(w.epoch)
 		case shared:
-			if err := w.ref(ents[i], 1); err != nil {
+			if ents[i], err = w.refUnit(ents[i]); err != nil {
 				return err
 			}
 			continue
