@@ -107,7 +107,7 @@ func (x *Import) publish(ctx context.Context) error {
 // when the SR cannot.
 func (x *Import) Scratch(size int64) (storage.Volume, *storage.CloneBatch, error) {
 	ctx := x.call.Context()
-	size = min(max(size+storage.Unit-1, storage.Unit)/storage.Unit*storage.Unit, storage.MaxSize)
+	size = (min(max(size, 1), storage.MaxSize) + storage.Unit - 1) / storage.Unit * storage.Unit
 	h, err := x.call.api.hide(ctx, x.dst.repo, func(id storage.ID) error {
 		_, err := x.Repo.Create(ctx, storage.Spec{ID: id, Size: size})
 		return err

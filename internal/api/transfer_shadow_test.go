@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"math"
 	"strings"
 	"testing"
 
@@ -34,6 +35,11 @@ func TestImportShadow(t *testing.T) {
 		}
 		if scratch.Size() < 3<<20+1 {
 			t.Errorf("scratch volume of %d bytes", scratch.Size())
+		}
+		for size, want := range map[int64]int64{0: storage.Unit, math.MaxInt64: storage.MaxSize} {
+			if v, _, err := x.Scratch(size); err != nil || v.Size() != want {
+				t.Errorf("scratch volume for %d bytes: %v, want %d", size, err, want)
+			}
 		}
 		x.Describe("coppice:test", "seen")
 		r.call("SR.scan", string(r.sr)) // takes neither for a stray
