@@ -284,7 +284,7 @@ type job struct {
 	done   <-chan struct{} // nil for none
 	err    *error          // of the job, once done is closed
 	cancel context.CancelFunc
-	stuck  bool // may not notice cancel: it reads a file, which may be a pipe
+	stuck  bool // may not notice cancel: it reads a file, which may be a pipe, or writes to standard output
 }
 
 // failure returns the error of a job that has told the server that it failed,
@@ -311,8 +311,8 @@ func (j *job) wait() error {
 }
 
 // stop cuts the job short, unless it has ended by itself: then it returns its
-// error. A job that is waiting for a pipe that nobody writes to, or even to
-// open it, is left behind for the end of the program.
+// error. A job that is waiting for a pipe that nobody writes to, or reads from,
+// or even to open it, is left behind for the end of the program.
 func (j *job) stop() error {
 	if j.done == nil {
 		return nil
@@ -334,7 +334,9 @@ func (c *client) start(ctx context.Context, m Message) job {
 	ctx, cancel := context.WithCancel(ctx)
 	failed, done := make(chan error, 1), make(chan struct{})
 	_, upload := m.(HTTPPut)
-	j := job{failed: failed, done: done, err: new(error), cancel: cancel, stuck: upload}
+	download, ok := m.(HTTPGet)
+	printing := ok && download.File == ""
+	j := job{failed: failed, done: done, err: new(error), cancel: cancel, stuck: upload || printing}
 	go func() {
 		defer close(done)
 		switch m := m.(type) {
