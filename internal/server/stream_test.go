@@ -121,6 +121,47 @@ func TestStreamIdleWrites(t *testing.T) {
 	}
 }
 
+// A write ends when the peer has taken less than a piece in the idle time, and not
+// before.
+func TestStreamSlowWrites(t *testing.T) {
+	const size = 5*writePiece + 1
+	for _, c := range []struct {
+		takes []int64       // one after each 50 seconds
+		ends  time.Duration // of the write
+		fails bool
+	}{
+		{[]int64{writePiece, writePiece, writePiece, writePiece, writePiece, 1}, 300 * time.Second, false},
+		{[]int64{size}, 50 * time.Second, false},
+		{nil, time.Minute, true},
+		{[]int64{writePiece - 1}, time.Minute, true},
+		{[]int64{writePiece}, 2 * time.Minute, true},
+		{[]int64{writePiece, 2 * writePiece}, 3 * time.Minute, true},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			ours, theirs := net.Pipe()
+			defer ours.Close()
+			defer theirs.Close()
+			go func() {
+				for _, n := range c.takes {
+					time.Sleep(50 * time.Second)
+					_, _ = io.CopyN(io.Discard, theirs, n) // which the other side would notice
+				}
+			}()
+			start, want := time.Now(), int64(0)
+			for _, n := range c.takes {
+				want += n
+			}
+			n, err := (&stream{Conn: ours, idle: time.Minute}).Write(make([]byte, size))
+			if int64(n) != want || c.fails != errors.Is(err, os.ErrDeadlineExceeded) || !c.fails && err != nil {
+				t.Errorf("a peer that takes %v: %d bytes written, error %v", c.takes, n, err)
+			}
+			if took := time.Since(start); took != c.ends {
+				t.Errorf("a peer that takes %v: ended after %v, want %v", c.takes, took, c.ends)
+			}
+		})
+	}
+}
+
 // An interrupt lasts: the next call does not begin to wait again.
 func TestStreamInterrupt(t *testing.T) {
 	for _, idle := range []time.Duration{0, time.Hour} {
