@@ -26,10 +26,11 @@ const MaxRangeClone = 1 << 18
 //
 // It is done by a checkpoint, which takes about as long as writing the map pages
 // that change, and during which flushes wait, and writes to the disk that gets
-// the ranges. It is durable on return; a crash
-// or a cancel leaves all of it or nothing, and nothing is done after the return. Errors: [ErrInvalid], [ErrReadOnly],
-// [ErrFailed], a *SpaceError, and a *CorruptError when a map is damaged, after
-// all of which nothing has changed.
+// the ranges. It is durable on return; a crash or a cancel leaves all of it or
+// nothing, and nothing is done after the return. Errors: [ErrInvalid],
+// [ErrReadOnly], a *SpaceError, and a *CorruptError when a map is damaged, after
+// all of which nothing has changed, and [ErrFailed], after which it is known when
+// the store has been opened again.
 func (s *Store) CloneRanges(ctx context.Context, to, from *Disk, ranges []RangeClone) error {
 	if to.s != s || from.s != s {
 		return fmt.Errorf("%w: disk of another store", ErrInvalid)
@@ -43,7 +44,7 @@ func (s *Store) CloneRanges(ctx context.Context, to, from *Disk, ranges []RangeC
 	}
 	for {
 		err := s.cloneRanges(ctx, to, from, ranges)
-		if err != errRetry { // the volume has grown: the paths cost more
+		if err != errRetry { // the volume has grown: leaves cost more
 			return err
 		}
 	}
