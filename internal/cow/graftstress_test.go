@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"coppice/internal/vfs"
@@ -183,6 +184,83 @@ func TestGraftsAreOneInstant(t *testing.T) {
 	}
 	if s.space.reserved != 0 && len(s.changedVolumes()) == 0 {
 		t.Errorf("%d units are promised in the end", s.space.reserved)
+	}
+	if err := errors.Join(s.Close(), checkClean(m)); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestGraftsInAFullStore gives scattered ranges in a store that is full most of
+// the time, while it is written and snapshots come and go, and cancels some of
+// it: what there is no room for is refused, no checkpoint fails for it, and all
+// promises are given back.
+func TestGraftsInAFullStore(t *testing.T) {
+	ctx := context.Background()
+	m := vfs.NewMem(0)
+	o := tinyOptions()
+	o.LogBytes = 1 << 20
+	o.MaxBytes = 20 * o.Geometry.regionBytes()
+	s, err := Create(ctx, m, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const units, rounds = 4096, 60
+	u := int64(tiny.UnitSize)
+	var disks [4]*Disk
+	for i := range disks {
+		disks[i] = newDisk(t, s, byte(i+1), units*u, nil)
+	}
+	clone := func(rng *rand.Rand, to, from *Disk) error {
+		var ranges []RangeClone
+		for range 1 + rng.IntN(60) {
+			n := 1 + rng.Int64N(3)
+			ranges = append(ranges, unitRange(rng.Int64N(units-n), rng.Int64N(units-n), n))
+		}
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		if rng.IntN(3) == 0 {
+			go cancel()
+		}
+		return s.CloneRanges(ctx, to, from, ranges)
+	}
+	var refused atomic.Int64
+	var wg sync.WaitGroup
+	for k := range 4 {
+		wg.Go(func() {
+			rng := rand.New(rand.NewPCG(7, uint64(k)))
+			for n := range rounds {
+				var err error
+				d := disks[rng.IntN(len(disks))]
+				switch id := (ID{99, byte(n)}); {
+				case k == 0:
+					_, err = d.WriteAt(noise(int(u)*(1+rng.IntN(20))), u*rng.Int64N(units-20))
+				case k == 1 && n%10 == 9:
+					if _, err = s.Snapshot(ctx, []Pair{{Src: d.id, New: id}}); err == nil {
+						err = s.Delete(ctx, id)
+					}
+				case rng.IntN(8) == 0:
+					err = d.Zero(ctx, 0, units*u/2)
+				default:
+					err = clone(rng, disks[rng.IntN(len(disks))], d)
+				}
+				switch {
+				case errors.Is(err, ErrNoSpace):
+					refused.Add(1)
+				case err != nil && !errors.Is(err, context.Canceled):
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if refused.Load() == 0 {
+		t.Error("the store has never been full")
+	}
+	if err := errors.Join(s.Failed(), drain(s), checkClean(m.Kill())); err != nil {
+		t.Error(err)
+	}
+	if n := s.space.reserved; n != 0 {
+		t.Errorf("%d units are promised in the end", n)
 	}
 	if err := errors.Join(s.Close(), checkClean(m)); err != nil {
 		t.Error(err)
