@@ -61,8 +61,8 @@ type committer struct {
 // commit has a request in the log, durable, before it returns. Whoever finds
 // the role free leads: one frame takes everything that is queued. While the
 // log is full it waits for a checkpoint, and runs before, which may be nil,
-// again, as at the beginning. A cancel takes the request back or leaves it
-// done.
+// again, as at the beginning. A cancel takes the request back, or waits for the
+// frame that it is in: do is not called after the return.
 func (s *Store) commit(ctx context.Context, before func() error, do func(*batch) error) error {
 	for {
 		if before != nil {
@@ -83,14 +83,15 @@ func (s *Store) commit(ctx context.Context, before func() error, do func(*batch)
 			err = <-r.done
 		case <-ctx.Done():
 			s.commits.mu.Lock()
-			for i, q := range s.commits.todo {
-				if q == r {
-					s.commits.todo = append(s.commits.todo[:i], s.commits.todo[i+1:]...)
-					break
-				}
+			i := slices.Index(s.commits.todo, r)
+			if i >= 0 {
+				s.commits.todo = slices.Delete(s.commits.todo, i, i+1)
 			}
 			s.commits.mu.Unlock()
-			return context.Cause(ctx)
+			if i >= 0 {
+				return context.Cause(ctx)
+			}
+			err = <-r.done
 		}
 		if err != errNoRoom {
 			return err

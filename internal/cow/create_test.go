@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"runtime"
 	"sync"
 	"testing"
 
@@ -126,5 +127,64 @@ func TestOptionsBelowZero(t *testing.T) {
 	}
 	if names, err := m.List(); err != nil || len(names) > 0 {
 		t.Errorf("there are %v, %v", names, err)
+	}
+}
+
+// TestPromiseOfWaitingOperation has a generation written while an operation waits
+// for the role: what the operation was promised stays its own until it is done.
+func TestPromiseOfWaitingOperation(t *testing.T) {
+	ctx := context.Background()
+	m := vfs.NewMem(0)
+	s, err := Create(ctx, m, tinyOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	reserved := func() int64 {
+		s.space.mu.Lock()
+		defer s.space.mu.Unlock()
+		return s.space.reserved
+	}
+	before := reserved()
+	s.commits.role <- struct{}{}
+	created := make(chan error, 1)
+	go func() {
+		_, err := s.Create(ctx, ID{1}, 0, nil)
+		created <- err
+	}()
+	for queued := 0; queued == 0; runtime.Gosched() {
+		if len(created) > 0 {
+			t.Fatalf("not even queued: %v", <-created)
+		}
+		s.commits.mu.Lock()
+		queued = len(s.commits.todo)
+		s.commits.mu.Unlock()
+	}
+	s.force = true
+	if err := s.write(s.cut()); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := reserved()-before, s.opCost(nil); got != want {
+		t.Errorf("%d units are promised, want %d", got, want)
+	}
+	<-s.commits.role
+	if err := <-created; err != nil {
+		t.Fatal(err)
+	}
+	if err := s.sync(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if got := reserved(); got != before {
+		t.Errorf("%d units are promised when all is done, %d before", got, before)
+	}
+	cancelled, cancel := context.WithCancel(ctx)
+	cancel()
+	s.commits.role <- struct{}{}
+	_, err = s.Create(cancelled, ID{2}, 0, nil)
+	<-s.commits.role
+	if !errors.Is(err, context.Canceled) || reserved() != before {
+		t.Errorf("cancelled: %v, and %d units are promised", err, reserved()-before)
+	}
+	if err := errors.Join(s.Close(), checkClean(m)); err != nil {
+		t.Error(err)
 	}
 }

@@ -286,18 +286,6 @@ func (s *Store) tableCost() int64 { return maxTableHeight + 1 }
 // default geometry it holds 16 records × 2^24.
 const maxTableHeight = 3
 
-// admit promises the units of volume operations until the next checkpoint has
-// written them.
-func (s *Store) admit(ctx context.Context, units int64) error {
-	if err := s.promise(ctx, units, floorWrite); err != nil {
-		return err
-	}
-	s.mu.Lock()
-	s.opPromised += units
-	s.mu.Unlock()
-	return nil
-}
-
 // operate has a volume operation in the log. build checks it and returns its
 // record, whose epoch operate sets; mu is held then. cost is the number of
 // units that the operation is promised, 0 for one that must always succeed.
@@ -305,9 +293,10 @@ func (s *Store) admit(ctx context.Context, units int64) error {
 // their open changes are few, so that little is left to do under the role.
 func (s *Store) operate(ctx context.Context, units int64, sources []ID, build func() (*logRecord, error)) error {
 	if units > 0 {
-		if err := s.admit(ctx, units); err != nil {
+		if err := s.promise(ctx, units, floorWrite); err != nil {
 			return err
 		}
+		defer func() { s.space.unpromise(units) }() // of what has not been done
 	}
 	volumes := func() (vols []*volume) {
 		s.mu.Lock()
@@ -348,6 +337,8 @@ func (s *Store) operate(ctx context.Context, units int64, sources []ID, build fu
 			return err
 		}
 		b.items = append(b.items, batchItem{record: *r})
+		s.opPromised += units // not before: a cut in between would give them back
+		units = 0
 		return nil
 	}
 	if uint64(r.bytes()) > s.log.maxFrame()-frameHeader {
