@@ -2,7 +2,10 @@ package server
 
 import (
 	"bytes"
+	"errors"
 	"testing"
+
+	"coppice/internal/rpc"
 )
 
 // An import for which the SR has no room ends with that, in every format, and
@@ -47,6 +50,51 @@ func TestImportFull(t *testing.T) {
 	d.upload(ref, "raw", contents[:5*mib])
 	if got := len(d.do("VDI.get_all", d.session).([]any)); got != 1 {
 		t.Errorf("%d disks, want 1", got)
+	}
+	r.close()
+	r.host.check(t)
+}
+
+// A disk that moves to an SR without room for it stays where and what it is, and
+// nothing of it is left there.
+func TestMigrateFull(t *testing.T) {
+	const size = 12 * mib
+	contents := random(size, 1, [2]int64{0, size})
+	r := newFaultRig(t, &faultHost{capacity: 24 << 20, options: smallRegions()})
+	d := &depot{fixture: r.fixture, t: t, session: r.session, sr: r.defaultSR()}
+	ref, _ := d.disk(size)
+	d.upload(ref, "raw", contents)
+	none := map[string]any{}
+	r.must("VBD.create", map[string]any{
+		"VM": r.must("VM.clone", r.must("VM.get_by_name_label", "Other install media").([]any)[0], "guest"), "VDI": ref, "userdevice": "0",
+		"bootable": false, "mode": "RW", "type": "Disk", "unpluggable": true, "empty": false, "other_config": none,
+		"qos_algorithm_type": "", "qos_algorithm_params": none,
+	})
+	host := d.do("host.get_all", d.session).([]any)[0]
+	second := d.do("SR.create", d.session, host, none, 0, "second", "", "cow", "user", false, none).(string)
+	there := &depot{fixture: r.fixture, t: t, session: r.session, sr: second}
+	other, _ := there.disk(size)
+	there.upload(other, "raw", contents[:10*mib])
+
+	for range 2 {
+		_, err := d.call("VDI.pool_migrate", d.session, ref, second, none)
+		if f, ok := errors.AsType[*rpc.Fault](err); !ok || f.Code != "SR_BACKEND_FAILURE_44" {
+			t.Fatalf("to a full SR: %v", err)
+		}
+	}
+	if got := d.do("VDI.get_SR", d.session, ref); got != d.sr {
+		t.Errorf("the disk is in SR %v", got)
+	}
+	if got := d.download(ref, "raw", ""); !bytes.Equal(got, contents) {
+		t.Error("the disk has other contents")
+	}
+	if got := d.do("SR.get_VDIs", d.session, second).([]any); len(got) != 1 || got[0] != other {
+		t.Errorf("the full SR has the disks %v", got)
+	}
+	there.upload(other, "raw", contents) // its room has come back
+	d.do("VDI.destroy", d.session, other)
+	if _, err := d.call("VDI.pool_migrate", d.session, ref, second, none); err != nil {
+		t.Errorf("with room: %v", err)
 	}
 	r.close()
 	r.host.check(t)
