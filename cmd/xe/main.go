@@ -23,6 +23,9 @@ func main() {
 	ctx, interrupt := context.WithCancelCause(context.Background())
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
+		signal.Notify(signals, syscall.SIGHUP)
+	}
 	go func() {
 		s := (<-signals).(syscall.Signal)
 		signal.Stop(signals) // another one ends it at once
@@ -35,7 +38,7 @@ func main() {
 	code := thincli.Run(ctx, thincli.Env{
 		Stdin:       os.Stdin,
 		Stdout:      os.Stdout,
-		Stderr:      os.Stderr,
+		Stderr:      stderr(),
 		Getenv:      os.Getenv,
 		Dir:         dir,
 		RawTerminal: rawTerminal,
@@ -44,6 +47,19 @@ func main() {
 		code = 128 + int(s) // what shells make of an end by a signal
 	}
 	os.Exit(code)
+}
+
+// stderr is standard error by another descriptor. Where nobody reads it any more,
+// as behind a pipe that Ctrl-C or a lost connection has ended first, a write to
+// the one of the system would end the program (see os/signal), and leave half of
+// the file that is being received. Standard output is left as it is: what fills a
+// pipe has to end with its reader.
+func stderr() *os.File {
+	fd, err := syscall.Dup(int(os.Stderr.Fd()))
+	if err != nil {
+		return os.Stderr
+	}
+	return os.NewFile(uintptr(fd), os.Stderr.Name())
 }
 
 // interrupted is the signal that ended the run.
