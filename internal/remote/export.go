@@ -128,11 +128,13 @@ func (x *Export) Close(ctx context.Context) error {
 	return err
 }
 
-// leave has the server remove the task, when it is over.
+// leave has the server end the task, for which no request may have reached it,
+// and remove it.
 func (x *Export) leave(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), partingTime)
 	defer cancel()
-	_, _ = x.c.Call(ctx, "task.destroy", x.task) // else the server does, in time
+	_, _ = x.c.Call(ctx, "task.cancel", x.task) // nothing, when it has ended
+	_, _ = x.c.Call(ctx, "task.destroy", x.task)
 }
 
 // Received returns how many bytes of the image have been read.
@@ -208,6 +210,7 @@ func (x *Export) settle(ctx context.Context) error {
 	for pause := settleMin; ; pause = min(2*pause, settlePoll) {
 		v, err := x.c.Call(ctx, "task.get_record", x.task)
 		if err != nil {
+			x.leave(ctx)
 			return &ProtocolError{fmt.Errorf("the server does not say how the export went: %w", err)}
 		}
 		task, _ := v.(map[string]any)

@@ -411,31 +411,6 @@ func TestPullCut(t *testing.T) {
 	p.wantContents(old.VDI, changed)
 }
 
-// A pull from a source that says nothing any more can be cancelled.
-func TestPullCancel(t *testing.T) {
-	p := newPair(t, straight)
-	contents := random(8*mib, 1, [2]int64{0, 8 * mib})
-	disk, _ := p.from.filled(contents)
-	_, first := p.snapshot(disk)
-	old := p.pulls(p.args(first))
-	before := p.volumes()
-	proxy := newThrottle(t, p.front.Listener.Addr().String(), 4*mib, false)
-	args := p.args(first, "vdi", old.VDI, "full", "true", "remote-url", "https://"+proxy.Addr().String())
-	task := p.to.do("Async.host.call_plugin", p.to.session, p.host, "coppice", "vdi-pull", args).(string)
-	<-proxy.full
-	if _, err := p.to.call("VDI.resize", p.to.session, p.to.do("VDI.get_by_uuid", p.to.session, old.VDI), int64(16*mib)); err == nil {
-		t.Error("the disk is free during the pull")
-	}
-	p.to.do("task.cancel", p.to.session, task)
-	if o := p.to.settled(task); o[0] != "cancelled" {
-		t.Errorf("task says %q", o)
-	}
-	if after := p.volumes(); after != before {
-		t.Errorf("%d disks, before there were %d", after, before)
-	}
-	p.wantContents(old.VDI, contents)
-}
-
 // foreign makes of a server one that has nothing of what ours have beyond
 // XenAPI: a reply to an export ends with its connection, says nothing of
 // digests, and its deltas have a parent of their own naming.
