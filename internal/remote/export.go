@@ -87,7 +87,9 @@ type Export struct {
 // The error is one that Call has, or a [*StatusError]; where the server says
 // more, that.
 func (c *Client) Export(ctx context.Context, vdi, base, format string) (*Export, error) {
-	v, err := c.Call(ctx, "task.create", "Pull of VDI "+vdi, "")
+	creating, created := lingering(ctx)
+	v, err := c.Call(creating, "task.create", "Pull of VDI "+vdi, "")
+	created()
 	if err != nil {
 		return nil, err
 	}
@@ -119,6 +121,19 @@ func (c *Client) Export(ctx context.Context, vdi, base, format string) (*Export,
 		return nil, x.Finish(ctx, refused)
 	}
 	return x, nil
+}
+
+// lingering returns a context that ends partingTime after ctx does, for what
+// has to be known in order to be taken back. The function must be called.
+func lingering(ctx context.Context) (context.Context, func()) {
+	late, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		time.AfterFunc(partingTime, func() { cancel(context.Cause(ctx)) })
+	})
+	return late, func() {
+		stop()
+		cancel(nil)
+	}
 }
 
 // Close ends the export without asking how it went, also when ctx has ended.

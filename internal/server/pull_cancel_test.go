@@ -1,6 +1,8 @@
 package server
 
 import (
+	"bytes"
+	"io"
 	"net/http"
 	"testing"
 )
@@ -30,28 +32,37 @@ func TestPullCancel(t *testing.T) {
 	p.wantContents(old.VDI, contents)
 }
 
-// A pull that is cancelled before its source has got the request for the image
-// leaves no task there, which would never end.
+// A pull that is cancelled while its source makes the task, or before that has
+// got the request for the image, leaves no task there, which would never end.
 func TestPullCancelledBeforeExport(t *testing.T) {
-	asked := make(chan struct{}, 1)
-	p := newPair(t, func(from *depot) http.Handler {
-		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if r.Method != http.MethodGet {
-				from.Server.ServeHTTP(w, r)
-				return
-			}
-			asked <- struct{}{}
-			<-r.Context().Done()
+	for _, at := range []string{"task.create", "/export_raw_vdi"} {
+		asked, cancelled := make(chan struct{}, 1), make(chan struct{})
+		p := newPair(t, func(from *depot) http.Handler {
+			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				body, err := io.ReadAll(r.Body)
+				if err != nil {
+					return // the client is gone
+				}
+				if r.URL.Path == at || bytes.Contains(body, []byte(at)) {
+					asked <- struct{}{}
+					<-cancelled
+				}
+				if r.URL.Path != at {
+					r.Body = io.NopCloser(bytes.NewReader(body))
+					from.Server.ServeHTTP(w, r)
+				}
+			})
 		})
-	})
-	_, uuid := p.from.disk(mib)
-	task := p.to.do("Async.host.call_plugin", p.to.session, p.host, "coppice", "vdi-pull", p.args(uuid)).(string)
-	<-asked
-	p.to.do("task.cancel", p.to.session, task)
-	if o := p.to.settled(task); o[0] != "cancelled" {
-		t.Errorf("task says %q", o)
-	}
-	if left := p.from.do("task.get_all", p.from.session).([]any); len(left) > 0 {
-		t.Errorf("tasks at the source: %v", left)
+		_, uuid := p.from.disk(mib)
+		task := p.to.do("Async.host.call_plugin", p.to.session, p.host, "coppice", "vdi-pull", p.args(uuid)).(string)
+		<-asked
+		p.to.do("task.cancel", p.to.session, task)
+		close(cancelled)
+		if o := p.to.settled(task); o[0] != "cancelled" {
+			t.Errorf("at %s: task says %q", at, o)
+		}
+		if left := p.from.do("task.get_all", p.from.session).([]any); len(left) > 0 {
+			t.Errorf("at %s: tasks at the source: %v", at, left)
+		}
 	}
 }
