@@ -69,7 +69,7 @@ func vdiCommands() []command {
 		},
 		{
 			name: "vdi-import", required: []string{"uuid", "filename"}, optional: []string{"format", "progress"},
-			help: "Overwrite a VDI with a file of the client. format is raw, as without it, vhd, qcow2, vmdk or tar. A vhd or qcow2 that was exported with base= changes only what differed.", run: vdiImport,
+			help: "Overwrite a VDI with a file of the client. format is raw, as without it, vhd, qcow2, vmdk or tar. A vhd or qcow2 that was exported with base= changes only what differed, and where a whole image has nothing the disk keeps what it had: for an exact copy import into a new VDI.", run: vdiImport,
 		},
 		{
 			name: "vdi-list-changed-blocks", required: []string{"vdi-from-uuid", "vdi-to-uuid"},
