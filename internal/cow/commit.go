@@ -21,6 +21,18 @@ type request struct {
 	done chan error
 }
 
+// takeBack removes a request from a queue, which mu guards, and reports whether
+// it was still there.
+func (r *request) takeBack(mu *sync.Mutex, queue *[]*request) bool {
+	mu.Lock()
+	defer mu.Unlock()
+	i := slices.Index(*queue, r)
+	if i >= 0 {
+		*queue = slices.Delete(*queue, i, i+1)
+	}
+	return i >= 0
+}
+
 // batch is what one leader writes.
 type batch struct {
 	log    *redoLog // nil: nothing is written, as what is done is part of a cut or in the log
@@ -82,13 +94,7 @@ func (s *Store) commit(ctx context.Context, before func() error, do func(*batch)
 			<-s.commits.role
 			err = <-r.done
 		case <-ctx.Done():
-			s.commits.mu.Lock()
-			i := slices.Index(s.commits.todo, r)
-			if i >= 0 {
-				s.commits.todo = slices.Delete(s.commits.todo, i, i+1)
-			}
-			s.commits.mu.Unlock()
-			if i >= 0 {
+			if r.takeBack(&s.commits.mu, &s.commits.todo) {
 				return context.Cause(ctx)
 			}
 			err = <-r.done
@@ -116,16 +122,10 @@ func (s *Store) commitAtCut(ctx context.Context, do func(*batch) error) error {
 		return err
 	case <-ctx.Done():
 	}
-	s.waitMu.Lock()
-	i := slices.Index(s.atCut, r)
-	if i >= 0 {
-		s.atCut = slices.Delete(s.atCut, i, i+1)
+	if r.takeBack(&s.waitMu, &s.atCut) {
+		return context.Cause(ctx)
 	}
-	s.waitMu.Unlock()
-	if i < 0 {
-		return <-r.done
-	}
-	return context.Cause(ctx)
+	return <-r.done
 }
 
 // lead answers everything in the queue. The role is held.

@@ -225,10 +225,7 @@ func (d *Disk) readWindow(p []byte, off int64) (int, error) {
 	}
 	if err := d.s.readView(w, p, off); err != nil {
 		if ce, ok := errors.AsType[*CorruptError](err); ok {
-			c := *ce
-			c.Volume = d.id
-			d.s.damage.add(&c)
-			return int(max(0, c.Off-off)), &c
+			return int(max(0, ce.Off-off)), d.damaged(ce, ce.Off)
 		}
 		return 0, err
 	}

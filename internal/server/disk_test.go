@@ -85,7 +85,7 @@ func testOpen(t testing.TB, repo storage.Repo, n int, m storage.Mode) storage.Vo
 func contentsOf(t testing.TB, v storage.Volume) []byte {
 	t.Helper()
 	b := make([]byte, v.Size())
-	if err := readFull(v, b, 0); err != nil {
+	if err := storage.ReadFull(v, b, 0); err != nil {
 		t.Fatal(err)
 	}
 	return b

@@ -6,7 +6,6 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
-	"io"
 	"iter"
 	"strconv"
 	"sync"
@@ -176,15 +175,7 @@ func (d *download) scan(ctx context.Context, add func(off, n int64)) error {
 func (d *download) read(p []byte, off int64) error {
 	n := max(0, min(int64(len(p)), d.volume.Size()-off))
 	clear(p[n:])
-	return readFull(d.volume, p[:n], off)
-}
-
-// readFull fills p from off, which lies within the volume.
-func readFull(v storage.Volume, p []byte, off int64) error {
-	if n, err := v.ReadAt(p, off); n < len(p) {
-		return cmp.Or(err, io.ErrUnexpectedEOF)
-	}
-	return nil
+	return storage.ReadFull(d.volume, p[:n], off)
 }
 
 // walk follows ascending extents in step with ascending ranges.

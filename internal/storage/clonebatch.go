@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"io"
 )
 
 // A batch is cloned when it has so many bytes, or ranges: each costs a commit,
@@ -84,7 +83,7 @@ func (b *CloneBatch) compare(ctx context.Context, c RangeClone) error {
 	for c.Len > 0 {
 		n := min(c.Len, overlayReadMax)
 		mine, theirs := b.have[0][:n], b.have[1][:n]
-		if err := cmp.Or(readFull(b.to, mine, c.To), readFull(b.from, theirs, c.From)); err != nil {
+		if err := cmp.Or(ReadFull(b.to, mine, c.To), ReadFull(b.from, theirs, c.From)); err != nil {
 			return err
 		}
 		for len(mine) > 0 {
@@ -97,13 +96,6 @@ func (b *CloneBatch) compare(ctx context.Context, c RangeClone) error {
 			mine, theirs = mine[k:], theirs[k:]
 			c = RangeClone{To: c.To + int64(k), From: c.From + int64(k), Len: c.Len - int64(k)}
 		}
-	}
-	return nil
-}
-
-func readFull(v Volume, p []byte, off int64) error {
-	if n, err := v.ReadAt(p, off); n < len(p) {
-		return cmp.Or(err, io.ErrUnexpectedEOF)
 	}
 	return nil
 }

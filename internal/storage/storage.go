@@ -48,9 +48,11 @@
 package storage
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 )
 
@@ -246,6 +248,14 @@ type Volume interface {
 
 	// Close releases the volume; it does not flush.
 	Close() error
+}
+
+// ReadFull fills p from off, which lies within the volume.
+func ReadFull(v Volume, p []byte, off int64) error {
+	if n, err := v.ReadAt(p, off); n < len(p) {
+		return cmp.Or(err, io.ErrUnexpectedEOF)
+	}
+	return nil
 }
 
 // Extent is a range of a volume.

@@ -10,8 +10,8 @@ import (
 )
 
 func (r *repo) Diff(ctx context.Context, from, to storage.Volume, off int64) iter.Seq2[storage.Extent, error] {
-	a, ok := from.(*volume)
-	if !ok || a.r != r {
+	a, ok := r.own(from)
+	if !ok {
 		return foreign("diff")
 	}
 	return r.changes(ctx, "diff to", to, off, func(b *engine.Disk) iter.Seq2[engine.Extent, error] {
@@ -27,8 +27,8 @@ func (r *repo) ChangedSince(ctx context.Context, from storage.ID, to storage.Vol
 
 // changes passes on what find yields of an open volume of this repo.
 func (r *repo) changes(ctx context.Context, doing string, to storage.Volume, off int64, find func(*engine.Disk) iter.Seq2[engine.Extent, error]) iter.Seq2[storage.Extent, error] {
-	b, ok := to.(*volume)
-	if !ok || b.r != r {
+	b, ok := r.own(to)
+	if !ok {
 		return foreign(doing)
 	}
 	return b.convert(ctx, doing, func() (iter.Seq2[engine.Extent, error], error) {
@@ -36,21 +36,27 @@ func (r *repo) changes(ctx context.Context, doing string, to storage.Volume, off
 	})
 }
 
-// foreign is the answer about a volume that is not of this repo.
+// own returns an open volume of this repo; ok is false for one of another.
+func (r *repo) own(v storage.Volume) (mine *volume, ok bool) {
+	mine, ok = v.(*volume)
+	return mine, ok && mine.r == r
+}
+
+// errForeign is the answer about a volume that is not of this repo.
+func errForeign(doing string) error {
+	return fmt.Errorf("%s: %w: volume of another repository", doing, storage.ErrInvalid)
+}
+
+// foreign is errForeign where extents are asked for.
 func foreign(doing string) iter.Seq2[storage.Extent, error] {
-	return func(yield func(storage.Extent, error) bool) {
-		yield(storage.Extent{}, fmt.Errorf("%s: %w: volume of another repository", doing, storage.ErrInvalid))
-	}
+	return func(yield func(storage.Extent, error) bool) { yield(storage.Extent{}, errForeign(doing)) }
 }
 
 func (r *repo) CloneRanges(ctx context.Context, to, from storage.Volume, ranges []storage.RangeClone) error {
-	a, ok := to.(*volume)
-	if !ok || a.r != r {
-		return fmt.Errorf("clone ranges: %w: volume of another repository", storage.ErrInvalid)
-	}
-	b, ok := from.(*volume)
-	if !ok || b.r != r {
-		return fmt.Errorf("clone ranges: %w: volume of another repository", storage.ErrInvalid)
+	a, mine := r.own(to)
+	b, too := r.own(from)
+	if !mine || !too {
+		return errForeign("clone ranges")
 	}
 	err := r.usable(ctx)
 	if err == nil {
