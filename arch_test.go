@@ -35,6 +35,7 @@ var mayImport = map[string][]string{
 	"internal/cow":      {"internal/vfs"},
 	"internal/db":       {"internal/xapi"},
 	"internal/db/bolt":  {"internal/db", "internal/xapi"},
+	"internal/where":    {"internal/xapi"},
 
 	"internal/storage/storagetest": {"internal/storage"},
 	"internal/storage/mem":         {"internal/storage"},
@@ -43,7 +44,10 @@ var mayImport = map[string][]string{
 
 	"internal/remote": {"internal/rpc"},
 
-	"internal/api":   {"internal/xapi", "internal/db", "internal/storage", "internal/rpc", "internal/schedule", "internal/users"},
+	"internal/api": {
+		"internal/xapi", "internal/db", "internal/storage", "internal/rpc", "internal/schedule", "internal/users",
+		"internal/where",
+	},
 	"internal/xecmd": {"internal/api", "internal/xapi", "internal/thincli", "internal/typo"},
 	"internal/server": {
 		"internal/api", "internal/xapi", "internal/rpc", "internal/xecmd", "internal/thincli",

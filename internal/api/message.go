@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"coppice/internal/db"
+	"coppice/internal/where"
 	"coppice/internal/xapi"
 )
 
@@ -183,7 +184,7 @@ func (a *API) messageGetAllRecords(ctx context.Context, c *Call) (messages, erro
 // messageGetAllRecordsWhere is lenient about fields that messages do not
 // have: nothing matches them.
 func (a *API) messageGetAllRecordsWhere(ctx context.Context, c *Call, expr string) (messages, error) {
-	cond, err := parseWhere(xapi.ClassOf[xapi.Message](), expr, true)
+	cond, err := where.Parse(xapi.ClassOf[xapi.Message](), expr, true)
 	if err != nil {
 		return nil, err
 	}

@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"coppice/internal/db"
+	"coppice/internal/where"
 	"coppice/internal/xapi"
 )
 
@@ -145,7 +146,7 @@ func (v verb) getAllRecordsWhere(a *API, _ context.Context, _ *Call, args []any)
 }
 
 func (v verb) where(a *API, expr string) (*rows, error) {
-	cond, err := parseWhere(v.class, expr, false)
+	cond, err := where.Parse(v.class, expr, false)
 	if err != nil {
 		return nil, err
 	}
@@ -272,7 +273,7 @@ type row struct {
 }
 
 // rows returns the objects of a class that cond, if any, holds for.
-func (a *API) rows(class *xapi.Class, cond condition) (*rows, error) {
+func (a *API) rows(class *xapi.Class, cond where.Expr) (*rows, error) {
 	r := &rows{class: class}
 	err := a.db.View(func(tx *db.Tx) error {
 		for ref, rec := range tx.Each(class) {

@@ -54,6 +54,21 @@ func TestLookups(t *testing.T) {
 	if text := asXML(t, res); strings.Count(text, "<name>name_label</name><value>twin</value>") != 2 {
 		t.Errorf("get_all_records: %s", text)
 	}
+	third := xapi.New[xapi.VM]()
+	third.NameLabel = "single"
+	single := string(insert(c, third))
+	if got := c.call("VM.get_all_where", `field "name__label" = "single"`).([]string); !slices.Equal(got, []string{single}) {
+		t.Errorf("get_all_where: %q, want %q", got, single)
+	}
+	if res, err = c.try(c.root, "VM.get_all_records_where", `not field "name__label" = "twin"`); err != nil {
+		t.Fatal(err)
+	}
+	if text := asJSON(t, res); strings.Count(text, `"name_label"`) != 1 || !strings.Contains(text, `"`+single+`":{`) {
+		t.Errorf("get_all_records_where: %s", text)
+	}
+	for _, m := range []string{"VM.get_all_where", "VM.get_all_records_where"} {
+		c.wantFailure(`INVALID_VALUE|field "no_such_field" = "x"`, c.root, m, `field "no_such_field" = "x"`)
+	}
 	empty, err := c.try(c.root, "VTPM.get_all_records")
 	if err != nil {
 		t.Fatal(err)

@@ -1,4 +1,17 @@
-package api
+// Package where is the language in which get_all_where and get_all_records_where say which objects are wanted. It
+// hides its syntax and how values of every type of the datamodel are compared; it knows nothing of where the objects
+// are.
+//
+//	expr  = term  { "or" term }
+//	term  = factor { "and" factor }
+//	factor = "not" factor | "(" expr ")" | "true" | "false" | value "=" value
+//	value = "field" string | string
+//
+// A string is quoted by " or ', with \ before a quote or a \. Comparison is by
+// text: numbers in decimal, dates as 20260131T23:59:59Z, sets and maps as
+// s-expressions, ('a' 'b') and (('k' 'v')). A field may be spelt with __ for
+// the _ between its parts, as in name__label; _ref is the reference.
+package where
 
 import (
 	"fmt"
@@ -10,45 +23,37 @@ import (
 	"coppice/internal/xapi"
 )
 
-// condition says whether an object is wanted.
-type condition func(ref string, rec any) bool
+// Expr says whether an object is wanted. It may be called by several goroutines.
+type Expr func(ref string, rec any) bool
 
-// parseWhere reads the expression of get_all_where:
+// Parse reads an expression about objects of a class.
 //
-//	expr  = term  { "or" term }
-//	term  = factor { "and" factor }
-//	factor = "not" factor | "(" expr ")" | "true" | "false" | value "=" value
-//	value = "field" string | string
-//
-// A string is quoted by " or ', with \ before a quote or a \. Comparison is by
-// text: numbers in decimal, dates as 20260131T23:59:59Z, sets and maps as
-// s-expressions, ('a' 'b') and (('k' 'v')). A field may be spelt with __ for
-// the _ between its parts, as in name__label; _ref is the reference.
-//
-// Bad syntax, or a text longer than whereLength, is INVALID_VALUE [expression,
-// detail]. So is a field that the
-// class does not have, unless lenient: then the comparison is false.
-func parseWhere(class *xapi.Class, expr string, lenient bool) (condition, error) {
-	if len(expr) > whereLength {
-		return nil, invalidValue(strings.ToValidUTF8(expr[:whereLength/64], "")+"…", fmt.Sprintf("the expression has %d bytes, %d are the most", len(expr), whereLength))
+// Bad syntax, or a text longer than maxLength, is INVALID_VALUE [expression,
+// detail]. So is a field that the class does not have, unless lenient: then
+// the comparison is false.
+func Parse(class *xapi.Class, expr string, lenient bool) (Expr, error) {
+	if len(expr) > maxLength {
+		return nil, invalid(strings.ToValidUTF8(expr[:maxLength/64], "")+"…", fmt.Sprintf("the expression has %d bytes, %d are the most", len(expr), maxLength))
 	}
-	p := whereParser{class: class, lenient: lenient, rest: expr}
+	p := parser{class: class, lenient: lenient, rest: expr}
 	p.next()
 	cond := p.expr(0)
 	if p.err == nil && p.tok.kind != tokEnd {
 		p.fail("unexpected " + p.tok.String())
 	}
 	if p.err != nil {
-		return nil, invalidValue(expr, p.err.Error())
+		return nil, invalid(expr, p.err.Error())
 	}
 	return cond, nil
 }
 
-// whereDepth bounds the nesting of expressions, and whereLength their text, in
+func invalid(expr, detail string) error { return xapi.NewError(xapi.ErrInvalidValue, expr, detail) }
+
+// maxDepth bounds the nesting of expressions, and maxLength their text, in
 // bytes: it is compared with every object of a class.
 const (
-	whereDepth  = 100
-	whereLength = 16 << 10
+	maxDepth  = 100
+	maxLength = 16 << 10
 )
 
 type tokKind int
@@ -72,7 +77,7 @@ func (t token) String() string {
 	return strconv.Quote(t.text)
 }
 
-type whereParser struct {
+type parser struct {
 	class   *xapi.Class
 	lenient bool
 	rest    string
@@ -81,7 +86,7 @@ type whereParser struct {
 }
 
 // fail keeps the first error and ends the input.
-func (p *whereParser) fail(msg string) condition {
+func (p *parser) fail(msg string) Expr {
 	if p.err == nil {
 		p.err = fmt.Errorf("%s", msg)
 	}
@@ -90,7 +95,7 @@ func (p *whereParser) fail(msg string) condition {
 }
 
 // next reads a token into p.tok.
-func (p *whereParser) next() {
+func (p *parser) next() {
 	p.rest = strings.TrimLeft(p.rest, " \t\r\n")
 	if p.rest == "" {
 		p.tok = token{}
@@ -114,7 +119,7 @@ func (p *whereParser) next() {
 	}
 }
 
-func (p *whereParser) quoted(quote byte) {
+func (p *parser) quoted(quote byte) {
 	var text []byte
 	for i := 1; i < len(p.rest); i++ {
 		switch ch := p.rest[i]; {
@@ -131,10 +136,10 @@ func (p *whereParser) quoted(quote byte) {
 	p.fail("string without end")
 }
 
-func (p *whereParser) isWord(w string) bool { return p.tok.kind == tokWord && p.tok.text == w }
-func (p *whereParser) isMark(m string) bool { return p.tok.kind == tokMark && p.tok.text == m }
+func (p *parser) isWord(w string) bool { return p.tok.kind == tokWord && p.tok.text == w }
+func (p *parser) isMark(m string) bool { return p.tok.kind == tokMark && p.tok.text == m }
 
-func (p *whereParser) expr(depth int) condition {
+func (p *parser) expr(depth int) Expr {
 	cond := p.term(depth)
 	for p.isWord("or") {
 		p.next()
@@ -144,7 +149,7 @@ func (p *whereParser) expr(depth int) condition {
 	return cond
 }
 
-func (p *whereParser) term(depth int) condition {
+func (p *parser) term(depth int) Expr {
 	cond := p.factor(depth)
 	for p.isWord("and") {
 		p.next()
@@ -154,8 +159,8 @@ func (p *whereParser) term(depth int) condition {
 	return cond
 }
 
-func (p *whereParser) factor(depth int) condition {
-	if depth > whereDepth {
+func (p *parser) factor(depth int) Expr {
+	if depth > maxDepth {
 		return p.fail("nested too deeply")
 	}
 	switch {
@@ -192,7 +197,7 @@ func (p *whereParser) factor(depth int) condition {
 // operand is one side of a comparison; ok is false for an unknown field.
 type operand func(ref string, rec any) (text string, ok bool)
 
-func (p *whereParser) value() operand {
+func (p *parser) value() operand {
 	if p.isWord("field") {
 		p.next()
 		if p.tok.kind != tokText {
@@ -212,7 +217,7 @@ func (p *whereParser) value() operand {
 	return func(string, any) (string, bool) { return text, true }
 }
 
-func (p *whereParser) field(name string) operand {
+func (p *parser) field(name string) operand {
 	if name == "_ref" {
 		return func(ref string, _ any) (string, bool) { return ref, true }
 	}
@@ -222,7 +227,7 @@ func (p *whereParser) field(name string) operand {
 	}
 	switch {
 	case f != nil && !f.Internal:
-		return func(_ string, rec any) (string, bool) { return storedText(f.Type, reflect.ValueOf(f.Get(rec))), true }
+		return func(_ string, rec any) (string, bool) { return textOf(f.Type, reflect.ValueOf(f.Get(rec))), true }
 	case p.lenient:
 		return func(string, any) (string, bool) { return "", false }
 	}
@@ -230,8 +235,8 @@ func (p *whereParser) field(name string) operand {
 	return nil
 }
 
-// storedText is the text with which a value is compared.
-func storedText(t *xapi.Type, v reflect.Value) string {
+// textOf is the text with which a value is compared.
+func textOf(t *xapi.Type, v reflect.Value) string {
 	switch t.Kind {
 	case xapi.KindFloat:
 		s := strconv.FormatFloat(v.Float(), 'g', 12, 64)
@@ -242,13 +247,13 @@ func storedText(t *xapi.Type, v reflect.Value) string {
 	case xapi.KindSet:
 		items := make([]string, v.Len())
 		for i := range items {
-			items[i] = quoteText(storedText(t.Elem, v.Index(i)))
+			items[i] = quoteText(textOf(t.Elem, v.Index(i)))
 		}
 		return "(" + strings.Join(items, " ") + ")"
 	case xapi.KindMap:
 		items := make([]string, 0, v.Len())
 		for k, x := range v.Seq2() {
-			items = append(items, "("+quoteText(storedText(t.Key, k))+" "+quoteText(storedText(t.Elem, x))+")")
+			items = append(items, "("+quoteText(textOf(t.Key, k))+" "+quoteText(textOf(t.Elem, x))+")")
 		}
 		slices.Sort(items)
 		return "(" + strings.Join(items, " ") + ")"

@@ -1,6 +1,7 @@
-package api
+package where
 
 import (
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -8,15 +9,17 @@ import (
 	"coppice/internal/xapi"
 )
 
-func TestWhere(t *testing.T) {
-	c := newCore(t)
-	add := func(name string, change func(*xapi.VM)) string {
-		vm := xapi.New[xapi.VM]()
-		vm.NameLabel = name
-		change(vm)
-		return string(insert(c, vm))
+// description is the code and the parameters of an API error, joined; "" for any other.
+func description(err error) string {
+	if e, ok := errors.AsType[*xapi.Error](err); ok {
+		return strings.Join(e.Description(), "|")
 	}
-	names := map[string]string{}
+	return ""
+}
+
+func TestMatches(t *testing.T) {
+	class := xapi.ClassOf[xapi.VM]()
+	vms := map[string]*xapi.VM{} // by name, which is the reference too
 	for name, change := range map[string]func(*xapi.VM){
 		"plain":  func(vm *xapi.VM) {},
 		"tagged": func(vm *xapi.VM) { vm.Tags = []string{"it's", "b"} },
@@ -24,7 +27,24 @@ func TestWhere(t *testing.T) {
 		"mapped": func(vm *xapi.VM) { vm.OtherConfig = map[string]string{"k": "v", "a": `q"`} },
 		`q"q\`:   func(vm *xapi.VM) {},
 	} {
-		names[add(name, change)] = name
+		vm := xapi.New[xapi.VM]()
+		vm.NameLabel = name
+		change(vm)
+		vms[name] = vm
+	}
+	matches := func(expr string) (names []string) {
+		t.Helper()
+		wanted, err := Parse(class, expr, false)
+		if err != nil {
+			t.Fatalf("%s: %v", expr, err)
+		}
+		for name, vm := range vms {
+			if wanted("OpaqueRef:"+name, vm) {
+				names = append(names, name)
+			}
+		}
+		slices.Sort(names)
+		return names
 	}
 	tests := []struct {
 		expr string
@@ -56,43 +76,31 @@ func TestWhere(t *testing.T) {
 		{`field "power_state" = "Halted" and field "name_label" = "big"`, "big"},
 	}
 	for _, tt := range tests {
-		var got []string
-		for _, ref := range c.call("VM.get_all_where", tt.expr).([]string) {
-			got = append(got, names[ref])
-		}
-		slices.Sort(got)
-		if s := strings.Join(got, " "); s != tt.want {
-			t.Errorf("%s: got %q, want %q", tt.expr, s, tt.want)
+		if got := strings.Join(matches(tt.expr), " "); got != tt.want {
+			t.Errorf("%s: got %q, want %q", tt.expr, got, tt.want)
 		}
 	}
-	for ref, name := range names {
-		if got := c.call("VM.get_all_where", `field "_ref" = "`+ref+`"`).([]string); !slices.Equal(got, []string{ref}) {
+	for _, name := range []string{"plain", "tagged", "big", "mapped"} {
+		if got := matches(`field "_ref" = "OpaqueRef:` + name + `"`); !slices.Equal(got, []string{name}) {
 			t.Errorf("_ref of %s: %q", name, got)
 		}
 	}
-	res, err := c.try(c.root, "VM.get_all_records_where", `field "name_label" = "big"`)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if text := asJSON(t, res); strings.Count(text, `"name_label"`) != 1 {
-		t.Errorf("get_all_records_where: %s", text)
-	}
 }
 
-func TestWhereRefusesBadSyntax(t *testing.T) {
-	c := newCore(t)
+func TestBadSyntax(t *testing.T) {
+	class := xapi.ClassOf[xapi.VM]()
 	for _, expr := range []string{
 		``, ` `, `field`, `field name = "x"`, `field "name_label"`, `field "name_label" =`, `"a" "b"`, `= "a"`,
 		`true true`, `true and`, `and true`, `(true`, `true)`, `()`, `not`, `field "name_label" == "x"`, `"open`, `"open\"`,
 		`field "no_such_field" = "x"`, `field "recommended_guidances" = "x"`, `1 = 1`, `true & true`, "\x00", `é`,
 		strings.Repeat("(", 5000) + "true" + strings.Repeat(")", 5000), strings.Repeat("not ", 4000) + "true",
 	} {
-		_, err := c.try(c.root, "VM.get_all_where", expr)
+		_, err := Parse(class, expr, false)
 		if got := description(err); !strings.HasPrefix(got, "INVALID_VALUE|"+expr+"|") {
 			t.Errorf("%.40q: got %.80q, want INVALID_VALUE", expr, got)
 		}
 	}
-	cond, err := parseWhere(xapi.Datamodel().Classes["message"], `field "class" = "VM" or not field "class" = "VM"`, true)
+	cond, err := Parse(xapi.Datamodel().Classes["message"], `field "class" = "VM" or not field "class" = "VM"`, true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,7 +109,7 @@ func TestWhereRefusesBadSyntax(t *testing.T) {
 	}
 }
 
-func FuzzWhere(f *testing.F) {
+func FuzzParse(f *testing.F) {
 	for _, expr := range []string{
 		`field "name__label" = "plain" and not (true or false)`, `field 'tags' = "('a')"`, `"a\"b" = 'c'`, `not not true`, `((`, `field`,
 	} {
@@ -110,18 +118,18 @@ func FuzzWhere(f *testing.F) {
 	class := xapi.Datamodel().Classes["VM"]
 	rec := class.New()
 	f.Fuzz(func(t *testing.T, expr string) {
-		cond, err := parseWhere(class, expr, false)
+		cond, err := Parse(class, expr, false)
 		if (cond == nil) == (err == nil) {
 			t.Fatalf("%q: condition and error %v", expr, err)
 		}
 		if err != nil {
-			if code(err) != "INVALID_VALUE" {
+			if !strings.HasPrefix(description(err), "INVALID_VALUE|") {
 				t.Fatalf("%q: %v", expr, err)
 			}
 			return
 		}
 		yes := cond("OpaqueRef:x", rec)
-		not, err := parseWhere(class, "not ("+expr+")", false)
+		not, err := Parse(class, "not ("+expr+")", false)
 		if err != nil {
 			return // at the limit of nesting
 		}
@@ -131,14 +139,14 @@ func FuzzWhere(f *testing.F) {
 	})
 }
 
-func TestWhereLength(t *testing.T) {
+func TestLength(t *testing.T) {
 	class := xapi.ClassOf[xapi.Pool]()
-	long := "true" + strings.Repeat(" or true", whereLength/8)
-	_, err := parseWhere(class, long, false)
+	long := "true" + strings.Repeat(" or true", maxLength/8)
+	_, err := Parse(class, long, false)
 	if got := description(err); !strings.HasPrefix(got, "INVALID_VALUE|true or ") || len(got) > 1000 {
 		t.Errorf("an expression of %d bytes: %.200q", len(long), got)
 	}
-	if _, err := parseWhere(class, long[:whereLength/8*8-4], false); err != nil {
-		t.Errorf("an expression of %d bytes: %v", whereLength/8*8-4, err)
+	if _, err := Parse(class, long[:maxLength/8*8-4], false); err != nil {
+		t.Errorf("an expression of %d bytes: %v", maxLength/8*8-4, err)
 	}
 }
