@@ -36,6 +36,7 @@ var mayImport = map[string][]string{
 	"internal/db":       {"internal/xapi"},
 	"internal/db/bolt":  {"internal/db", "internal/xapi"},
 	"internal/where":    {"internal/xapi"},
+	"internal/login":    {"internal/users"},
 
 	"internal/storage/storagetest": {"internal/storage"},
 	"internal/storage/mem":         {"internal/storage"},
@@ -46,7 +47,7 @@ var mayImport = map[string][]string{
 
 	"internal/api": {
 		"internal/xapi", "internal/db", "internal/storage", "internal/rpc", "internal/schedule", "internal/users",
-		"internal/where",
+		"internal/where", "internal/login",
 	},
 	"internal/xecmd": {"internal/api", "internal/xapi", "internal/thincli", "internal/typo"},
 	"internal/server": {

@@ -8,7 +8,7 @@ import (
 	"runtime"
 	"strings"
 
-	"coppice/internal/api"
+	"coppice/internal/login"
 	"coppice/internal/vfs"
 )
 
@@ -38,10 +38,10 @@ func findPassword(dir vfs.FS, passwordPath string) (rootPassword, error) {
 			return rootPassword{verifier: verifier, kept: true}, nil
 		}
 		defer runtime.GC() // see below
-		if api.PasswordMatches(verifier, from.password) {
+		if login.Matches(verifier, from.password) {
 			return rootPassword{verifier: verifier, kept: true, compared: from}, nil
 		}
-		return rootPassword{verifier: api.HashPassword(from.password), compared: from}, nil
+		return rootPassword{verifier: login.Hash(from.password), compared: from}, nil
 	}
 	if verifier != "" {
 		return rootPassword{verifier: verifier, kept: true}, nil
@@ -50,7 +50,7 @@ func findPassword(dir vfs.FS, passwordPath string) (rootPassword, error) {
 	// to find these.
 	defer runtime.GC()
 	created := newPassword()
-	return rootPassword{verifier: api.HashPassword(created), created: created}, nil
+	return rootPassword{verifier: login.Hash(created), created: created}, nil
 }
 
 // keep writes the verifier to the data directory, unless it came from there.

@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"coppice/internal/api"
+	"coppice/internal/login"
 	"coppice/internal/vfs"
 )
 
@@ -170,7 +170,7 @@ func TestPasswordFromAPipe(t *testing.T) {
 	written := make(chan error, 1)
 	go func() { written <- os.WriteFile(w.file, []byte(givenPassword+"\n"), 0o600) }()
 	p, err := findPassword(w.dir, w.file)
-	if err != nil || !api.PasswordMatches(p.verifier, givenPassword) || p.compared.state != "" {
+	if err != nil || !login.Matches(p.verifier, givenPassword) || p.compared.state != "" {
 		t.Errorf("%+v, %v", p, err)
 	}
 	if err := <-written; err != nil {

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/term"
 
 	"coppice/internal/api"
+	"coppice/internal/login"
 	"coppice/internal/users"
 )
 
@@ -87,7 +88,7 @@ func user(_ context.Context, e env, args []string) error {
 			if err != nil {
 				return nil, err
 			}
-			verifier := api.HashPassword(password)
+			verifier := login.Hash(password)
 			return func(u *users.User) { u.Verifier = verifier }, nil
 		})
 	case "role":
@@ -144,7 +145,7 @@ func addUser(e env, file *users.File, name string, o userOptions) error {
 	if err != nil {
 		return err
 	}
-	return file.Add(users.User{Name: name, UUID: uuid.NewString(), Roles: o.roles, Verifier: api.HashPassword(password)})
+	return file.Add(users.User{Name: name, UUID: uuid.NewString(), Roles: o.roles, Verifier: login.Hash(password)})
 }
 
 // changeUser changes a user. ask, which may take its time, is called before the file is locked, and what it returns

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"coppice/internal/api"
+	"coppice/internal/login"
 	"coppice/internal/users"
 )
 
@@ -53,7 +53,7 @@ func TestUserCommand(t *testing.T) {
 		}
 	}
 	list, _, err := users.At(filepath.Join(data, "users.json")).Load()
-	if err != nil || len(list) != 1 || list[0].UUID == "" || !api.PasswordMatches(list[0].Verifier, "secret") {
+	if err != nil || len(list) != 1 || list[0].UUID == "" || !login.Matches(list[0].Verifier, "secret") {
 		t.Fatalf("users %+v, %v", list, err)
 	}
 	if got := user("remove", "alice"); got.code != exitOK {

@@ -80,7 +80,7 @@ func (a *API) ReloadUsers(ctx context.Context) error {
 	t.mu.Lock()
 	t.byName = now
 	t.mu.Unlock()
-	reset := a.password.follow(a.log, list)
+	reset := a.password.Follow(a.log, list)
 	t.stamp, t.loaded = stamp, true
 	a.endSessions(func(s *session) bool {
 		return s.account != nil && (!s.account.same(now[s.user]) || slices.Contains(reset, s.user))

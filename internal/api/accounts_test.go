@@ -1,7 +1,9 @@
 package api
 
 import (
+	"encoding/base64"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -10,10 +12,21 @@ import (
 	"testing/synctest"
 	"time"
 
+	"golang.org/x/crypto/argon2"
+
 	"coppice/internal/db"
+	"coppice/internal/login"
 	"coppice/internal/users"
 	"coppice/internal/xapi"
 )
+
+// cheapVerifier is login.Hash with the least cost.
+func cheapVerifier(password string) string {
+	salt := []byte("0123456789abcdef")
+	b64 := base64.RawStdEncoding
+	return fmt.Sprintf("$argon2id$v=%d$m=8,t=1,p=1$%s$%s", argon2.Version,
+		b64.EncodeToString(salt), b64.EncodeToString(argon2.IDKey([]byte(password), salt, 1, 8, 1, 32)))
+}
 
 // withUsers is a core with a file of users, which has alice, a vm-admin.
 func withUsers(t *testing.T) (*core, *users.File) {
@@ -42,7 +55,7 @@ func TestUsersLogIn(t *testing.T) {
 			if _, err := c.login(as[0], as[1]); code(err) != xapi.ErrSessionAuthenticationFailed {
 				t.Errorf("%q: %v", as, err)
 			}
-			if time.Since(begin) < firstLoginPause {
+			if time.Since(begin) < login.FirstPause {
 				t.Errorf("%q is refused after %v", as, time.Since(begin))
 			}
 		}
@@ -284,7 +297,7 @@ func TestSlaveLogin(t *testing.T) {
 		} {
 			begin := time.Now()
 			_, err := c.Invoke(t.Context(), Origin{}, name, params)
-			if code(err) != xapi.ErrSessionAuthenticationFailed || time.Since(begin) < firstLoginPause {
+			if code(err) != xapi.ErrSessionAuthenticationFailed || time.Since(begin) < login.FirstPause {
 				t.Errorf("%s: %v after %v", name, err, time.Since(begin))
 			}
 		}

@@ -53,6 +53,7 @@ import (
 	"time"
 
 	"coppice/internal/db"
+	"coppice/internal/login"
 	"coppice/internal/storage"
 	"coppice/internal/users"
 	"coppice/internal/xapi"
@@ -63,7 +64,7 @@ type Config struct {
 	DB      *db.DB
 	Storage storage.Registry
 
-	// RootPassword is the verifier of root's password, made by HashPassword.
+	// RootPassword is the verifier of root's password, made by [login.Hash].
 	// Empty means that nobody can log in with a password.
 	RootPassword string
 	// SavePassword stores a new verifier for user; session.change_password
@@ -108,7 +109,7 @@ type API struct {
 	methods  map[string]*method // by every spelling, without Async.
 	listed   []string           // system.listMethods
 	hooks    map[string]fieldHook
-	password *passwords
+	password *login.Passwords
 	types    struct{ text, stringSet, taskRef *xapi.Type }
 
 	roles    roleTable
@@ -121,7 +122,7 @@ type API struct {
 	nbd      nbdTable
 	lists    operationLists
 
-	failedLogins failedLogins
+	refused login.Refusals // since the last alert about them
 
 	scheduler *scheduler
 
@@ -198,7 +199,7 @@ func prepare(ctx context.Context, cfg Config) (*API, error) {
 	}
 	a.listed = listMethods(a.methods)
 	a.hooks = fieldHooks()
-	if a.password, err = newPasswords(rootUser, cfg.RootPassword); err != nil {
+	if a.password, err = login.NewPasswords(rootUser, cfg.RootPassword); err != nil {
 		return nil, err
 	}
 	a.roles = newRoleTable(a.model)

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"coppice/internal/db"
+	"coppice/internal/login"
 	"coppice/internal/users"
 	"coppice/internal/xapi"
 )
@@ -139,13 +140,13 @@ func (a *API) authenticate(ctx context.Context, o Origin, user, password string)
 	a.followUsers(ctx)
 	acc := a.accounts.get(user) // before the password is checked: openSession sees what changes later
 	if !o.Trusted {
-		ok, err := a.password.verify(ctx, user, password)
+		ok, err := a.password.Verify(ctx, user, password)
 		if err != nil {
 			return nil, err
 		}
 		if !ok {
 			a.log.Warn("login refused", "user", user, "peer", o.Peer, "agent", o.UserAgent)
-			a.failedLogins.add(o, user, a.now())
+			a.refused.Add(login.Attempt{User: user, Originator: o.Originator, UserAgent: o.UserAgent, Peer: o.Peer}, a.now())
 			return nil, errAuthentication(user)
 		}
 	}
@@ -333,7 +334,7 @@ func (a *API) sessionSlaveLocalLoginSecret(ctx context.Context, c *Call, secret 
 func (a *API) refuseMember(ctx context.Context, c *Call, secret string) error {
 	ctx, done := c.attended(ctx)
 	defer done()
-	if _, err := a.password.verify(ctx, "", secret); err != nil {
+	if _, err := a.password.Verify(ctx, "", secret); err != nil {
 		return err
 	}
 	a.log.Warn("login of a pool member refused", "peer", c.Origin.Peer)
@@ -358,7 +359,7 @@ func (a *API) sessionChangePassword(ctx context.Context, c *Call, old, password 
 		return xapi.NewError(xapi.ErrChangePasswordRejected, "Passwords of this server are set when it starts")
 	}
 	if !c.Origin.Trusted {
-		ok, err := a.password.verify(ctx, name, old)
+		ok, err := a.password.Verify(ctx, name, old)
 		if err != nil {
 			return err
 		}
@@ -369,7 +370,7 @@ func (a *API) sessionChangePassword(ctx context.Context, c *Call, old, password 
 	if password == "" { // would let everybody in, and a start takes none either
 		return xapi.NewError(xapi.ErrChangePasswordRejected, "The new password is empty")
 	}
-	return a.password.set(name, password, save)
+	return a.password.Set(name, password, save)
 }
 
 // sessionGetAllSubjectIdentifiers names the users beside root that are logged

@@ -20,6 +20,7 @@ import (
 
 	"coppice/internal/api"
 	"coppice/internal/db"
+	"coppice/internal/login"
 	"coppice/internal/remote"
 	"coppice/internal/rpc"
 	"coppice/internal/storage"
@@ -60,7 +61,7 @@ func (l *logBuffer) String() string {
 	return l.b.String()
 }
 
-var rootVerifier = sync.OnceValue(func() string { return api.HashPassword("secret") })
+var rootVerifier = sync.OnceValue(func() string { return login.Hash("secret") })
 
 // start runs a server with further routes until the test ends.
 func start(t *testing.T, grace time.Duration, more ...route) *fixture {

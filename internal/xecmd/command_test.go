@@ -17,6 +17,7 @@ import (
 
 	"coppice/internal/api"
 	"coppice/internal/db"
+	"coppice/internal/login"
 	"coppice/internal/server"
 	"coppice/internal/storage"
 	"coppice/internal/storage/mem"
@@ -30,7 +31,7 @@ import (
 const password = "secret"
 
 // verifier is made once: it is slow on purpose.
-var verifier = api.HashPassword(password)
+var verifier = login.Hash(password)
 
 // shell is a server with disks in memory, and the client that talks to it.
 type shell struct {

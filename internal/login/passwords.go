@@ -1,4 +1,8 @@
-package api
+// Package login decides who is let in. [Passwords] verifies the passwords of a server's users: it hides how a verifier
+// is made, what is remembered of it so that a login is cheap, and how guessing is slowed down. [Refusals] counts those
+// that are not let in for the alert about them. It knows nothing of sessions, of what a role allows, or of the file of
+// the users.
+package login
 
 import (
 	"context"
@@ -29,16 +33,17 @@ const (
 	argonAtOnce  = 2
 )
 
-// A failed login is answered after a pause that doubles with every failure of
-// the same user in a row, so that guessing is slow and a typing error is not.
+// A failed login is answered after a pause, at first FirstPause, that doubles
+// with every failure of the same user in a row, so that guessing is slow and a
+// typing error is not.
 const (
-	firstLoginPause = 250 * time.Millisecond
-	maxLoginPause   = 5 * time.Second
+	FirstPause = 250 * time.Millisecond
+	maxPause   = 5 * time.Second
 )
 
-// HashPassword makes a verifier for password: argon2id with a fresh salt, in
+// Hash makes a verifier for password: argon2id with a fresh salt, in
 // the usual $argon2id$v=19$m=…,t=…,p=…$salt$key form.
-func HashPassword(password string) string {
+func Hash(password string) string {
 	salt := make([]byte, argonSalt)
 	rand.Read(salt)
 	v := verifier{time: argonTime, memory: argonMemory, threads: argonThreads, salt: salt}
@@ -46,9 +51,9 @@ func HashPassword(password string) string {
 	return v.String()
 }
 
-// PasswordMatches reports whether verifier was made from password. What is no
+// Matches reports whether verifier was made from password. What is no
 // verifier matches nothing.
-func PasswordMatches(verifier, password string) bool {
+func Matches(verifier, password string) bool {
 	v, err := parseVerifier(verifier)
 	return err == nil && v.matches(password)
 }
@@ -82,7 +87,7 @@ func (v *verifier) equal(other *verifier) bool {
 	return v.String() == other.String()
 }
 
-// parseVerifier parses what HashPassword and other implementations write. It
+// parseVerifier parses what Hash and other implementations write. It
 // refuses costs that would make a login a way to stop the server.
 func parseVerifier(s string) (*verifier, error) {
 	parts := strings.Split(s, "$")
@@ -104,18 +109,23 @@ func parseVerifier(s string) (*verifier, error) {
 	if v.salt, err = base64.RawStdEncoding.DecodeString(parts[4]); err != nil {
 		return nil, fmt.Errorf("password verifier: salt: %w", err)
 	}
-	if v.key, err = base64.RawStdEncoding.DecodeString(parts[5]); err != nil || len(v.key) == 0 {
-		return nil, fmt.Errorf("password verifier: key: %w", cmpErr(err, fmt.Errorf("empty")))
+	if v.key, err = base64.RawStdEncoding.DecodeString(parts[5]); err != nil {
+		return nil, fmt.Errorf("password verifier: key: %w", err)
+	}
+	if len(v.key) == 0 {
+		return nil, fmt.Errorf("password verifier: key: empty")
 	}
 	return v, nil
 }
 
-// passwords checks the passwords of the server's own users. Every xe command
+// Passwords checks the passwords of the server's own users. It is safe for
+// concurrent use. Every xe command
 // logs in, so a password that was verified once is remembered as a digest
 // under a key that exists only in this process; later logins cost
 // microseconds, and a wrong password of a user whose right one is known is
 // found out without argon2.
-type passwords struct {
+type Passwords struct {
+	root string        // the user that is not in the file of the users
 	key  [32]byte      // of the remembered digests
 	slow chan struct{} // one token per running argon2
 
@@ -124,16 +134,17 @@ type passwords struct {
 	stranger user // counts the failures of all names that are no users
 }
 
-// user is one account. passwords.mu guards it.
+// user is one account. Passwords.mu guards it.
 type user struct {
 	verifier *verifier // nil refuses every password
 	known    []byte    // digest of the verified password, nil before the first
 	failures int       // in a row
 }
 
-// newPasswords makes the table of one user; text is its verifier, or "".
-func newPasswords(name, text string) (*passwords, error) {
-	p := &passwords{slow: make(chan struct{}, argonAtOnce), users: map[string]*user{}}
+// NewPasswords makes the table of one user, root, whom no list of Follow takes
+// away; text is its verifier, or "", with which no password is right.
+func NewPasswords(name, text string) (*Passwords, error) {
+	p := &Passwords{root: name, slow: make(chan struct{}, argonAtOnce), users: map[string]*user{}}
 	rand.Read(p.key[:])
 	u := &user{}
 	if text != "" {
@@ -147,16 +158,16 @@ func newPasswords(name, text string) (*passwords, error) {
 	return p, nil
 }
 
-func (p *passwords) digest(name, password string) []byte {
+func (p *Passwords) digest(name, password string) []byte {
 	h := hmac.New(sha256.New, p.key[:])
 	fmt.Fprintf(h, "%d:%s", len(name), name)
 	h.Write([]byte(password))
 	return h.Sum(nil)
 }
 
-// verify reports whether password is the one of the user. A refusal takes
+// Verify reports whether password is the one of the user. A refusal takes
 // until the user's back-off pause is over. The error is that of ctx.
-func (p *passwords) verify(ctx context.Context, name, password string) (bool, error) {
+func (p *Passwords) Verify(ctx context.Context, name, password string) (bool, error) {
 	digest := p.digest(name, password)
 	p.mu.Lock()
 	u := p.users[name]
@@ -181,7 +192,7 @@ func (p *passwords) verify(ctx context.Context, name, password string) (bool, er
 	}
 
 	p.mu.Lock()
-	pause := min(firstLoginPause<<min(u.failures, 8), maxLoginPause)
+	pause := min(FirstPause<<min(u.failures, 8), maxPause)
 	if !ok {
 		u.failures++
 	} else if u.verifier == v {
@@ -201,9 +212,9 @@ func (p *passwords) verify(ctx context.Context, name, password string) (bool, er
 	}
 }
 
-// follow makes the users beside root those of list, and returns those that had another password here. A verifier
+// Follow makes the users beside root those of list, and returns those that had another password here. A verifier
 // that cannot be read matches nothing, and is reported.
-func (p *passwords) follow(log *slog.Logger, list []users.User) (reset []string) {
+func (p *Passwords) Follow(log *slog.Logger, list []users.User) (reset []string) {
 	parsed := map[string]*verifier{}
 	for _, u := range list {
 		parsed[u.Name] = nil
@@ -220,7 +231,7 @@ func (p *passwords) follow(log *slog.Logger, list []users.User) (reset []string)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for name := range p.users {
-		if _, ok := parsed[name]; !ok && name != rootUser {
+		if _, ok := parsed[name]; !ok && name != p.root {
 			delete(p.users, name)
 		}
 	}
@@ -238,10 +249,11 @@ func (p *passwords) follow(log *slog.Logger, list []users.User) (reset []string)
 	return reset
 }
 
-// set gives the user a new password, after save has stored its verifier.
-func (p *passwords) set(name, password string, save func(user, verifier string) error) error {
+// Set gives the user a new password, after save has stored its verifier. An
+// error of save leaves the old one.
+func (p *Passwords) Set(name, password string, save func(user, verifier string) error) error {
 	p.slow <- struct{}{}
-	text := HashPassword(password)
+	text := Hash(password)
 	<-p.slow
 	v, err := parseVerifier(text)
 	if err != nil {
