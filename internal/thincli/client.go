@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -68,7 +69,7 @@ func failf(format string, args ...any) error {
 // sends args (without the program's name) and does what the server says.
 // The result is the exit code; like the stock client, it is 0 when all that
 // happened is that the usage was shown. When ctx ends, so does the run, with
-// code 1. A file that has been received stays only if the run succeeds.
+// code 1. A file that is received gets its name only when the run succeeds.
 func Run(ctx context.Context, env Env, args []string) int {
 	env.stdin = bufio.NewReader(env.Stdin)
 	o, err := parseOptions(&env, args)
@@ -89,16 +90,19 @@ func Run(ctx context.Context, env Env, args []string) int {
 		}
 		code, err = c.run(ctx)
 	}
-	if (err != nil || code != 0) && ctx.Err() != nil {
+	switch {
+	case err == nil && code == 0:
+		if !c.received.broken {
+			err = c.received.keep()
+		}
+	case ctx.Err() != nil:
 		err = failf("Interrupted.\n") // whatever came of that
 	}
 	if f, ok := errors.AsType[*failure](err); ok {
 		fmt.Fprint(env.Stderr, f.text)
 		code = f.code
 	}
-	if code != 0 || c.received.broken {
-		fmt.Fprint(env.Stderr, c.received.drop())
-	}
+	fmt.Fprint(env.Stderr, c.received.drop())
 	if code != 0 {
 		fmt.Fprint(env.Stderr, kept.String())
 	}
@@ -419,7 +423,7 @@ func (c *client) load(m Load) error {
 		return err
 	}
 	var b []byte
-	data, err := c.env.readFile(m.File)
+	data, err := os.ReadFile(c.env.path(m.File))
 	if err == nil && len(data) <= maxLoad {
 		b = blob(AppendMessage(nil, OK), data)
 	} else {

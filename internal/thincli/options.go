@@ -141,7 +141,7 @@ func (o *options) consume(args []string, passwordFile *string) (rest []string, e
 }
 
 func (o *options) readPasswordFile(env *Env, name string) error {
-	b, err := env.readFile(name)
+	b, err := os.ReadFile(env.path(name))
 	if err != nil {
 		return failf("Error opening password file '%s'\n", name)
 	}
@@ -161,7 +161,7 @@ func readRC(env *Env) []string {
 	if home == "" {
 		return nil
 	}
-	b, err := env.readFile(filepath.Join(home, ".xe"))
+	b, err := os.ReadFile(env.path(filepath.Join(home, ".xe")))
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
 			fmt.Fprintf(env.Stderr, "Error reading rc file. No defaults loaded\n")
@@ -231,8 +231,6 @@ type Env struct {
 	Getenv func(string) string
 	// Dir is the directory that relative file names refer to, as an absolute path.
 	Dir string
-	// OpenFile opens the files that are sent and received; nil means os.OpenFile.
-	OpenFile func(name string, flag int, perm fs.FileMode) (*os.File, error)
 	// Dial opens connections, to "tcp" and "unix" addresses; nil means the system's.
 	Dial DialFunc
 	// RawTerminal puts the terminal at Stdin, if there is one, into raw mode
@@ -254,20 +252,4 @@ func (e *Env) path(name string) string {
 		return filepath.Clean(name)
 	}
 	return filepath.Join(e.Dir, name)
-}
-
-func (e *Env) open(name string, flag int, perm fs.FileMode) (*os.File, error) {
-	if e.OpenFile == nil {
-		return os.OpenFile(e.path(name), flag, perm)
-	}
-	return e.OpenFile(e.path(name), flag, perm)
-}
-
-func (e *Env) readFile(name string) ([]byte, error) {
-	f, err := e.open(name, os.O_RDONLY, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(f)
 }

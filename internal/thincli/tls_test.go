@@ -46,7 +46,7 @@ func TestTLS(t *testing.T) {
 			w.hello()
 			w.send(HTTPGet{"f", "/x"})
 			w.expectMessage(OK)
-			w.send(HTTPPut{"f", "/y"})
+			w.send(HTTPPut{"sent", "/y"})
 			w.expectMessage(OK)
 			w.send(Exit{0})
 		}),
@@ -61,7 +61,10 @@ func TestTLS(t *testing.T) {
 			w.expectEnd()
 		}),
 	)
-	p.check(p.run("-s", "host", "x", "f=f"), 0, "", "")
+	if err := os.WriteFile(filepath.Join(p.dir, "sent"), image, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p.check(p.run("-s", "host", "x", "f=f", "g=sent"), 0, "", "")
 	if got, err := os.ReadFile(filepath.Join(p.dir, "f")); err != nil || !bytes.Equal(got, image) {
 		t.Errorf("file of %d bytes, %v, want %d", len(got), err, len(image))
 	}

@@ -185,9 +185,8 @@ func (c *client) get(ctx context.Context, m HTTPGet) (Response, error) {
 	if err != nil {
 		return Failed, operationFailed(fmt.Sprintf("Sys_error(%q)", m.File+": "+reason(err)))
 	}
-	err = receive(f, x)
-	if e := f.Close(); err == nil {
-		err = e
+	if err = receive(f, x); err == nil {
+		err = f.Sync() // the server, too, is told of success only when power cuts do not matter any more
 	}
 	if err != nil {
 		c.received.broken = true
@@ -283,7 +282,7 @@ func (c *client) put(ctx context.Context, m HTTPPut) (Response, error) {
 	if err := c.mayTouch(m.File); err != nil {
 		return 0, err
 	}
-	f, err := c.env.open(m.File, os.O_RDONLY, 0)
+	f, err := os.Open(c.env.path(m.File))
 	if errors.Is(err, fs.ErrNotExist) {
 		return Failed, operationFailed(fmt.Sprintf("file '%s' does not exist", m.File))
 	}

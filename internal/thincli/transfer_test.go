@@ -23,7 +23,7 @@ func newWire(t *testing.T, conn net.Conn) *wire {
 func TestTransfers(t *testing.T) {
 	const (
 		ok   = "HTTP/1.1 200 OK\r\n\r\n"
-		gone = "new was not complete and has been removed.\n"
+		gone = "new was not complete and has not been kept.\n"
 	)
 	get := func(file, url string, answer Message) func(*wire) {
 		return func(w *wire) {
@@ -84,6 +84,22 @@ func TestTransfers(t *testing.T) {
 			name: "file exists", args: "x f=old",
 			peer: []func(*wire){get("old", "/ok", Failed), reply("GET /ok HTTP/1.0\r\n\r\n", ok+"data")},
 			code: 1, stderr: "Operation failed. Error: Sys_error(\"old: File exists\")\n",
+		},
+		{
+			name: "two of one name", args: "x f=new",
+			peer: []func(*wire){func(w *wire) {
+				w.hello()
+				w.send(HTTPGet{"new", "/ok"})
+				w.expectMessage(OK)
+				w.send(HTTPGet{"./new", "/ok"})
+				w.expectMessage(Failed)
+			}, reply("GET /ok HTTP/1.0\r\n\r\n", ok+"data"), reply("GET /ok HTTP/1.0\r\n\r\n", ok+"data")},
+			code: 1, stderr: "Operation failed. Error: Sys_error(\"./new: File exists\")\n" + gone,
+		},
+		{
+			name: "a device", args: "x f=/dev/null",
+			peer: []func(*wire){get("/dev/null", "/ok", Failed), reply("GET /ok HTTP/1.0\r\n\r\n", ok+"data")},
+			code: 1, stderr: "Operation failed. Error: Sys_error(\"/dev/null: File exists\")\n",
 		},
 		{
 			name: "no such directory", args: "x f=no/new",
@@ -279,8 +295,8 @@ func TestExitDuringTransfer(t *testing.T) {
 			stderr = "Lost connection to the server.\n"
 		}
 		code := p.run("x", "f=f")
-		if strings.Contains(p.stderr.String(), "removed") { // unless it did not even get to make the file
-			stderr += "f was not complete and has been removed.\n"
+		if strings.Contains(p.stderr.String(), "kept") { // unless it did not even get to make the file
+			stderr += "f was not complete and has not been kept.\n"
 		}
 		p.check(code, 1, "", stderr)
 		if _, err := os.Stat(filepath.Join(p.dir, "f")); !errors.Is(err, os.ErrNotExist) {
