@@ -33,6 +33,13 @@ func Destroy(dir vfs.FS) (err error) {
 	return dir.SyncDir()
 }
 
+// Present reports whether there is a store in a directory, and leaves nothing
+// there: [Open] leaves the file of its lock, also where it finds no store.
+func Present(dir vfs.FS) (bool, error) {
+	names, err := dir.List()
+	return slices.Contains(names, superName), err
+}
+
 // Foreign returns the names of the files in a directory without a store that
 // are not what a [Create] or a [Destroy] that was cut off has left there, in
 // order. Create would leave them alone, but not all of those that only seem to

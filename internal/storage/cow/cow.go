@@ -96,21 +96,30 @@ func openDir(ctx context.Context, config map[string]string, create bool, find fu
 	return r, nil
 }
 
-// openStore opens the store in a directory, or makes it.
+// openStore opens the store in a directory, or makes it. A directory where it does
+// neither stays as it is.
 func openStore(ctx context.Context, dir vfs.FS, o engine.Options, create bool) (*repo, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	s, err := engine.Open(ctx, dir, o)
-	if errors.Is(err, engine.ErrNoStore) && create {
+	present, err := engine.Present(dir)
+	if err != nil {
+		return nil, err
+	}
+	open := engine.Open
+	if !present {
+		if !create {
+			return nil, engine.ErrNoStore
+		}
 		if err := vacant(dir); err != nil {
 			return nil, err
 		}
 		if err := removeLabel(dir); err != nil { // of a store that was destroyed in part
 			return nil, err
 		}
-		s, err = engine.Create(ctx, dir, o)
+		open = engine.Create
 	}
+	s, err := open(ctx, dir, o)
 	if err != nil {
 		return nil, err
 	}

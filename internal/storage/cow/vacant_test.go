@@ -11,7 +11,7 @@ import (
 )
 
 // A store is made in an empty directory, and in one with what was left of another store, but never among files of
-// somebody else, which could have the names of its own.
+// somebody else, which could have the names of its own: there nothing is left.
 func TestCreateLeavesOthersAlone(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
@@ -45,15 +45,16 @@ func TestCreateLeavesOthersAlone(t *testing.T) {
 			if !errors.Is(err, storage.ErrOccupied) {
 				t.Fatalf("got %v, want ErrOccupied", err)
 			}
+			if _, err := Driver().Open(t.Context(), map[string]string{"location": dir}, false); !errors.Is(err, storage.ErrNoRepo) {
+				t.Fatalf("got %v, want ErrNoRepo", err)
+			}
 			var names []string
 			entries, err := os.ReadDir(dir)
 			if err != nil {
 				t.Fatal(err)
 			}
 			for _, e := range entries {
-				if e.Name() != "LOCK" {
-					names = append(names, e.Name())
-				}
+				names = append(names, e.Name())
 			}
 			slices.Sort(tt.there)
 			if !slices.Equal(names, tt.there) {
