@@ -3,7 +3,6 @@ package server
 import (
 	"bufio"
 	"bytes"
-	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -60,56 +59,14 @@ func takeBuffered(from *bufio.Reader, conn net.Conn) *bufio.Reader {
 
 func (c *stream) Read(p []byte) (int, error) {
 	if c.idle > 0 && c.r.Buffered() == 0 {
-		if err := c.wait(c.Conn.SetReadDeadline); err != nil {
+		if err := c.Conn.SetReadDeadline(time.Now().Add(c.idle)); err != nil {
 			return 0, err
+		}
+		if c.interrupted.Load() { // whose deadline this may have replaced
+			return 0, os.ErrDeadlineExceeded
 		}
 	}
 	return c.r.Read(p)
-}
-
-// writePiece is how many bytes a peer must take in the idle time in order not to
-// be silent, when there are so many.
-const writePiece = 64 << 10
-
-// Write sends p. With an idle time it goes on for as long as the peer takes
-// writePiece bytes each time, and fails once it has not: after one to two idle
-// times of silence.
-func (c *stream) Write(p []byte) (int, error) {
-	if c.idle <= 0 {
-		return c.Conn.Write(p)
-	}
-	// A deadline for each piece would cost a fifth of the speed, but TLS cannot go on
-	// after one that has passed.
-	_, secure := c.Conn.(*tls.Conn)
-	for written := 0; ; {
-		if err := c.wait(c.Conn.SetWriteDeadline); err != nil {
-			return written, err
-		}
-		now := p[written:]
-		if secure {
-			now = now[:min(len(now), writePiece)]
-		}
-		n, err := c.Conn.Write(now)
-		written += n
-		if !secure && n >= writePiece && errors.Is(err, os.ErrDeadlineExceeded) {
-			continue
-		}
-		if err != nil || written >= len(p) {
-			return written, err
-		}
-	}
-}
-
-// wait gives the peer the idle time from now on, unless it has been
-// interrupted.
-func (c *stream) wait(set func(time.Time) error) error {
-	if err := set(time.Now().Add(c.idle)); err != nil {
-		return err
-	}
-	if c.interrupted.Load() {
-		return os.ErrDeadlineExceeded
-	}
-	return nil
 }
 
 // Close ends the connection so that the peer gets every byte written before
@@ -131,10 +88,7 @@ func (c *stream) Close() error {
 // got for the whole.
 func (c *stream) Abort() error {
 	defer c.done()
-	raw := c.Conn
-	if t, ok := raw.(interface{ NetConn() net.Conn }); ok {
-		raw = t.NetConn()
-	}
+	raw := c.socket()
 	if tcp, ok := raw.(*net.TCPConn); ok {
 		if err := tcp.SetLinger(0); err == nil {
 			return tcp.Close()
