@@ -99,13 +99,17 @@ const (
 	progressPause = 250 * time.Millisecond
 )
 
+// progressMost is the most that a call shows before it has ended: clients take 1
+// for the end, and what comes after the last byte is work, too.
+const progressMost = 0.99
+
 // Progress tells watchers of the task how far the call is. It is cheap and
 // may be called for every chunk; done and total are in any one unit.
 func (c *Call) Progress(done, total int64) {
 	if total <= 0 {
 		return
 	}
-	p := min(max(float64(done)/float64(total), 0), 1)
+	p := min(max(float64(done)/float64(total), 0), progressMost)
 	c.mu.Lock()
 	now := time.Now()
 	if !c.recorded || p < c.progress.shown+progressStep || now.Sub(c.progress.at) < progressPause {

@@ -124,6 +124,8 @@ func TestProgress(t *testing.T) {
 				call.Progress(i, 1000)
 				time.Sleep(10 * time.Millisecond)
 			}
+			call.Progress(1000, 1000)
+			time.Sleep(10 * time.Second)
 			return nil
 		})
 		ref := c.async("VDI.update", "OpaqueRef:x")
@@ -131,6 +133,10 @@ func TestProgress(t *testing.T) {
 		time.Sleep(5 * time.Second)
 		if p := record(c, ref).Progress; p < 0.45 || p > 0.5 {
 			t.Errorf("progress %v after half of the work", p)
+		}
+		time.Sleep(10 * time.Second)
+		if p := record(c, ref).Progress; p < 0.95 || p >= 1 {
+			t.Errorf("progress %v before the end", p)
 		}
 		time.Sleep(10 * time.Second)
 		if p := record(c, ref).Progress; p != 1 {

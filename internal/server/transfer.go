@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -158,16 +159,21 @@ func (c *stream) interrupt() {
 	_ = c.SetDeadline(time.Unix(1, 0))
 }
 
-// meter passes progress on in at most 200 steps.
+// meter passes progress on in at most 200 steps. It is safe for concurrent use.
 type meter struct {
 	report func(done, total int64)
-	next   int64
+	mu     struct {
+		sync.Mutex
+		next int64
+	}
 }
 
 func (m *meter) set(done, total int64) {
-	if done >= m.next {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if done >= m.mu.next {
 		m.report(done, total)
-		m.next = done + max(1, total/200)
+		m.mu.next = done + max(1, total/200)
 	}
 }
 

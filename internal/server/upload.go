@@ -31,7 +31,7 @@ type upload struct {
 	stored  int64 // end of what was written last
 	wants   imageKind
 	parent  string                  // what a delta must be to, the UUID of a snapshot; "" for anything
-	done    func(done, total int64) // told after each write
+	done    func(done, total int64) // told after each write; safe for concurrent use
 
 	// interrupt makes reading from the body fail at once.
 	interrupt func()

@@ -6,6 +6,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
+	"sync"
 	"testing"
 
 	"coppice/internal/storage"
@@ -42,10 +44,17 @@ func lateImage(bits, size int, named ...byte) []byte {
 // lateUpload takes an image onto a disk whose repository clones what has to
 // wait, or copies it.
 func lateUpload(t testing.TB, image []byte, length int64, old []byte, clones bool) ([]byte, error) {
+	v, u := lateDisk(t, old, clones)
+	err := readQcow2(context.Background(), bytes.NewReader(image), length, u)
+	return contentsOf(t, v), err
+}
+
+// lateDisk is a disk of such a repository, and an upload to it.
+func lateDisk(t testing.TB, old []byte, clones bool) (storage.Volume, *upload) {
 	repo := testRepo(t)
 	v := testDisk(t, repo, 1, old)
 	spools := 1
-	u := &upload{
+	return v, &upload{
 		size: v.Size(), overlay: storage.NewOverlay(v), done: func(int64, int64) {}, interrupt: func() {},
 		scratch: func(size int64) (storage.Volume, *storage.CloneBatch, error) {
 			spools++
@@ -60,8 +69,34 @@ func lateUpload(t testing.TB, image []byte, length int64, old []byte, clones boo
 			return space, storage.NewCloneBatch(repo, v, space), nil
 		},
 	}
-	err := readQcow2(context.Background(), bytes.NewReader(image), length, u)
-	return contentsOf(t, v), err
+}
+
+// The progress of an image whose data has to wait does not fall, and leaves
+// what moving takes.
+func TestUploadLateProgress(t *testing.T) {
+	const clusters, bits = 64, 16
+	named := make([]byte, clusters)
+	for i := range named {
+		named[i] = byte(clusters - i)
+	}
+	image := lateImage(bits, clusters<<bits, named...)
+	for _, clones := range []bool{true, false} {
+		_, u := lateDisk(t, make([]byte, clusters<<bits), clones)
+		var mu sync.Mutex
+		var shown []float64
+		u.done = func(done, total int64) {
+			mu.Lock()
+			defer mu.Unlock()
+			shown = append(shown, float64(done)/float64(total))
+		}
+		if err := readQcow2(t.Context(), bytes.NewReader(image), int64(len(image)), u); err != nil {
+			t.Fatal(err)
+		}
+		coming, _ := slices.BinarySearch(shown, 0.51)
+		if !slices.IsSorted(shown) || coming < 4 || len(shown)-coming < clusters/2 || shown[len(shown)-1] < 0.95 {
+			t.Errorf("cloned %v: progress is %v", clones, shown)
+		}
+	}
 }
 
 // Data before its tables reaches the disk whether it is cloned or, as clusters

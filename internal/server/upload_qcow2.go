@@ -14,6 +14,7 @@ import (
 // before its table lands in a scratch volume of the SR first, from where the
 // disk takes it over without copying it.
 func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) error {
+	work := lateWork{total: length, report: u.done}
 	var moved *storage.CloneBatch // from the scratch volume, nil when data is copied
 	scratch := func() (qcow2.Spool, error) {
 		size := length
@@ -22,7 +23,7 @@ func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) err
 		}
 		v, batch, err := u.scratch(size)
 		moved = batch
-		return v, err
+		return &spooled{v, &work}, err
 	}
 	reading := ctx // ends early when a write fails
 	r, err := qcow2.NewReader(body, qcow2.ReaderOptions{
@@ -39,9 +40,8 @@ func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) err
 	if err := cmp.Or(err, u.holds(r.Size())); err != nil {
 		return err
 	}
-	total := length
 	if length < 0 {
-		total = r.Size()
+		work.total = r.Size()
 	}
 	err = u.receive(ctx, func(ctx context.Context, next func() (*piece, error), send func(*piece)) error {
 		reading = ctx
@@ -74,7 +74,10 @@ func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) err
 					}
 				}
 				run.Off, run.Len = run.Off+n, run.Len-n
-				p.done, p.total = min(r.Consumed(), total), total
+				if run.Spooled {
+					work.moved += n
+				}
+				p.done, p.total = work.done(r.Consumed())
 				send(p)
 			}
 		}
@@ -83,4 +86,35 @@ func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) err
 		err = moved.Flush(ctx)
 	}
 	return err
+}
+
+// lateWork is what there is to do for an image parts of which have to wait: to
+// receive it, and to move them. Both are in bytes and count alike.
+type lateWork struct {
+	total  int64 // to receive, or a guess
+	late   int64 // of it, to be moved
+	moved  int64
+	report func(done, total int64)
+}
+
+// done is how much has been done of how much, after so many bytes have come. The
+// quotient does not fall when parts turn out to be late, but for a wrong guess.
+func (w *lateWork) done(received int64) (done, total int64) {
+	total = max(w.total, received) + w.late
+	return min(received+w.moved, total), total
+}
+
+// spooled is scratch space for parts that are late. While they come nothing else
+// tells how far the image is.
+type spooled struct {
+	storage.Volume
+	work *lateWork
+}
+
+// WriteAt implements [qcow2.Spool]; off is a place in the image.
+func (s *spooled) WriteAt(p []byte, off int64) (int, error) {
+	n, err := storage.WriteBulk(s.Volume, p, off)
+	s.work.late += int64(n)
+	s.work.report(s.work.done(off + int64(n)))
+	return n, err
 }
