@@ -29,6 +29,7 @@ var mayImport = map[string][]string{
 	"internal/schedule": {},
 	"internal/users":    {},
 	"internal/typo":     {},
+	"internal/wordwrap": {},
 	"internal/peertest": {}, // of tests
 
 	"internal/xapi/gen": {"internal/xapi"},
@@ -36,6 +37,8 @@ var mayImport = map[string][]string{
 	"internal/db":       {"internal/xapi"},
 	"internal/db/bolt":  {"internal/db", "internal/xapi"},
 	"internal/where":    {"internal/xapi"},
+	"internal/sexpr":    {"internal/xapi"},
+	"internal/ova":      {"internal/xapi", "internal/db", "internal/rpc"},
 	"internal/login":    {"internal/users"},
 
 	"internal/storage/storagetest": {"internal/storage"},
@@ -47,9 +50,9 @@ var mayImport = map[string][]string{
 
 	"internal/api": {
 		"internal/xapi", "internal/db", "internal/storage", "internal/rpc", "internal/schedule", "internal/users",
-		"internal/where", "internal/login",
+		"internal/where", "internal/login", "internal/ova", "internal/sexpr",
 	},
-	"internal/xecmd": {"internal/api", "internal/xapi", "internal/thincli", "internal/typo"},
+	"internal/xecmd": {"internal/api", "internal/xapi", "internal/thincli", "internal/typo", "internal/wordwrap"},
 	"internal/server": {
 		"internal/api", "internal/xapi", "internal/rpc", "internal/xecmd", "internal/thincli",
 		"internal/storage", "internal/vhd", "internal/nbd", "internal/qcow2", "internal/vmdk", "internal/xva", "internal/remote", "internal/typo", "internal/server/web",

@@ -13,6 +13,7 @@ import (
 	"github.com/google/uuid"
 
 	"coppice/internal/db"
+	"coppice/internal/sexpr"
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
 )
@@ -170,7 +171,7 @@ func derivedVM(src *xapi.VM, name string) *xapi.VM {
 
 // snapshotOfVM makes derivedVM's result a snapshot.
 func (a *API) snapshotOfVM(p vmParts, name string) (*xapi.VM, error) {
-	metadata, err := vmMetadata(p.vm)
+	metadata, err := sexpr.Record(p.vm)
 	if err != nil {
 		return nil, err
 	}

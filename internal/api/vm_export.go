@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"coppice/internal/db"
+	"coppice/internal/ova"
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
 )
@@ -90,23 +91,23 @@ func (a *API) openVMExport(x *VMExport, r VMExportRequest) error {
 			return err
 		}
 	}
-	var ar *archive
+	var vms *ova.Collection
 	err = a.db.View(func(tx *db.Tx) (err error) {
-		if ar, err = collect(tx, refs, archiveOptions{snapshots: r.Snapshots, state: r.State || r.Metadata, exclude: r.Exclude}); err != nil {
+		if vms, err = ova.Collect(tx, refs, ova.Options{Snapshots: r.Snapshots, State: r.State || r.Metadata, Exclude: r.Exclude}); err != nil {
 			return err
 		}
 		_, host, err := a.host(tx)
 		if err != nil {
 			return err
 		}
-		x.Manifest, err = ar.manifest(host)
+		x.Manifest, err = vms.Manifest(host)
 		return err
 	})
 	if err != nil || r.Metadata {
 		return err
 	}
-	for _, disk := range ar.disks {
-		d, err := a.openReader(ctx, c, disk.ref, nil)
+	for _, disk := range vms.Disks {
+		d, err := a.openReader(ctx, c, disk.Ref, nil)
 		if err != nil {
 			return err
 		}
@@ -114,7 +115,7 @@ func (a *API) openVMExport(x *VMExport, r VMExportRequest) error {
 		if err := d.verifyKnown(ctx); err != nil {
 			return err
 		}
-		x.Disks = append(x.Disks, ArchiveDisk{disk.id, disk.ref, d.rec, d.Volume})
+		x.Disks = append(x.Disks, ArchiveDisk{disk.ID, disk.Ref, d.rec, d.Volume})
 	}
 	return nil
 }

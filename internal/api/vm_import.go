@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"coppice/internal/db"
+	"coppice/internal/ova"
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
 )
@@ -31,14 +32,14 @@ type VMImportRequest struct {
 type VMImport struct {
 	Task xapi.Ref[xapi.Task]
 
-	call  *Call
-	req   VMImportRequest
-	ar    *arrival // nil until Begin
-	batch *diskBatch
-	disks []*arrivingDisk
-	vdis  map[xapi.Ref[xapi.VDI]]xapi.Ref[xapi.VDI] // by name in the manifest
-	vms   map[xapi.Ref[xapi.VM]]xapi.Ref[xapi.VM]   // by name in the manifest
-	held  map[xapi.Ref[xapi.SR]]heldSR
+	call     *Call
+	req      VMImportRequest
+	manifest *ova.Manifest // nil until Begin
+	batch    *diskBatch
+	disks    []*arrivingDisk
+	vdis     map[xapi.Ref[xapi.VDI]]xapi.Ref[xapi.VDI] // by name in the manifest
+	vms      map[xapi.Ref[xapi.VM]]xapi.Ref[xapi.VM]   // by name in the manifest
+	held     map[xapi.Ref[xapi.SR]]heldSR
 }
 
 // heldSR is an SR that disks go to.
@@ -130,22 +131,22 @@ func (a *API) targetSR(r VMImportRequest) (sr xapi.Ref[xapi.SR], err error) {
 // have, each with a volume to write to.
 func (x *VMImport) Begin(manifest []byte) ([]ArchiveDisk, error) {
 	a, ctx := x.call.api, x.call.Context()
-	ar, err := readManifest(manifest)
+	m, err := ova.Parse(manifest)
 	if err != nil {
 		return nil, err
 	}
-	if err := ar.check(); err != nil {
+	if err := checkManifest(m); err != nil {
 		return nil, err
 	}
 	x.batch = a.newBatch()
-	x.ar = ar
-	for _, id := range ar.vms {
-		x.vms[xapi.Ref[xapi.VM](id)] = xapi.NewRef[xapi.VM]()
+	x.manifest = m
+	for _, id := range m.VMs {
+		x.vms[id] = xapi.NewRef[xapi.VM]()
 	}
 	if x.req.Metadata {
 		return nil, x.match()
 	}
-	for _, id := range ar.wanted() {
+	for _, id := range m.Disks() {
 		if err := x.plan(ctx, id); err != nil {
 			return nil, err
 		}
@@ -165,31 +166,36 @@ func (x *VMImport) Begin(manifest []byte) ([]ArchiveDisk, error) {
 		if d.volume, err = d.repo.Open(ctx, d.batchDisk.id(), storage.Live); err != nil {
 			return nil, fmt.Errorf("open VDI %s: %w", d.rec.UUID, err)
 		}
-		out = append(out, ArchiveDisk{Name: string(d.id), Ref: d.ref, VDI: part(ar, d.id), Volume: d.volume})
+		out = append(out, ArchiveDisk{Name: string(d.id), Ref: d.ref, VDI: ova.Get(m, d.id), Volume: d.volume})
 	}
 	return out, nil
 }
 
-// check refuses manifests that cannot be imported anywhere.
-func (ar *arrival) check() error {
-	if len(ar.vms) == 0 {
+// importError is IMPORT_ERROR with a text.
+func importError(format string, args ...any) error {
+	return xapi.NewError(xapi.ErrImportError, fmt.Sprintf(format, args...))
+}
+
+// checkManifest refuses manifests that cannot be imported anywhere.
+func checkManifest(m *ova.Manifest) error {
+	if len(m.VMs) == 0 {
 		return importError("there is no VM in it")
 	}
-	for _, id := range ar.vms {
-		vm := part(ar, xapi.Ref[xapi.VM](id))
+	for _, id := range m.VMs {
+		vm := ova.Get(m, id)
 		if err := cmpErr(validMemory(vm), validVCPUs(vm.VCPUsMax, vm.VCPUsAtStartup), validShadowMultiplier(vm.HVMShadowMultiplier)); err != nil {
 			return err
 		}
-		if vm.IsASnapshot && part(ar, vm.SnapshotOf) == nil {
+		if vm.IsASnapshot && ova.Get(m, vm.SnapshotOf) == nil {
 			return xapi.NewError(xapi.ErrImportErrorFailedToFindObject, string(vm.SnapshotOf))
 		}
-		for _, vbd := range ar.vbds[id] {
-			if vbd.Type == xapi.VBDTypeDisk && part(ar, vbd.VDI) == nil {
+		for _, vbd := range m.VBDs(id) {
+			if vbd.Type == xapi.VBDTypeDisk && ova.Get(m, vbd.VDI) == nil {
 				return xapi.NewError(xapi.ErrImportErrorFailedToFindObject, string(vbd.VDI))
 			}
 		}
-		for _, vif := range ar.vifs[id] {
-			if part(ar, vif.Network) == nil {
+		for _, vif := range m.VIFs(id) {
+			if ova.Get(m, vif.Network) == nil {
 				return xapi.NewError(xapi.ErrImportErrorFailedToFindObject, string(vif.Network))
 			}
 		}
@@ -197,32 +203,9 @@ func (ar *arrival) check() error {
 	return nil
 }
 
-// wanted returns the names of the disks whose contents are in an archive, in
-// the order of their VMs.
-func (ar *arrival) wanted() (ids []xapi.Ref[xapi.VDI]) {
-	seen := map[xapi.Ref[xapi.VDI]]bool{}
-	add := func(id xapi.Ref[xapi.VDI]) {
-		if vdi := part(ar, id); vdi != nil && !seen[id] && ar.filled(vdi) {
-			seen[id] = true
-			ids = append(ids, id)
-		}
-	}
-	for _, id := range ar.vms {
-		for _, vbd := range ar.vbds[id] {
-			if vbd.Type == xapi.VBDTypeDisk {
-				add(vbd.VDI)
-			}
-		}
-		if vm := part(ar, xapi.Ref[xapi.VM](id)); vm.PowerState == xapi.VMPowerStateSuspended {
-			add(vm.SuspendVDI)
-		}
-	}
-	return ids
-}
-
 // plan plans the disk of a record of the manifest.
 func (x *VMImport) plan(ctx context.Context, id xapi.Ref[xapi.VDI]) error {
-	src := part(x.ar, id)
+	src := ova.Get(x.manifest, id)
 	rec := derivedDisk(src)
 	size, err := diskSize(src.VirtualSize)
 	if err != nil {
@@ -253,7 +236,7 @@ func (x *VMImport) plan(ctx context.Context, id xapi.Ref[xapi.VDI]) error {
 
 // place chooses the SR of a disk.
 func (x *VMImport) place(src *xapi.VDI) (sr xapi.Ref[xapi.SR], err error) {
-	if old := part(x.ar, src.SR); x.req.Restore && x.req.SR == "" && old != nil {
+	if old := ova.Get(x.manifest, src.SR); x.req.Restore && x.req.SR == "" && old != nil {
 		err := x.call.api.db.View(func(tx *db.Tx) (err error) {
 			sr, _, err = db.ByUUID[xapi.SR](tx, old.UUID)
 			return err
@@ -268,8 +251,8 @@ func (x *VMImport) place(src *xapi.VDI) (sr xapi.Ref[xapi.SR], err error) {
 // match finds the disks that an import of records alone refers to.
 func (x *VMImport) match() error {
 	return x.call.api.db.View(func(tx *db.Tx) error {
-		for _, id := range x.ar.wanted() {
-			name := part(x.ar, id).UUID
+		for _, id := range x.manifest.Disks() {
+			name := ova.Get(x.manifest, id).UUID
 			if other, ok := x.req.VDIs[name]; ok {
 				ref, err := find[xapi.VDI](tx, other)
 				if err != nil {
@@ -381,7 +364,7 @@ func (x *VMImport) settle(ctx context.Context, d *arrivingDisk, keep bool) (err 
 // record adds everything, and returns the VMs that are no snapshots.
 func (x *VMImport) record(ctx context.Context) ([]xapi.Ref[xapi.VM], error) {
 	refs := []xapi.Ref[xapi.VM]{}
-	if x.ar == nil {
+	if x.manifest == nil {
 		return refs, importError("no manifest has been read")
 	}
 	if x.req.DryRun {
@@ -390,8 +373,8 @@ func (x *VMImport) record(ctx context.Context) ([]xapi.Ref[xapi.VM], error) {
 	if err := x.commit(x.call.Context()); err != nil {
 		return nil, err
 	}
-	for _, id := range x.ar.vms {
-		if id := xapi.Ref[xapi.VM](id); !part(x.ar, id).IsASnapshot {
+	for _, id := range x.manifest.VMs {
+		if !ova.Get(x.manifest, id).IsASnapshot {
 			refs = append(refs, x.vms[id])
 		}
 	}

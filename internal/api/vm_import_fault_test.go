@@ -7,6 +7,7 @@ import (
 	"testing/synctest"
 
 	"coppice/internal/db"
+	"coppice/internal/ova"
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
 )
@@ -21,11 +22,23 @@ type sealedArchive struct {
 // archive makes an archive of a VM with its snapshots.
 func (r *rig) archive(vm vmRef) (a sealedArchive) {
 	r.t.Helper()
-	text, disks := r.manifestOf(vm, archiveOptions{snapshots: true})
-	a = sealedArchive{text, map[string][]byte{}}
-	for _, d := range disks {
-		a.disks[d.id] = r.contents(d.ref)
-	}
+	a.disks = map[string][]byte{}
+	r.view(func(tx *db.Tx) {
+		vms, err := ova.Collect(tx, []vmRef{vm}, ova.Options{Snapshots: true})
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		_, host, err := r.core.API.host(tx)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		if a.manifest, err = vms.Manifest(host); err != nil {
+			r.t.Fatal(err)
+		}
+		for _, d := range vms.Disks {
+			a.disks[d.ID] = r.contents(d.Ref)
+		}
+	})
 	return a
 }
 

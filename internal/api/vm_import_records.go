@@ -10,6 +10,7 @@ import (
 	"github.com/google/uuid"
 
 	"coppice/internal/db"
+	"coppice/internal/ova"
 	"coppice/internal/xapi"
 )
 
@@ -20,26 +21,26 @@ func (x *VMImport) insert(tx *db.Tx) error {
 	if err != nil {
 		return err
 	}
-	for _, id := range x.ar.vms {
+	for _, id := range x.manifest.VMs {
 		if err := x.insertVM(tx, id, schedules); err != nil {
 			return err
 		}
 	}
 	networks := map[xapi.Ref[xapi.Network]]xapi.Ref[xapi.Network]{}
-	for _, id := range x.ar.vms {
-		for _, vbd := range x.ar.vbds[id] {
-			if err := x.insertVBD(tx, xapi.Ref[xapi.VM](id), vbd); err != nil {
+	for _, id := range x.manifest.VMs {
+		for _, vbd := range x.manifest.VBDs(id) {
+			if err := x.insertVBD(tx, id, vbd); err != nil {
 				return err
 			}
 		}
-		for _, vif := range x.ar.vifs[id] {
-			if err := x.insertVIF(tx, xapi.Ref[xapi.VM](id), vif, networks); err != nil {
+		for _, vif := range x.manifest.VIFs(id) {
+			if err := x.insertVIF(tx, id, vif, networks); err != nil {
 				return err
 			}
 		}
 	}
 	for _, d := range x.disks {
-		of, ok := x.vdis[part(x.ar, d.id).SnapshotOf]
+		of, ok := x.vdis[ova.Get(x.manifest, d.id).SnapshotOf]
 		if !d.rec.IsASnapshot || !ok {
 			continue
 		}
@@ -59,14 +60,14 @@ func (x *VMImport) insert(tx *db.Tx) error {
 }
 
 // insertVM adds a VM without devices; schedules are those of replaced VMs.
-func (x *VMImport) insertVM(tx *db.Tx, id string, schedules map[string]xapi.Ref[xapi.VMSS]) error {
-	src := part(x.ar, xapi.Ref[xapi.VM](id))
+func (x *VMImport) insertVM(tx *db.Tx, id xapi.Ref[xapi.VM], schedules map[string]xapi.Ref[xapi.VMSS]) error {
+	src := ova.Get(x.manifest, id)
 	vm := derivedVM(src, src.NameLabel)
 	if err := forgetRefs(vm); err != nil {
 		return err
 	}
 	delete(vm.OtherConfig, undoKey)
-	if host := part(x.ar, src.Affinity); host != nil {
+	if host := ova.Get(x.manifest, src.Affinity); host != nil {
 		if ref, _, err := db.ByUUID[xapi.Host](tx, host.UUID); err == nil {
 			vm.Affinity = ref
 		}
@@ -105,7 +106,7 @@ func (x *VMImport) insertVM(tx *db.Tx, id string, schedules map[string]xapi.Ref[
 	if err := x.insertMetrics(tx, vm, src); err != nil {
 		return err
 	}
-	return db.InsertAs(tx, x.vms[xapi.Ref[xapi.VM](id)], vm)
+	return db.InsertAs(tx, x.vms[id], vm)
 }
 
 // forgetRefs makes the references of a VM null, which are names of a manifest.
@@ -145,14 +146,14 @@ func (x *VMImport) seed(tx *db.Tx, id xapi.Ref[xapi.VM]) (string, bool) {
 // insertMetrics gives vm the metrics of the manifest.
 func (x *VMImport) insertMetrics(tx *db.Tx, vm, src *xapi.VM) (err error) {
 	metrics := xapi.New[xapi.VMMetrics]()
-	if m := part(x.ar, src.Metrics); m != nil {
+	if m := ova.Get(x.manifest, src.Metrics); m != nil {
 		metrics = xapi.ClassOf[xapi.VMMetrics]().Clone(m).(*xapi.VMMetrics)
 	}
 	metrics.UUID = uuid.NewString()
 	if vm.Metrics, err = db.Insert(tx, metrics); err != nil {
 		return err
 	}
-	g := part(x.ar, src.GuestMetrics)
+	g := ova.Get(x.manifest, src.GuestMetrics)
 	if g == nil {
 		return nil
 	}
@@ -204,8 +205,8 @@ func (x *VMImport) insertVBD(tx *db.Tx, id xapi.Ref[xapi.VM], src *xapi.VBD) err
 // medium finds the image of a CD: the same, or one of the same name in an SR
 // of such images.
 func (x *VMImport) medium(tx *db.Tx, src *xapi.VBD) xapi.Ref[xapi.VDI] {
-	image := part(x.ar, src.VDI)
-	if src.Empty || image == nil || src.Type == xapi.VBDTypeDisk && x.ar.filled(image) {
+	image := ova.Get(x.manifest, src.VDI)
+	if src.Empty || image == nil || src.Type == xapi.VBDTypeDisk && x.manifest.Filled(image) {
 		return xapi.NullRef
 	}
 	if ref, _, err := db.ByUUID[xapi.VDI](tx, image.UUID); err == nil {
@@ -242,7 +243,7 @@ func (x *VMImport) insertVIF(tx *db.Tx, id xapi.Ref[xapi.VM], src *xapi.VIF, net
 	}
 	network, ok := networks[src.Network]
 	if !ok {
-		if network, err = x.network(tx, part(x.ar, src.Network)); err != nil {
+		if network, err = x.network(tx, ova.Get(x.manifest, src.Network)); err != nil {
 			return err
 		}
 		networks[src.Network] = network

@@ -7,7 +7,11 @@ import (
 	"slices"
 	"strconv"
 
+	"github.com/google/uuid"
+
 	"coppice/internal/db"
+	"coppice/internal/ova"
+	"coppice/internal/sexpr"
 	"coppice/internal/xapi"
 )
 
@@ -30,8 +34,8 @@ func (x *VMImport) replaced(tx *db.Tx) (refs []xapi.Ref[xapi.VM], err error) {
 	if err := x.checkSeeds(tx); err != nil {
 		return nil, err
 	}
-	for _, id := range x.ar.vms {
-		src := part(x.ar, xapi.Ref[xapi.VM](id))
+	for _, id := range x.manifest.VMs {
+		src := ova.Get(x.manifest, id)
 		name := x.identity(src)
 		if name == "" {
 			continue
@@ -141,10 +145,10 @@ func (x *VMImport) replace(tx *db.Tx) (schedules map[string]xapi.Ref[xapi.VMSS],
 // that VM back a second time.
 func (x *VMImport) adopt(tx *db.Tx) error {
 	restored := map[string]xapi.Ref[xapi.VM]{}
-	for _, id := range x.ar.vms {
-		src := part(x.ar, xapi.Ref[xapi.VM](id))
+	for _, id := range x.manifest.VMs {
+		src := ova.Get(x.manifest, id)
 		if name := x.identity(src); name != "" && !src.IsASnapshot {
-			restored[name] = x.vms[xapi.Ref[xapi.VM](id)]
+			restored[name] = x.vms[id]
 		}
 	}
 	if len(restored) == 0 {
@@ -173,7 +177,7 @@ func (x *VMImport) adopt(tx *db.Tx) error {
 // originalUUID is the UUID of the VM that a snapshot was taken of, according
 // to the snapshot itself; "" when it does not say.
 func originalUUID(snapshot *xapi.VM) string {
-	id, _ := vmFromMetadata(snapshot.SnapshotMetadata)["uuid"].(string)
+	id, _ := sexpr.Fields[xapi.VM](snapshot.SnapshotMetadata)["uuid"].(string)
 	return id
 }
 
@@ -181,11 +185,11 @@ func originalUUID(snapshot *xapi.VM) string {
 // do not replace and that is not of the same snapshots: DUPLICATE_MAC_SEED.
 func (x *VMImport) checkSeeds(tx *db.Tx) error {
 	family := map[string]string{} // by seed: the UUID of the VM that has it, or had it
-	for _, id := range x.ar.vms {
-		src := part(x.ar, xapi.Ref[xapi.VM](id))
+	for _, id := range x.manifest.VMs {
+		src := ova.Get(x.manifest, id)
 		of := src
 		if src.IsASnapshot {
-			of = part(x.ar, src.SnapshotOf)
+			of = ova.Get(x.manifest, src.SnapshotOf)
 		}
 		if seed := src.OtherConfig[macSeedKey]; seed != "" && x.identity(src) != "" {
 			family[seed] = of.UUID
@@ -221,4 +225,11 @@ func restoredVersion(version int64) int64 {
 		return version
 	}
 	return version + 1
+}
+
+// canonicalUUID says whether text is a UUID in the form in which this server
+// writes them.
+func canonicalUUID(text string) bool {
+	u, err := uuid.Parse(text)
+	return err == nil && u.String() == text
 }

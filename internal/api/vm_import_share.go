@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 
+	"coppice/internal/ova"
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
 )
@@ -66,7 +67,7 @@ func (x *VMImport) nearest(d *arrivingDisk) (near *arrivingDisk) {
 // lineage is the disk, in the manifest, that a disk is, or is a snapshot of, and
 // the second that it shows, far in the future for one that is no snapshot.
 func (x *VMImport) lineage(d *arrivingDisk) (of xapi.Ref[xapi.VDI], at int64) {
-	src := part(x.ar, d.id)
+	src := ova.Get(x.manifest, d.id)
 	if src.IsASnapshot {
 		return src.SnapshotOf, src.SnapshotTime.Unix()
 	}

@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"coppice/internal/db"
+	"coppice/internal/sexpr"
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
 )
@@ -401,7 +402,7 @@ func (r *vmRevertWork) uuid() string {
 	if !r.gone() {
 		return r.vm.vm.UUID
 	}
-	id, _ := vmFromMetadata(r.snap.vm.SnapshotMetadata)["uuid"].(string)
+	id, _ := sexpr.Fields[xapi.VM](r.snap.vm.SnapshotMetadata)["uuid"].(string)
 	return id
 }
 

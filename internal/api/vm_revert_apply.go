@@ -9,6 +9,7 @@ import (
 	"github.com/google/uuid"
 
 	"coppice/internal/db"
+	"coppice/internal/sexpr"
 	"coppice/internal/xapi"
 )
 
@@ -84,7 +85,7 @@ var notReverted = []string{
 
 // fields are the values that the VM's fields get.
 func (r *vmRevertWork) fields() map[string]any {
-	fields := vmFromMetadata(r.snap.vm.SnapshotMetadata)
+	fields := sexpr.Fields[xapi.VM](r.snap.vm.SnapshotMetadata)
 	if len(fields) == 0 { // somebody else's snapshot: its own fields are what is known
 		fields = map[string]any{}
 		for _, f := range xapi.ClassOf[xapi.VM]().Fields {

@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"coppice/internal/db"
+	"coppice/internal/sexpr"
 	"coppice/internal/xapi"
 )
 
@@ -70,7 +71,7 @@ func TestVMSnapshotRecord(t *testing.T) {
 	if diff := cmp.Diff(want, got.SnapshotInfo); diff != "" {
 		t.Errorf("snapshot_info: %s", diff)
 	}
-	if saved := vmFromMetadata(got.SnapshotMetadata); saved["uuid"] != src.UUID || saved["name_label"] != "guest" || saved["order"] != int64(3) {
+	if saved := sexpr.Fields[xapi.VM](got.SnapshotMetadata); saved["uuid"] != src.UUID || saved["name_label"] != "guest" || saved["order"] != int64(3) {
 		t.Errorf("snapshot_metadata %s", got.SnapshotMetadata)
 	}
 	vbds, own := r.vbdsOf(snap), r.vbdsOf(vm)

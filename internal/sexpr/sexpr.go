@@ -1,4 +1,12 @@
-package api
+// Package sexpr writes records of the datamodel as the s-expressions of field snapshot_metadata of class VM, and reads
+// them back. It knows nothing of what is in a record.
+//
+// snapshot_metadata is the record of a VM at the time of a snapshot, as the
+// field's documentation leaves it to the server: a list of ('key' 'value')
+// pairs of strings, where a set is written as ('a' 'b') and a map as
+// (('k' 'v') …) inside its value. Backslash and quote are escaped with a
+// backslash.
+package sexpr
 
 import (
 	"maps"
@@ -9,22 +17,16 @@ import (
 	"coppice/internal/xapi"
 )
 
-// snapshot_metadata is the record of a VM at the time of a snapshot, as the
-// field's documentation leaves it to the server: a list of ('key' 'value')
-// pairs of strings, where a set is written as ('a' 'b') and a map as
-// (('k' 'v') …) inside its value. Backslash and quote are escaped with a
-// backslash. It is read by VM.revert.
-
-// sexprWriter writes values of the datamodel in that notation. The value of a
+// writer writes values of the datamodel in that notation. The value of a
 // field that is neither a set nor a map is its bare text.
-type sexprWriter struct {
+type writer struct {
 	text  strings.Builder
 	depth int
 }
 
-var _ xapi.Encoder = (*sexprWriter)(nil)
+var _ xapi.Encoder = (*writer)(nil)
 
-func (w *sexprWriter) atom(s string) {
+func (w *writer) atom(s string) {
 	if w.depth == 0 {
 		w.text.WriteString(s)
 		return
@@ -34,7 +36,7 @@ func (w *sexprWriter) atom(s string) {
 }
 
 // space separates what follows from its neighbour.
-func (w *sexprWriter) space() {
+func (w *writer) space() {
 	if s := w.text.String(); s != "" && !strings.HasSuffix(s, "(") {
 		w.text.WriteByte(' ')
 	}
@@ -51,54 +53,54 @@ func writeQuoted(b *strings.Builder, s string) {
 	b.WriteByte('\'')
 }
 
-func (w *sexprWriter) Null()            { w.atom("") }
-func (w *sexprWriter) Bool(b bool)      { w.atom(strconv.FormatBool(b)) }
-func (w *sexprWriter) Int(n int64)      { w.atom(strconv.FormatInt(n, 10)) }
-func (w *sexprWriter) Float(f float64)  { w.atom(strconv.FormatFloat(f, 'g', -1, 64)) }
-func (w *sexprWriter) String(s string)  { w.atom(s) }
-func (w *sexprWriter) Time(t time.Time) { w.atom(xapi.FormatTime(t)) }
+func (w *writer) Null()            { w.atom("") }
+func (w *writer) Bool(b bool)      { w.atom(strconv.FormatBool(b)) }
+func (w *writer) Int(n int64)      { w.atom(strconv.FormatInt(n, 10)) }
+func (w *writer) Float(f float64)  { w.atom(strconv.FormatFloat(f, 'g', -1, 64)) }
+func (w *writer) String(s string)  { w.atom(s) }
+func (w *writer) Time(t time.Time) { w.atom(xapi.FormatTime(t)) }
 
-func (w *sexprWriter) open() {
+func (w *writer) open() {
 	w.space()
 	w.text.WriteByte('(')
 	w.depth++
 }
 
-func (w *sexprWriter) close() {
+func (w *writer) close() {
 	w.text.WriteByte(')')
 	w.depth--
 }
 
-func (w *sexprWriter) BeginArray()  { w.open() }
-func (w *sexprWriter) EndArray()    { w.close() }
-func (w *sexprWriter) BeginStruct() { w.open() }
+func (w *writer) BeginArray()  { w.open() }
+func (w *writer) EndArray()    { w.close() }
+func (w *writer) BeginStruct() { w.open() }
 
 // Key begins a pair; the one before it ends.
-func (w *sexprWriter) Key(k string) {
+func (w *writer) Key(k string) {
 	w.endPair()
 	w.open()
 	w.atom(k)
 }
 
-func (w *sexprWriter) EndStruct() {
+func (w *writer) EndStruct() {
 	w.endPair()
 	w.close()
 }
 
 // endPair closes a pair of a map that has its value.
-func (w *sexprWriter) endPair() {
+func (w *writer) endPair() {
 	if strings.HasSuffix(w.text.String(), "'") {
 		w.close()
 	}
 }
 
-// vmMetadata writes the fields of a VM that the datamodel stores.
-func vmMetadata(vm *xapi.VM) (string, error) {
+// Record writes the fields of a record that the datamodel stores.
+func Record[T any](rec *T) (string, error) {
 	var out strings.Builder
 	out.WriteByte('(')
-	for _, f := range xapi.ClassOf[xapi.VM]().Fields {
-		var w sexprWriter
-		if err := f.Type.Encode(&w, f.Get(vm)); err != nil {
+	for _, f := range xapi.ClassOf[T]().Fields {
+		var w writer
+		if err := f.Type.Encode(&w, f.Get(rec)); err != nil {
 			return "", err
 		}
 		if out.Len() > 1 {
@@ -114,51 +116,51 @@ func vmMetadata(vm *xapi.VM) (string, error) {
 	return out.String(), nil
 }
 
-// vmFromMetadata reads what vmMetadata wrote, by field name. Fields that it
+// Fields reads what Record wrote, by field name. Fields that it
 // does not know and values that do not fit their type are left out: the text
 // may be from another version, or from anybody.
-func vmFromMetadata(text string) map[string]any {
-	class := xapi.ClassOf[xapi.VM]()
-	pairs, ok := parseSexpr(text)
+func Fields[T any](text string) map[string]any {
+	class := xapi.ClassOf[T]()
+	pairs, ok := parse(text)
 	if !ok {
 		return nil
 	}
 	fields := map[string]any{}
-	for key, value := range sexprPairs(pairs) {
+	for key, value := range pairsOf(pairs) {
 		f := class.Field(key)
 		s, plain := value.(string)
 		if f == nil || !plain {
 			continue
 		}
-		if v, err := f.Type.Parse(sexprWire(f.Type, s)); err == nil {
+		if v, err := f.Type.Parse(wireValue(f.Type, s)); err == nil {
 			fields[key] = v
 		}
 	}
 	return fields
 }
 
-// sexprWire makes a wire value of a field's text.
-func sexprWire(t *xapi.Type, s string) any {
+// wireValue makes a wire value of a field's text.
+func wireValue(t *xapi.Type, s string) any {
 	switch t.Kind {
 	case xapi.KindBool:
 		return s == "true"
 	case xapi.KindSet:
-		list, _ := parseSexpr(s)
+		list, _ := parse(s)
 		if list == nil {
 			list = []any{}
 		}
 		return list
 	case xapi.KindMap:
 		m := map[string]any{}
-		list, _ := parseSexpr(s)
-		maps.Copy(m, sexprPairs(list))
+		list, _ := parse(s)
+		maps.Copy(m, pairsOf(list))
 		return m
 	}
 	return s
 }
 
-// sexprPairs are those elements of a list that are pairs with a name first.
-func sexprPairs(list []any) map[string]any {
+// pairsOf are those elements of a list that are pairs with a name first.
+func pairsOf(list []any) map[string]any {
 	pairs := map[string]any{}
 	for _, e := range list {
 		pair, ok := e.([]any)
@@ -172,13 +174,13 @@ func sexprPairs(list []any) map[string]any {
 	return pairs
 }
 
-// maxSexprDepth is how deep lists may be nested; what we write has three levels.
-const maxSexprDepth = 8
+// maxDepth is how deep lists may be nested; what we write has three levels.
+const maxDepth = 8
 
-// parseSexpr reads a list of quoted strings and lists. ok is false for anything
+// parse reads a list of quoted strings and lists. ok is false for anything
 // else.
-func parseSexpr(s string) (list []any, ok bool) {
-	p := sexprParser{rest: strings.TrimSpace(s)}
+func parse(s string) (list []any, ok bool) {
+	p := parser{rest: strings.TrimSpace(s)}
 	if !strings.HasPrefix(p.rest, "(") {
 		return nil, false
 	}
@@ -186,10 +188,10 @@ func parseSexpr(s string) (list []any, ok bool) {
 	return list, ok && p.rest == ""
 }
 
-type sexprParser struct{ rest string }
+type parser struct{ rest string }
 
-func (p *sexprParser) list(depth int) (list []any, ok bool) {
-	if depth > maxSexprDepth {
+func (p *parser) list(depth int) (list []any, ok bool) {
+	if depth > maxDepth {
 		return nil, false
 	}
 	p.rest = p.rest[1:]
@@ -221,7 +223,7 @@ func (p *sexprParser) list(depth int) (list []any, ok bool) {
 	}
 }
 
-func (p *sexprParser) quoted() (string, bool) {
+func (p *parser) quoted() (string, bool) {
 	var b strings.Builder
 	for i := 1; i < len(p.rest); i++ {
 		switch p.rest[i] {

@@ -1,4 +1,4 @@
-package api
+package sexpr
 
 import (
 	"strings"
@@ -10,18 +10,18 @@ import (
 	"coppice/internal/xapi"
 )
 
-func TestVMMetadata(t *testing.T) {
+func TestRecord(t *testing.T) {
 	vm := xapi.New[xapi.VM]()
 	vm.NameLabel = `it's a "test" \ with (parens) and 'quotes'`
 	vm.OtherConfig = map[string]string{"a'b": `c\d`, "": "", "x": "(('y' 'z'))"}
 	vm.Tags = []string{"one", "it's"}
 	vm.VCPUsMax, vm.IsATemplate, vm.HVMShadowMultiplier = 1<<60, true, 1.5
 	vm.SnapshotTime = time.Unix(1_700_000_000, 0).UTC()
-	text, err := vmMetadata(vm)
+	text, err := Record(vm)
 	if err != nil {
 		t.Fatal(err)
 	}
-	got := vmFromMetadata(text)
+	got := Fields[xapi.VM](text)
 	for _, f := range xapi.ClassOf[xapi.VM]().Fields {
 		want := f.Get(vm)
 		if diff := cmp.Diff(want, got[f.Name]); diff != "" && got[f.Name] != nil {
@@ -34,7 +34,7 @@ func TestVMMetadata(t *testing.T) {
 		}
 	}
 	for _, bad := range []string{"", "x", "(", "('a'", "('a' 'b'", "(('a' 'b)", `(('a' 'b\`, "('a')x", strings.Repeat("(", 100)} {
-		if got := vmFromMetadata(bad); len(got) != 0 {
+		if got := Fields[xapi.VM](bad); len(got) != 0 {
 			t.Errorf("%q gives %v", bad, got)
 		}
 	}
@@ -42,8 +42,8 @@ func TestVMMetadata(t *testing.T) {
 
 // Whatever a snapshot's metadata says, reading it ends and gives values of the
 // fields' types.
-func FuzzVMMetadata(f *testing.F) {
-	text, err := vmMetadata(xapi.New[xapi.VM]())
+func FuzzFields(f *testing.F) {
+	text, err := Record(xapi.New[xapi.VM]())
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -52,10 +52,10 @@ func FuzzVMMetadata(f *testing.F) {
 	f.Add("((('a' 'b')))")
 	f.Fuzz(func(t *testing.T, text string) {
 		vm := xapi.New[xapi.VM]()
-		for name, v := range vmFromMetadata(text) {
+		for name, v := range Fields[xapi.VM](text) {
 			xapi.ClassOf[xapi.VM]().Field(name).Set(vm, v)
 		}
-		if _, err := vmMetadata(vm); err != nil {
+		if _, err := Record(vm); err != nil {
 			t.Error(err)
 		}
 	})

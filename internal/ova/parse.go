@@ -1,9 +1,7 @@
-package api
+package ova
 
 import (
 	"fmt"
-
-	"github.com/google/uuid"
 
 	"coppice/internal/rpc"
 	"coppice/internal/xapi"
@@ -14,25 +12,33 @@ func importError(format string, args ...any) error {
 	return xapi.NewError(xapi.ErrImportError, fmt.Sprintf(format, args...))
 }
 
-// arrival is a manifest that has been read: its records by their names there.
+// Manifest is a manifest that has been read: its records by their names there.
 // What refers to a record does so by that name.
-type arrival struct {
-	vms  []string // in the order of the manifest, without control domains
+type Manifest struct {
+	VMs []xapi.Ref[xapi.VM] // in the order of the manifest, without control domains
+
 	recs map[string]any
-	vbds map[string][]*xapi.VBD // by VM
-	vifs map[string][]*xapi.VIF
+	vbds map[xapi.Ref[xapi.VM]][]*xapi.VBD
+	vifs map[xapi.Ref[xapi.VM]][]*xapi.VIF
 }
 
-// part returns a record of a manifest, nil when it has none of that name and
+// Get returns a record of a manifest, nil when it has none of that name and
 // class.
-func part[T any](ar *arrival, id xapi.Ref[T]) *T {
-	rec, _ := ar.recs[string(id)].(*T)
+func Get[T any](m *Manifest, id xapi.Ref[T]) *T {
+	rec, _ := m.recs[string(id)].(*T)
 	return rec
 }
 
-// readManifest reads a manifest from anywhere. The error is an IMPORT_ERROR
-// that says what is wrong, or IMPORT_INCOMPATIBLE_VERSION.
-func readManifest(text []byte) (*arrival, error) {
+// VBDs returns the VBDs of a VM in the order of the manifest.
+func (m *Manifest) VBDs(vm xapi.Ref[xapi.VM]) []*xapi.VBD { return m.vbds[vm] }
+
+// VIFs returns the VIFs of a VM in the order of the manifest.
+func (m *Manifest) VIFs(vm xapi.Ref[xapi.VM]) []*xapi.VIF { return m.vifs[vm] }
+
+// Parse reads a manifest from anywhere. It may refer to what it does not have.
+// The error is an IMPORT_ERROR that says what is wrong, or
+// IMPORT_INCOMPATIBLE_VERSION.
+func Parse(text []byte) (*Manifest, error) {
 	v, err := rpc.ParseXMLValue(string(text))
 	if err != nil {
 		return nil, importError("the manifest: %v", err)
@@ -42,25 +48,25 @@ func readManifest(text []byte) (*arrival, error) {
 	if !ok {
 		return nil, xapi.NewError(xapi.ErrImportIncompatibleVersion)
 	}
-	if n, err := manifestInt(version["export_vsn"]); err != nil || n < 0 || n > exportVersion {
+	if n, err := parseInt(version["export_vsn"]); err != nil || n < 0 || n > exportVersion {
 		return nil, xapi.NewError(xapi.ErrImportIncompatibleVersion)
 	}
 	objects, ok := doc["objects"].([]any)
 	if !ok {
 		return nil, importError("the manifest has no objects")
 	}
-	ar := &arrival{recs: map[string]any{}, vbds: map[string][]*xapi.VBD{}, vifs: map[string][]*xapi.VIF{}}
+	m := &Manifest{recs: map[string]any{}, vbds: map[xapi.Ref[xapi.VM]][]*xapi.VBD{}, vifs: map[xapi.Ref[xapi.VM]][]*xapi.VIF{}}
 	for i, o := range objects {
-		if err := ar.add(o); err != nil {
+		if err := m.add(o); err != nil {
 			return nil, importError("object %d of the manifest: %v", i, err)
 		}
 	}
-	return ar, nil
+	return m, nil
 }
 
-// manifestInt reads a number, whose value is a string in most manifests. One
+// parseInt reads a number, whose value is a string in most manifests. One
 // that is missing is 0, as in manifests of the first version.
-func manifestInt(v any) (int64, error) {
+func parseInt(v any) (int64, error) {
 	if v == nil {
 		return 0, nil
 	}
@@ -77,7 +83,7 @@ func manifestInt(v any) (int64, error) {
 
 // add reads an object. Those of classes that an import has no use for are
 // left out.
-func (ar *arrival) add(o any) error {
+func (m *Manifest) add(o any) error {
 	object, _ := o.(map[string]any)
 	name, _ := object["class"].(string)
 	id, _ := object["id"].(string)
@@ -85,7 +91,7 @@ func (ar *arrival) add(o any) error {
 	if !ok || name == "" || id == "" || id == xapi.NullRef {
 		return fmt.Errorf("no class, id or snapshot")
 	}
-	if ar.recs[id] != nil {
+	if m.recs[id] != nil {
 		return fmt.Errorf("a second %s", id)
 	}
 	switch name {
@@ -93,29 +99,29 @@ func (ar *arrival) add(o any) error {
 	default:
 		return nil
 	}
-	rec, err := readRecord(xapi.Datamodel().Classes[name], fields)
+	rec, err := parseRecord(xapi.Datamodel().Classes[name], fields)
 	if err != nil {
 		return fmt.Errorf("%s: %w", id, err)
 	}
-	ar.recs[id] = rec
+	m.recs[id] = rec
 	switch rec := rec.(type) {
 	case *xapi.VM:
 		if !rec.IsControlDomain {
-			ar.vms = append(ar.vms, id)
+			m.VMs = append(m.VMs, xapi.Ref[xapi.VM](id))
 		}
 	case *xapi.VBD:
-		ar.vbds[string(rec.VM)] = append(ar.vbds[string(rec.VM)], rec)
+		m.vbds[rec.VM] = append(m.vbds[rec.VM], rec)
 	case *xapi.VIF:
-		ar.vifs[string(rec.VM)] = append(ar.vifs[string(rec.VM)], rec)
+		m.vifs[rec.VM] = append(m.vifs[rec.VM], rec)
 	}
 	return nil
 }
 
-// readRecord reads the stored fields of a record. Fields that it does not know
+// parseRecord reads the stored fields of a record. Fields that it does not know
 // are left out, for they may be of a newer server, and so are sets and maps
 // with such values; missing ones have their defaults. Any other value that
 // does not fit is an error.
-func readRecord(class *xapi.Class, fields map[string]any) (any, error) {
+func parseRecord(class *xapi.Class, fields map[string]any) (any, error) {
 	rec := class.New()
 	for _, f := range class.Fields {
 		v, ok := fields[f.Name]
@@ -134,16 +140,32 @@ func readRecord(class *xapi.Class, fields map[string]any) (any, error) {
 	return rec, nil
 }
 
-// filled tells whether the contents of a disk of the manifest are in the
+// Filled tells whether the contents of a disk of the manifest are in the
 // archive when it hangs on a VBD of type Disk or is memory.
-func (ar *arrival) filled(vdi *xapi.VDI) bool {
-	sr := part(ar, vdi.SR)
+func (m *Manifest) Filled(vdi *xapi.VDI) bool {
+	sr := Get(m, vdi.SR)
 	return sr == nil || sr.ContentType != isoContent
 }
 
-// canonicalUUID says whether text is a UUID in the form in which this server
-// writes them.
-func canonicalUUID(text string) bool {
-	u, err := uuid.Parse(text)
-	return err == nil && u.String() == text
+// Disks returns the names of the disks whose contents are in an archive, in
+// the order of their VMs.
+func (m *Manifest) Disks() (ids []xapi.Ref[xapi.VDI]) {
+	seen := map[xapi.Ref[xapi.VDI]]bool{}
+	add := func(id xapi.Ref[xapi.VDI]) {
+		if vdi := Get(m, id); vdi != nil && !seen[id] && m.Filled(vdi) {
+			seen[id] = true
+			ids = append(ids, id)
+		}
+	}
+	for _, id := range m.VMs {
+		for _, vbd := range m.vbds[id] {
+			if vbd.Type == xapi.VBDTypeDisk {
+				add(vbd.VDI)
+			}
+		}
+		if vm := Get(m, id); vm.PowerState == xapi.VMPowerStateSuspended {
+			add(vm.SuspendVDI)
+		}
+	}
+	return ids
 }
