@@ -7,9 +7,9 @@ import (
 	"io"
 	"regexp"
 	"strings"
-	"unicode/utf8"
 
 	"coppice/internal/typo"
+	"coppice/internal/wordwrap"
 )
 
 // helpWidth is how wide help is printed, in columns.
@@ -26,7 +26,8 @@ func usage(w io.Writer) {
 
 // help explains one command with its flags.
 func (c command) help(w io.Writer, fs *flag.FlagSet) {
-	fmt.Fprint(w, wrap("Usage: coppice "+c.name+" [FLAGS] "+c.args, ""), "\n", wrap(capital(c.summary)+".", ""))
+	text := "Usage: coppice " + c.name + " [FLAGS] " + c.args + "\n\n" + capital(c.summary) + ".\n"
+	fmt.Fprint(w, wordwrap.Fold(text, helpWidth, ""))
 	fs.VisitAll(func(f *flag.Flag) { fmt.Fprint(w, "\n", flagHelp(f)) })
 }
 
@@ -38,25 +39,8 @@ func flagHelp(f *flag.Flag) string {
 	default:
 		text += " (default " + f.DefValue + ")"
 	}
-	return strings.TrimRight("  --"+f.Name+" "+kind, " ") + "\n" + wrap(text, "      ")
-}
-
-// wrap breaks a text between words into lines of helpWidth with an indent.
-func wrap(text, indent string) string {
-	var b strings.Builder
-	line := indent
-	for word := range strings.FieldsSeq(text) {
-		if line != indent && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > helpWidth {
-			b.WriteString(line + "\n")
-			line = indent
-		}
-		if line != indent {
-			line += " "
-		}
-		line += word
-	}
-	b.WriteString(line + "\n")
-	return b.String()
+	const indent = "      "
+	return strings.TrimRight("  --"+f.Name+" "+kind, " ") + "\n" + indent + wordwrap.Fold(text, helpWidth, indent) + "\n"
 }
 
 // flagInError finds the flag that an error of package flag is about.

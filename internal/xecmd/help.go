@@ -3,7 +3,8 @@ package xecmd
 import (
 	"errors"
 	"strings"
-	"unicode/utf8"
+
+	"coppice/internal/wordwrap"
 )
 
 const usage = `Usage:
@@ -102,29 +103,8 @@ func wrap(names []string) string {
 	return strings.Join(append(lines, line), "\n")
 }
 
-// fold breaks a value of a command's help between words, such that it fits a
-// terminal of 80 columns with what stands in front of it.
+// fold breaks a value of a command's help such that it fits a terminal of 80
+// columns with what helpCommand and formatRecord put in front of it.
 func fold(text string) string {
-	const indent = "                          "
-	var b strings.Builder
-	for paragraph := range strings.Lines(text) {
-		width := 0
-		for i, word := range strings.Fields(paragraph) {
-			switch n := utf8.RuneCountInString(word); {
-			case i == 0:
-				width = n
-			case len(indent)+width+1+n > 80:
-				b.WriteString("\n" + indent)
-				width = n
-			default:
-				b.WriteByte(' ')
-				width += 1 + n
-			}
-			b.WriteString(word)
-		}
-		if strings.HasSuffix(paragraph, "\n") {
-			b.WriteByte('\n')
-		}
-	}
-	return strings.ReplaceAll(b.String(), "\n\n", "\n\n"+indent)
+	return wordwrap.Fold(text, 80, strings.Repeat(" ", 26))
 }
