@@ -64,7 +64,7 @@ func (o Options) validate() error {
 	for name, n := range map[string]int64{
 		"MaxBytes": o.MaxBytes, "LogBytes": o.LogBytes, "CheckpointAfter": int64(o.CheckpointAfter),
 		"Buffers": l.Buffers, "Entries": l.Entries, "PageCache": l.PageCache, "DirectMin": l.DirectMin,
-		"Chain": int64(l.Chain), "ReapPages": int64(l.ReapPages),
+		"BulkCache": l.BulkCache, "Chain": int64(l.Chain), "ReapPages": int64(l.ReapPages),
 	} {
 		if n < 0 {
 			return fmt.Errorf("%w: %s is %d", ErrInvalid, name, n)
@@ -80,6 +80,7 @@ type Limits struct {
 	Entries   int64 // units written since the last checkpoint; default 1 Mi
 	PageCache int64 // bytes of map pages kept; default 128 MiB
 	DirectMin int64 // bytes from which a write goes straight to the files; default 256 KiB
+	BulkCache int64 // bytes of [Disk.WriteBulk] that stay in the host's cache; default 256 MiB
 	Chain     int   // sealed layers under one volume; default 32
 	ReapPages int   // map pages freed per checkpoint; default 4096
 }
@@ -94,6 +95,7 @@ func (l Limits) withDefaults() Limits {
 	def(&l.Entries, 1<<20)
 	def(&l.PageCache, 128<<20)
 	def(&l.DirectMin, 256<<10)
+	def(&l.BulkCache, 256<<20)
 	if l.Chain == 0 {
 		l.Chain = 32
 	}

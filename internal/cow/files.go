@@ -129,6 +129,13 @@ func (sf *spaceFiles) writeBehind(addr uint64, n int) {
 	}
 }
 
+// evict waits until n units are on the device, and has the host forget them.
+func (sf *spaceFiles) evict(addr uint64, n int) {
+	if f, off := sf.at(addr); f != nil {
+		f.Evict(off, int64(n)*int64(sf.geo.UnitSize))
+	}
+}
+
 // allocate has the host provide the space of a region, creating its file if
 // it is the first one there.
 func (sf *spaceFiles) allocate(region int) error {

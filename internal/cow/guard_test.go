@@ -392,8 +392,8 @@ func TestOpenSettles(t *testing.T) {
 	}
 	before, _, _ := strings.Cut(lines.String(), "\nwrite ")
 	for _, want := range []string{
-		"datasync super\nevict super\n", "datasync regions-0\nevict regions-0\n",
-		"datasync regions-1\nevict regions-1\n", "datasync log\nevict log\n", "datasync space-0000\n",
+		"datasync super\nevict super 0+0\n", "datasync regions-0\nevict regions-0 0+0\n",
+		"datasync regions-1\nevict regions-1 0+0\n", "datasync log\nevict log 0+0\n", "datasync space-0000\n",
 	} {
 		if !strings.Contains(before, want) {
 			t.Errorf("no %q in\n%s", want, before)

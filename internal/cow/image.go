@@ -176,7 +176,7 @@ func settle(f vfs.File, name string) error {
 	if err := f.Datasync(); err != nil {
 		return fmt.Errorf("syncing %s: %w", name, err)
 	}
-	f.Evict()
+	f.Evict(0, 0)
 	return nil
 }
 

@@ -31,7 +31,8 @@ var cutKinds = []struct {
 }{
 	{"create", 3},
 	{"write", 20},
-	{"big", 9},
+	{"big", 6},
+	{"bulk", 3},
 	{"zero", 6},
 	{"flush", 16},
 	{"snapshot", 5},

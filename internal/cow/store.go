@@ -31,6 +31,7 @@ type Store struct {
 
 	*pageReader
 	space *space
+	bulk  bulkCache
 	eras  eras
 
 	life   sync.RWMutex // shared by calls, exclusive to Close
@@ -222,6 +223,7 @@ func open(ctx context.Context, dir vfs.FS, o Options, lock io.Closer) (_ *Store,
 	s := &Store{
 		geo: im.super.geo, opts: o, limits: o.Limits.withDefaults(), dir: dir, lock: lock, superF: im.superF,
 		pageReader: im.pageReader, space: im.space,
+		bulk: bulkCache{files: im.pageReader.files, most: int(o.Limits.withDefaults().BulkCache) / im.super.geo.UnitSize},
 		byID: map[ID]*volume{}, byNum: map[uint64]*volume{}, children: map[uint64]map[*volume]struct{}{},
 		nextNum: im.super.nextID, epoch: im.super.epoch,
 		changed: map[*volume]struct{}{},

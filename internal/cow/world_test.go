@@ -20,7 +20,7 @@ var tiny = Geometry{UnitSize: 1024, Fanout: 4, PageCounters: 8, RegionsPerFile: 
 func tinyOptions() Options {
 	return Options{
 		Geometry: tiny,
-		Limits:   Limits{DirectMin: 6 << 10, PageCache: 64 << 10, Chain: 4, ReapPages: 8},
+		Limits:   Limits{DirectMin: 6 << 10, BulkCache: 16 << 10, PageCache: 64 << 10, Chain: 4, ReapPages: 8},
 		FirstFit: true,
 		LogBytes: 40 << 10, // a group with long attributes is more than a frame
 	}
@@ -40,7 +40,8 @@ var opKinds = []struct {
 }{
 	{"create", 4},
 	{"write", 22},
-	{"big", 12},
+	{"big", 8},
+	{"bulk", 4},
 	{"zero", 8},
 	{"flush", 6},
 	{"snapshot", 7},
@@ -278,7 +279,7 @@ func (w *world) step(o op) error {
 			_, err := w.s.Create(ctx, m.id, int64(len(m.data)), m.attrs)
 			return err
 		}, func() { w.vols[m.id] = m })
-	case "write", "big", "same":
+	case "write", "big", "bulk", "same":
 		m := w.pick(o.a, writableN)
 		if m == nil {
 			return nil
@@ -298,7 +299,11 @@ func (w *world) step(o op) error {
 			copy(p[n/2:], m.data[off+n/2:off+n])
 		}
 		prev := w.change(m, off, p)
-		if _, err = d.WriteAt(p, int64(off)); full(err) {
+		write := d.WriteAt
+		if o.kind == "bulk" {
+			write = d.WriteBulk
+		}
+		if _, err = write(p, int64(off)); full(err) {
 			return w.resync(m, off, prev)
 		}
 		return err

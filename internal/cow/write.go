@@ -30,7 +30,9 @@ const (
 // a *CorruptError where old contents are needed and damaged; [ErrReadOnly],
 // [ErrFailed]. After an error n bytes are written and any part of the rest
 // may be.
-func (d *Disk) WriteAt(p []byte, off int64) (n int, err error) {
+func (d *Disk) WriteAt(p []byte, off int64) (n int, err error) { return d.write(p, off, false) }
+
+func (d *Disk) write(p []byte, off int64, bulk bool) (n int, err error) {
 	if err := d.begin(true); err != nil {
 		return 0, err
 	}
@@ -42,6 +44,7 @@ func (d *Disk) WriteAt(p []byte, off int64) (n int, err error) {
 		disk:    d,
 		direct:  int64(len(p)) >= d.s.limits.DirectMin,
 		compare: len(p) >= compareMin,
+		bulk:    bulk,
 	}
 	u := int64(d.s.geo.UnitSize)
 	for n < len(p) {
@@ -107,6 +110,7 @@ type writer struct {
 	disk    *Disk
 	direct  bool    // write to the space files at once
 	compare bool    // leave equal units alone
+	bulk    bool    // let the host forget what is written to the files
 	pieces  []piece // scratch of leaveEqual
 }
 
@@ -207,6 +211,9 @@ func (w *writer) store(slots []slot, p []byte, promised *int64) error {
 			return err
 		}
 		s.files.writeBehind(addr, got)
+		if w.bulk {
+			s.bulk.add(addr, got)
+		}
 		i += got
 	}
 	return nil

@@ -253,7 +253,7 @@ func (o *Overlay) merge(ctx context.Context, p []byte, off int64) (int, error) {
 }
 
 func (o *Overlay) store(p []byte, off int64) error {
-	n, err := o.v.WriteAt(p, off)
+	n, err := WriteBulk(o.v, p, off)
 	o.changed += int64(n)
 	return err
 }

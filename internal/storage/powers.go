@@ -12,6 +12,14 @@ type BareLister interface {
 	ListBare(ctx context.Context) iter.Seq2[Info, error]
 }
 
+// BulkWriter is the power of a Volume to take much that nobody reads soon, as the
+// contents of an image, without pushing what is read often out of the host's memory.
+// WriteBulk is WriteAt otherwise; it may wait for the device. [WriteBulk] uses
+// it where it is.
+type BulkWriter interface {
+	WriteBulk(p []byte, off int64) (n int, err error)
+}
+
 // Resizer changes the size of a volume, in bytes. Growth reads as zero; what a
 // shrink cuts off is gone. ErrInvalid for a size that Create would refuse,
 // ErrReadOnly for a read-only volume.

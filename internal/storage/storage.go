@@ -258,6 +258,14 @@ func ReadFull(v Volume, p []byte, off int64) error {
 	return nil
 }
 
+// WriteBulk stores p at off, as a [BulkWriter] does if v is one.
+func WriteBulk(v Volume, p []byte, off int64) (int, error) {
+	if b, ok := v.(BulkWriter); ok {
+		return b.WriteBulk(p, off)
+	}
+	return v.WriteAt(p, off)
+}
+
 // Extent is a range of a volume.
 type Extent struct {
 	Off, Len int64 // bytes

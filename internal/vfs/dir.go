@@ -226,11 +226,12 @@ type dirFile struct {
 	f      *os.File
 	raw    syscall.RawConn
 	direct directWriter
+	waits  reopened // of Evict
 }
 
 func (f *dirFile) ReadAt(p []byte, off int64) (int, error)  { return f.f.ReadAt(p, off) }
 func (f *dirFile) WriteAt(p []byte, off int64) (int, error) { return f.f.WriteAt(p, off) }
-func (f *dirFile) Close() error                             { return errors.Join(f.f.Close(), f.direct.close()) }
+func (f *dirFile) Close() error                             { return errors.Join(f.f.Close(), f.direct.close(), f.waits.close()) }
 func (f *dirFile) Truncate(size int64) error                { return f.f.Truncate(size) }
 
 func (f *dirFile) Size() (int64, error) {
@@ -301,9 +302,19 @@ func (f *dirFile) ReadAhead(off, n int64) {
 	})
 }
 
-func (f *dirFile) Evict() {
+// Evict waits with a descriptor of its own: an error of writing back is told
+// once to each, and that of this one must be left for Datasync.
+func (f *dirFile) Evict(off, n int64) {
+	if file := f.waits.of(f, 0); file != nil {
+		if raw, err := file.SyscallConn(); err == nil {
+			const wait = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+			_ = control(raw, "sync_file_range", f.name, func(fd int) error {
+				return unix.SyncFileRange(fd, off, n, wait)
+			})
+		}
+	}
 	_ = f.control("fadvise", func(fd int) error {
-		return unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED)
+		return unix.Fadvise(fd, off, n, unix.FADV_DONTNEED)
 	})
 }
 

@@ -2,8 +2,6 @@ package vfs
 
 import (
 	"errors"
-	"os"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -35,36 +33,21 @@ func isAligned(p []byte, off int64) bool {
 // reads and other writes of the same file go through the cache; the host
 // drops what that has of a range that is written here.
 type directWriter struct {
-	once   sync.Once
-	file   *os.File    // nil: there is none
+	reopened
 	refuse atomic.Bool // the host has a descriptor for direct writes and takes none
-}
-
-// open opens the file of that name in root for direct writes if it is still
-// the same as f. What fails means that there are none.
-func (d *directWriter) open(root *os.Root, name string, f *os.File) {
-	file, err := root.OpenFile(name, os.O_RDWR|unix.O_DIRECT|unix.O_DSYNC, 0)
-	if err != nil {
-		return // such as on a file system without, or after Close of the directory
-	}
-	was, err := f.Stat()
-	if err == nil {
-		var is os.FileInfo
-		if is, err = file.Stat(); err == nil && os.SameFile(was, is) {
-			d.file = file
-			return
-		}
-	}
-	_ = file.Close() // nothing has been written
 }
 
 // write reports whether the host takes such a write; false is one that has
 // not happened.
-func (d *directWriter) write(p []byte, off int64) (taken bool, err error) {
-	if d.file == nil || d.refuse.Load() || !isAligned(p, off) {
+func (d *directWriter) write(f *dirFile, p []byte, off int64) (taken bool, err error) {
+	if d.refuse.Load() || !isAligned(p, off) {
 		return false, nil
 	}
-	_, err = d.file.WriteAt(p, off)
+	file := d.of(f, unix.O_DIRECT|unix.O_DSYNC)
+	if file == nil {
+		return false, nil
+	}
+	_, err = file.WriteAt(p, off)
 	if errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.EOPNOTSUPP) {
 		d.refuse.Store(true)
 		return false, nil
@@ -72,18 +55,8 @@ func (d *directWriter) write(p []byte, off int64) (taken bool, err error) {
 	return true, err
 }
 
-// close closes what has been opened, and nothing is opened later.
-func (d *directWriter) close() error {
-	d.once.Do(func() {})
-	if d.file == nil {
-		return nil
-	}
-	return d.file.Close()
-}
-
 func (f *dirFile) WriteSync(p []byte, off int64) error {
-	f.direct.once.Do(func() { f.direct.open(f.dir, f.name, f.f) })
-	if taken, err := f.direct.write(p, off); taken {
+	if taken, err := f.direct.write(f, p, off); taken {
 		return err
 	}
 	if _, err := f.WriteAt(p, off); err != nil {

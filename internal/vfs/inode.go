@@ -227,12 +227,15 @@ func (n *inode) failSync(choose Choose) {
 	clear(n.dirty)
 }
 
-// evict lets the clean pages show what the device has.
-func (n *inode) evict() {
+// evict lets the clean pages that are wholly in [off, end) show what the device
+// has.
+func (n *inode) evict(off, end int64) {
 	for i := range n.stale {
-		n.pages[i].cache = n.pages[i].device
+		if i*pageSize >= off && (i+1)*pageSize <= end {
+			n.pages[i].cache = n.pages[i].device
+			delete(n.stale, i)
+		}
 	}
-	clear(n.stale)
 }
 
 var zeroSector [sectorSize]byte

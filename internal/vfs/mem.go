@@ -372,8 +372,12 @@ func (f *memFile) WriteBehind(int64, int64) {}
 
 func (f *memFile) ReadAhead(int64, int64) {}
 
-func (f *memFile) Evict() {
+func (f *memFile) Evict(off, n int64) {
+	end := off + n
+	if n == 0 {
+		end = maxOffset
+	}
 	f.m.mu.Lock()
 	defer f.m.mu.Unlock()
-	f.n.evict()
+	f.n.evict(off, end)
 }

@@ -108,9 +108,9 @@ func (f *traceFile) WriteSync(p []byte, off int64) error {
 	return f.t.log(f.File.WriteSync(p, off), "writesync %s %d+%d", f.name, off, len(p))
 }
 
-func (f *traceFile) Evict() {
-	f.File.Evict()
-	_ = f.t.log(nil, "evict %s", f.name)
+func (f *traceFile) Evict(off, n int64) {
+	f.File.Evict(off, n)
+	_ = f.t.log(nil, "evict %s %d+%d", f.name, off, n)
 }
 
 func (f *traceFile) Close() error { return f.t.log(f.File.Close(), "close %s", f.name) }

@@ -110,7 +110,9 @@ type File interface {
 	// behind the other are noticed by the host itself.
 	ReadAhead(off, n int64)
 
-	// Evict drops the clean cached pages of the file, so that the next read
-	// shows what the device has. It is advice on a real file.
-	Evict()
+	// Evict writes [off, off+n) back, waits for that, and drops the range from
+	// the host's cache, so that the next read shows what the device has. An n
+	// of 0 reaches to the end of the file. It is advice on a real file and
+	// makes nothing durable: what goes wrong is for Datasync to tell.
+	Evict(off, n int64)
 }

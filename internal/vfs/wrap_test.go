@@ -41,7 +41,7 @@ func busy(fsys vfs.FS) error {
 			return err
 		}
 	}
-	f.Evict()
+	f.Evict(0, 0)
 	return nil
 }
 
@@ -73,7 +73,7 @@ rename f g
 open g
 close g
 remove g
-evict f
+evict f 0+0
 close f
 unlock
 create x
@@ -155,7 +155,7 @@ func TestFailedSync(t *testing.T) {
 	ok(t, kf.Datasync())
 	same(t, outcomes(t, k, sectors(t, "f")), "xy")
 
-	f.Evict()
+	f.Evict(0, 0)
 	if got := sectors(t, "f")(m); got != "ab" {
 		t.Errorf("without its cache the file is %q", got)
 	}
@@ -170,7 +170,7 @@ func TestFailedSyncKeepsSome(t *testing.T) {
 	ok(t, err)
 	write(t, f, run("xy"), 0)
 	fails(t, g.Datasync(), syscall.EIO)
-	g.Evict()
+	g.Evict(0, 0)
 	if got := sectors(t, "f")(m); got != "xb" {
 		t.Errorf("the device has %q", got)
 	}
@@ -191,7 +191,7 @@ func TestFailedWriteSync(t *testing.T) {
 		ok(t, err)
 		write(t, f, run("z"), 1024)
 		fails(t, f.WriteSync([]byte(run("x")), 0), syscall.EIO)
-		f.Evict()
+		f.Evict(0, 0)
 		want := map[vfs.Op][]string{vfs.OpWrite: {"abc", "abz"}, vfs.OpDatasync: {"xbc", "xbz"}}[step]
 		same(t, outcomes(t, m, sectors(t, "f")), want...)
 	}

@@ -20,8 +20,9 @@ type volume struct {
 }
 
 var (
-	_ storage.Volume    = (*volume)(nil)
-	_ storage.Versioned = (*volume)(nil)
+	_ storage.Volume     = (*volume)(nil)
+	_ storage.Versioned  = (*volume)(nil)
+	_ storage.BulkWriter = (*volume)(nil)
 )
 
 func (v *volume) fail(doing string, err error) error { return translate(doing, v.id, err) }
@@ -38,6 +39,11 @@ func (v *volume) ReadAt(p []byte, off int64) (int, error) {
 
 func (v *volume) WriteAt(p []byte, off int64) (int, error) {
 	n, err := v.d.WriteAt(p, off)
+	return n, v.fail("write", err)
+}
+
+func (v *volume) WriteBulk(p []byte, off int64) (int, error) {
+	n, err := v.d.WriteBulk(p, off)
 	return n, v.fail("write", err)
 }
 

@@ -68,6 +68,7 @@ func Run(t *testing.T, open Open) {
 		{"ReadWrite", testReadWrite},
 		{"Bounds", testBounds},
 		{"LargeIO", testLargeIO},
+		{"WriteBulk", testWriteBulk},
 		{"Sparse", testSparse},
 		{"ZeroWrites", testZeroWrites},
 		{"Zero", testZero},

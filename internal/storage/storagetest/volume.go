@@ -95,6 +95,34 @@ func testBounds(s *suite) {
 	s.wantVolume(v, data)
 }
 
+// testWriteBulk expects bulk writes to be writes.
+func testWriteBulk(s *suite) {
+	const size = 4 * mib
+	id, data := s.filled(1, size)
+	snap := s.snapshot(id)
+	before := slices.Clone(data)
+	v := s.live(id)
+	for i, c := range []struct{ off, n int }{{0, mib}, {mib + 7, mib}, {100, 9}, {3 * mib, mib}, {0, size}, {size, 0}} {
+		p := noise(i+2, c.n)
+		if n, err := storage.WriteBulk(v, p, int64(c.off)); n != c.n || err != nil {
+			s.Errorf("WriteBulk(%d bytes, %d) = %d, %v", c.n, c.off, n, err)
+		}
+		copy(data[c.off:], p)
+		s.wantVolume(v, data)
+	}
+	n, err := storage.WriteBulk(v, make([]byte, mib), size-1)
+	if n != 0 {
+		s.Errorf("WriteBulk past the end = %d", n)
+	}
+	s.wantErr(err, storage.ErrInvalid)
+	s.flush(v)
+	s.wantVolume(v, data)
+
+	s.wantContents(snap, before)
+	_, err = storage.WriteBulk(s.live(snap), make([]byte, mib), 0)
+	s.wantErr(err, storage.ErrReadOnly)
+}
+
 func testLargeIO(s *suite) {
 	const size = 12 * mib
 	id, data := s.filled(1, size)
