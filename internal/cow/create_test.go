@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"runtime"
+	"slices"
 	"sync"
+	"syscall"
 	"testing"
 
 	"coppice/internal/vfs"
@@ -97,6 +99,45 @@ func TestCreateAfterCrash(t *testing.T) {
 	}
 	if stores == 0 || stores == len(crashed) {
 		t.Errorf("%d of %d crashes left a store", stores, len(crashed))
+	}
+}
+
+// TestCreateFails fails each call of a creation: the error says so, and no file
+// is left unless there is a store.
+func TestCreateFails(t *testing.T) {
+	ctx := context.Background()
+	for n := 1; ; n++ {
+		m := vfs.NewMem(0)
+		fault := vfs.Fault{Nth: n, Err: syscall.ENOSPC}
+		s, err := Create(ctx, vfs.NewInject(m, nil, fault.Hook), tinyOptions())
+		if err == nil {
+			if err := s.Close(); err != nil && !errors.Is(err, syscall.ENOSPC) {
+				t.Fatal(err)
+			}
+			if n < 20 {
+				t.Errorf("only %d calls were failed", n)
+			}
+			return
+		}
+		if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, ErrNoSpace) {
+			t.Errorf("call %d: %v", n, err)
+		}
+		names, err := m.List()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if present := slices.Contains(names, superName); !present && len(names) > 0 {
+			t.Errorf("call %d leaves %v", n, names)
+		}
+		if s, err = Open(ctx, m, tinyOptions()); errors.Is(err, ErrNoStore) {
+			s, err = Create(ctx, m, tinyOptions())
+		}
+		if err != nil {
+			t.Fatalf("call %d: afterwards: %v", n, err)
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -98,8 +98,8 @@ type failure struct{ err error }
 // Create makes a store in an empty directory and opens it. It fails with
 // [ErrStoreExists] when there is one, with [vfs.ErrLocked] when somebody has
 // the directory, and with a *SpaceError when the host has no room for the
-// reserve. A creation that did not end leaves nothing that a second one
-// minds.
+// reserve. After an error the directory is empty again, unless the host failed
+// so late that there is a store; a crash leaves nothing that a second Create minds.
 func Create(ctx context.Context, dir vfs.FS, o Options) (*Store, error) {
 	if err := o.validate(); err != nil {
 		return nil, err
@@ -128,10 +128,18 @@ func Create(ctx context.Context, dir vfs.FS, o Options) (*Store, error) {
 			return nil, err
 		}
 		if err := createFiles(dir, o); err != nil {
-			return nil, fmt.Errorf("creating store: %w", err)
+			return nil, errors.Join(fmt.Errorf("creating store: %w", err), undoCreate(dir))
 		}
 		return open(ctx, dir, o, lock)
 	})
+}
+
+// undoCreate removes what a creation that failed has made of a store.
+func undoCreate(dir vfs.FS) error {
+	if present, err := Present(dir); present || err != nil {
+		return err
+	}
+	return removeFiles(dir)
 }
 
 // createFiles writes an empty store, the superblock last.
