@@ -37,5 +37,5 @@ func (s *Server) cli(w http.ResponseWriter, r *request) {
 		return
 	}
 	defer client.Close()
-	xecmd.Serve(s.cutting, s.api, r.origin, client, args)
+	xecmd.Serve(s.cutting, s.api, formatNames(), r.origin, client, args)
 }

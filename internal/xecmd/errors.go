@@ -57,9 +57,6 @@ func (r *run) explain(err error) (lines []string, unknown *xapi.Error) {
 	if !ok {
 		e = xapi.InternalError(err)
 	}
-	if e.Code == xapi.ErrInternalError && len(e.Params) == 1 && strings.HasPrefix(e.Params[0], "Unknown format ") {
-		return []string{"Error: " + e.Params[0]}, nil // which nothing is wrong with the server for
-	}
 	params := r.describeRefs(e.Params)
 	if hint := cmp.Or(remedy(e.Code, params), r.mistaken(e)); hint != "" {
 		lines = append(lines, hint)

@@ -125,7 +125,7 @@ func playExport(t *testing.T, f *fakeAPI, client func(conn net.Conn)) (sent []by
 	if err != nil {
 		t.Fatal(err)
 	}
-	exit = Serve(t.Context(), f, api.Origin{}, conn, args)
+	exit = Serve(t.Context(), f, []string{"vhd"}, api.Origin{}, conn, args)
 	conn.Close()
 	return <-done, exit
 }

@@ -3,6 +3,7 @@ package xecmd
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -26,12 +27,11 @@ const (
 var errClient = xapi.NewError(xapi.ErrClientError)
 
 func vdiExport(ctx context.Context, r *run) error {
-	query := r.query("format") + r.query("base")
-	return r.transferVDI(ctx, "VDI export", "/export_raw_vdi", query, r.conn.HTTPGet)
+	return r.transferVDI(ctx, "VDI export", "/export_raw_vdi", r.query("base"), r.conn.HTTPGet)
 }
 
 func vdiImport(ctx context.Context, r *run) error {
-	return r.transferVDI(ctx, "VDI import", "/import_raw_vdi", r.query("format"), r.conn.HTTPPut)
+	return r.transferVDI(ctx, "VDI import", "/import_raw_vdi", "", r.conn.HTTPPut)
 }
 
 // query returns a parameter as a part of a URL.
@@ -58,13 +58,18 @@ func escaped(v string) string {
 	return b.String()
 }
 
-// transferVDI makes the client move the contents of a VDI.
+// transferVDI makes the client move the contents of a VDI, as an image of the
+// format that it asks for. The handler would not know the format, either, but has to answer
+// as xapi does, that something is wrong with the server.
 func (r *run) transferVDI(ctx context.Context, label, path, query string, start func(file, url string) error) error {
+	if f := r.args.str("format"); f != "" && !slices.ContainsFunc(r.formats, func(known string) bool { return strings.EqualFold(f, known) }) {
+		return failf("Unknown format %s (there are %s)", f, strings.Join(r.formats, ", "))
+	}
 	vdi, err := r.ref(ctx, "VDI", "uuid")
 	if err != nil {
 		return err
 	}
-	_, err = r.transfer(ctx, label, path, "&vdi="+vdi+query, start)
+	_, err = r.transfer(ctx, label, path, "&vdi="+vdi+r.query("format")+query, start)
 	return err
 }
 

@@ -55,6 +55,7 @@ type view interface {
 // run is one command being run.
 type run struct {
 	api     API
+	formats []string // of images, that the server moves disks as
 	origin  api.Origin
 	conn    *thincli.Server
 	session xapi.Ref[xapi.Session]
@@ -68,8 +69,9 @@ type run struct {
 // Serve runs the command in args for the client on conn and sends the exit
 // code that it returns. It does not close conn. The command ends early when
 // ctx does or when the client hangs up; what an API message has begun then
-// goes on or is cancelled as that message sees fit.
-func Serve(ctx context.Context, a API, o api.Origin, conn *thincli.Server, args []string) (exit int) {
+// goes on or is cancelled as that message sees fit. formats are the names of
+// the image formats that the server's transfers know.
+func Serve(ctx context.Context, a API, formats []string, o api.Origin, conn *thincli.Server, args []string) (exit int) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -82,7 +84,7 @@ func Serve(ctx context.Context, a API, o api.Origin, conn *thincli.Server, args 
 		}
 	})
 	o.Originator = "cli"
-	r := &run{api: a, origin: o, conn: conn, table: commands()}
+	r := &run{api: a, formats: formats, origin: o, conn: conn, table: commands()}
 	if err := r.serve(ctx, args); err != nil {
 		r.report(err) // before logging out: it looks references up
 		exit = 1
