@@ -53,6 +53,7 @@ import (
 	"time"
 
 	"coppice/internal/db"
+	"coppice/internal/event"
 	"coppice/internal/login"
 	"coppice/internal/storage"
 	"coppice/internal/users"
@@ -117,7 +118,7 @@ type API struct {
 	sessions sessionTable
 	running  taskTable
 	claims   claimTable
-	watching watchTable
+	events   *event.Feed
 	repos    repoTable
 	nbd      nbdTable
 	lists    operationLists
@@ -204,7 +205,7 @@ func prepare(ctx context.Context, cfg Config) (*API, error) {
 	}
 	a.roles = newRoleTable(a.model)
 	a.sessions.init()
-	a.watching.init()
+	a.events = event.New(a.db, a.model, a.now)
 	a.running.init()
 	a.ctx, a.stop = context.WithCancelCause(context.WithoutCancel(ctx))
 	a.shut = sync.OnceValue(a.shutdown)

@@ -18,12 +18,12 @@ func onDialects(t *testing.T, test func(t *testing.T, w *wire)) {
 	}
 }
 
-// event is an event as it comes over the wire.
-type event struct{ op, class, ref string }
+// wireEvent is an event as it comes over the wire.
+type wireEvent struct{ op, class, ref string }
 
 // batch is what event.from answers.
 type batch struct {
-	events []event
+	events []wireEvent
 	counts map[string]any
 	token  string
 }
@@ -35,11 +35,11 @@ func batchOf(t *testing.T, v any) batch {
 	return batch{events: eventsOf(t, m["events"]), counts: m["valid_ref_counts"].(map[string]any), token: m["token"].(string)}
 }
 
-func eventsOf(t *testing.T, v any) (events []event) {
+func eventsOf(t *testing.T, v any) (events []wireEvent) {
 	t.Helper()
 	for _, e := range v.([]any) {
 		m := e.(map[string]any)
-		events = append(events, event{m["operation"].(string), m["class"].(string), m["ref"].(string)})
+		events = append(events, wireEvent{m["operation"].(string), m["class"].(string), m["ref"].(string)})
 		if _, has := m["snapshot"]; has != (m["operation"] != "del") {
 			t.Errorf("a snapshot in %v: %v", m["operation"], has)
 		}
@@ -106,7 +106,7 @@ func TestQT_EV_2(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := eventsOf(t, v); !slices.Equal(got, []event{{"mod", "pool", string(w.pool)}}) {
+		if got := eventsOf(t, v); !slices.Equal(got, []wireEvent{{"mod", "pool", string(w.pool)}}) {
 			t.Errorf("events %v", got)
 		}
 		if m := w.call("pool.get_other_config", w.pool).(map[string]any); m["qt"] != "ev2" {
@@ -119,7 +119,7 @@ func TestQT_EV_2(t *testing.T) {
 func TestQT_EV_3(t *testing.T) {
 	onDialects(t, func(t *testing.T, w *wire) {
 		b := w.from("", 10, "pool")
-		if !slices.Contains(b.events, event{"add", "pool", string(w.pool)}) {
+		if !slices.Contains(b.events, wireEvent{"add", "pool", string(w.pool)}) {
 			t.Errorf("from the beginning: %v", b.events)
 		}
 		from := w.later(string(w.root), "event.from", []string{"pool"}, b.token, 3600.0)
@@ -128,7 +128,7 @@ func TestQT_EV_3(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := batchOf(t, v); !slices.Equal(got.events, []event{{"mod", "pool", string(w.pool)}}) || got.token <= b.token {
+		if got := batchOf(t, v); !slices.Equal(got.events, []wireEvent{{"mod", "pool", string(w.pool)}}) || got.token <= b.token {
 			t.Errorf("events %v, token %s after %s", got.events, got.token, b.token)
 		}
 	})
@@ -188,7 +188,7 @@ func TestQT_EV_6(t *testing.T) {
 			ref := w.text("message.create", fmt.Sprint("m", i), 1, "VM", vm, "")
 			refs = append(refs, ref)
 			b = w.from(b.token, 10, "message")
-			if !slices.Equal(b.events, []event{{"add", "message", ref}}) {
+			if !slices.Equal(b.events, []wireEvent{{"add", "message", ref}}) {
 				t.Errorf("after create: %v", b.events)
 			}
 		}
@@ -200,7 +200,7 @@ func TestQT_EV_6(t *testing.T) {
 		}
 		w.call("message.destroy", refs[1])
 		b = w.from(b.token, 10, "message")
-		if !slices.Equal(b.events, []event{{"del", "message", refs[1]}}) {
+		if !slices.Equal(b.events, []wireEvent{{"del", "message", refs[1]}}) {
 			t.Errorf("after destroy: %v", b.events)
 		}
 		if again := w.from(b.token, 0, "message"); len(again.events) != 0 {
@@ -232,7 +232,7 @@ func TestQT_EV_7(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := batchOf(t, v).events; !slices.Equal(got, []event{{"mod", "pool", string(w.pool)}}) {
+		if got := batchOf(t, v).events; !slices.Equal(got, []wireEvent{{"mod", "pool", string(w.pool)}}) {
 			t.Errorf("events %v", got)
 		}
 		if got := w.from(before, 3600, "pool").events; len(got) != 1 { // the barrier of clients

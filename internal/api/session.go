@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"coppice/internal/db"
+	"coppice/internal/event"
 	"coppice/internal/login"
 	"coppice/internal/users"
 	"coppice/internal/xapi"
@@ -63,7 +64,7 @@ type session struct {
 	active    atomic.Int64 // last use, Unix nanoseconds
 	published atomic.Int64 // last_active of the record, Unix nanoseconds
 
-	legacy registration // of event.register
+	registered event.Registration // of event.register
 }
 
 // sessionTable holds the live sessions.

@@ -1,10 +1,8 @@
-package api
+package event
 
 import (
 	"context"
 	"runtime"
-	"slices"
-	"strings"
 	"sync"
 	"weak"
 
@@ -18,8 +16,7 @@ import (
 // encoded once for all of them. One of those that wait leads: it waits for the
 // database and looks whether that concerns them; the others wait for it.
 //
-// There is nothing in an answer that depends on who gets it. Every role may
-// read every class that has events.
+// There is nothing in an answer that depends on who gets it.
 
 const (
 	// sharedEvents is with how many events a batch is still shared: of more,
@@ -37,24 +34,11 @@ type question struct {
 	after uint64 // the revision up to which they know everything
 }
 
-// subscriptionKey is the same for subscriptions to the same.
-func subscriptionKey(subs []subscription) string {
-	texts := make([]string, 0, len(subs))
-	for _, s := range subs {
-		if s.class == nil {
-			return "*"
-		}
-		texts = append(texts, s.class.Name+"/"+s.ref)
-	}
-	slices.Sort(texts)
-	return strings.Join(slices.Compact(texts), ",")
-}
-
-// answer is what a question is answered with in one state of the database. It
-// is never changed.
-type answer struct {
-	batch *xapi.EventBatch
-	text  *rpc.Shared // of batch; nil for one that is not shared
+// Answer is what a call is answered with: what has happened up to one state of
+// the database. It may be that of others, too, and is never changed.
+type Answer struct {
+	Batch *xapi.EventBatch
+	Text  *rpc.Shared // of Batch; nil for one that is not shared
 }
 
 // answerKey names an answer.
@@ -63,31 +47,31 @@ type answerKey struct {
 	seen uint64 // revision of the state
 }
 
-// watchTable holds what watchers share.
-type watchTable struct {
+// watchers is what those that wait share.
+type watchers struct {
 	texts *rpc.TextPool
 
 	mu     sync.Mutex
 	groups map[question]*watchGroup           // those that wait
-	made   map[answerKey]weak.Pointer[answer] // those that somebody still uses
+	made   map[answerKey]weak.Pointer[Answer] // those that somebody still uses
 }
 
-func (t *watchTable) init() {
+func (t *watchers) init() {
 	t.texts = rpc.NewTextPool(sharedText, sharedTexts)
 	t.groups = map[question]*watchGroup{}
-	t.made = map[answerKey]weak.Pointer[answer]{}
+	t.made = map[answerKey]weak.Pointer[Answer]{}
 }
 
 // find returns the answer of that name, if somebody has made it and it is
 // still in memory.
-func (t *watchTable) find(key answerKey) *answer {
+func (t *watchers) find(key answerKey) *Answer {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.made[key].Value()
 }
 
 // keep lets others find an answer, and returns the one that they find.
-func (t *watchTable) keep(key answerKey, fresh *answer) *answer {
+func (t *watchers) keep(key answerKey, fresh *Answer) *Answer {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if other := t.made[key].Value(); other != nil {
@@ -99,7 +83,7 @@ func (t *watchTable) keep(key answerKey, fresh *answer) *answer {
 }
 
 // forget drops the entry of an answer that is not in memory any more.
-func (t *watchTable) forget(key answerKey) {
+func (t *watchers) forget(key answerKey) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.made[key].Value() == nil {
@@ -109,21 +93,21 @@ func (t *watchTable) forget(key answerKey) {
 
 // answer says what has happened after a revision. It is nil when nothing has,
 // unless even that is to be told.
-func (a *API) answer(tx *db.Tx, subs []subscription, q question, even bool) *answer {
+func (f *Feed) answer(tx *db.Tx, subs []subscription, q question, even bool) *Answer {
 	key := answerKey{q, tx.Revision()}
-	if known := a.watching.find(key); known != nil && (even || len(known.batch.Events) > 0) {
+	if known := f.watchers.find(key); known != nil && (even || len(known.Batch.Events) > 0) {
 		return known
 	}
-	events, _ := a.changes(tx, subs, q.after)
+	events, _ := f.changes(tx, subs, q.after)
 	if len(events) == 0 && !even {
 		return nil
 	}
-	fresh := &answer{batch: &xapi.EventBatch{Events: events, ValidRefCounts: a.refCounts(tx), Token: formatToken(tx.Position())}}
+	fresh := &Answer{Batch: &xapi.EventBatch{Events: events, ValidRefCounts: f.refCounts(tx), Token: formatToken(tx.Position())}}
 	if len(events) > sharedEvents {
 		return fresh
 	}
-	fresh.text = a.watching.texts.New()
-	return a.watching.keep(key, fresh)
+	fresh.Text = f.watchers.texts.New()
+	return f.watchers.keep(key, fresh)
 }
 
 // watchGroup is some calls that wait for the answer to one question.
@@ -140,12 +124,12 @@ type watchGroup struct {
 	seen uint64
 
 	done   chan struct{} // closed when answer is set
-	answer *answer
+	answer *Answer
 }
 
 // join returns the group of those that wait for the answer to q. Who does not
 // get it must call leave.
-func (t *watchTable) join(q question, subs []subscription) *watchGroup {
+func (t *watchers) join(q question, subs []subscription) *watchGroup {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	g := t.groups[q]
@@ -159,7 +143,7 @@ func (t *watchTable) join(q question, subs []subscription) *watchGroup {
 }
 
 // leave ends a membership. The last one takes the group with it.
-func (t *watchTable) leave(g *watchGroup) {
+func (t *watchers) leave(g *watchGroup) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	g.members--
@@ -169,14 +153,14 @@ func (t *watchTable) leave(g *watchGroup) {
 }
 
 // remove has nobody join a group any more. The table is locked.
-func (t *watchTable) remove(g *watchGroup) {
+func (t *watchers) remove(g *watchGroup) {
 	if t.groups[g.question] == g {
 		delete(t.groups, g.question)
 	}
 }
 
 // finish gives the members of a group their answer.
-func (t *watchTable) finish(g *watchGroup, told *answer) {
+func (t *watchers) finish(g *watchGroup, told *Answer) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.remove(g)
@@ -185,41 +169,41 @@ func (t *watchTable) finish(g *watchGroup, told *answer) {
 }
 
 // awaitAnswer waits for the answer to a question; nil when ctx ends first.
-func (a *API) awaitAnswer(ctx context.Context, subs []subscription, q question) *answer {
-	g := a.watching.join(q, subs)
+func (f *Feed) awaitAnswer(ctx context.Context, subs []subscription, q question) *Answer {
+	g := f.watchers.join(q, subs)
 	select {
 	case <-g.done:
 		return g.answer // and nobody counts the members any more
 	case <-ctx.Done():
-		a.watching.leave(g)
+		f.watchers.leave(g)
 		return nil
 	case <-g.lead:
-		return a.leadGroup(ctx, g)
+		return f.leadGroup(ctx, g)
 	}
 }
 
 // leadGroup finds the answer for a group. When ctx ends first, somebody else
 // may lead.
-func (a *API) leadGroup(ctx context.Context, g *watchGroup) *answer {
-	var told *answer
+func (f *Feed) leadGroup(ctx context.Context, g *watchGroup) *Answer {
+	var told *Answer
 	defer func() {
 		if told == nil {
 			g.lead <- struct{}{}
-			a.watching.leave(g)
+			f.watchers.leave(g)
 		}
 	}()
 	for {
-		a.awaitChange(ctx, g.subs, g.seen)
+		f.awaitChange(ctx, g.subs, g.seen)
 		if ctx.Err() != nil {
 			return nil
 		}
-		_ = a.db.View(func(tx *db.Tx) error {
-			told = a.answer(tx, g.subs, question{g.question.subs, g.seen}, false)
+		_ = f.db.View(func(tx *db.Tx) error {
+			told = f.answer(tx, g.subs, question{g.question.subs, g.seen}, false)
 			g.seen = tx.Revision()
 			return nil
 		})
 		if told != nil {
-			a.watching.finish(g, told)
+			f.watchers.finish(g, told)
 			return told
 		}
 	}
