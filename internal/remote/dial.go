@@ -1,6 +1,7 @@
 package remote
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -57,10 +58,10 @@ func connectError(host string, err error) error {
 		return e
 	}
 	if e, ok := errors.AsType[*CertificateError](err); ok {
-		return e
+		return &CertificateError{fmt.Errorf("%s: %w", host, e.Err)}
 	}
 	if e, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
-		return &CertificateError{e.Err}
+		return &CertificateError{fmt.Errorf("%s: %w", host, e.Err)}
 	}
 	if e, ok := errors.AsType[*url.Error](err); ok {
 		err = e.Err // without the URL
@@ -85,11 +86,15 @@ func parseURL(text string, insecure bool) (*url.URL, error) {
 	case strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.ForceQuery || u.Fragment != "":
 		return nil, &URLError{"the URL must end after the host"}
 	}
-	port := u.Port()
-	if port == "" {
-		port = map[string]string{"https": "443", "http": "80"}[u.Scheme]
+	return &url.URL{Scheme: u.Scheme, Host: net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), usualPort(u.Scheme))), Path: "/"}, nil
+}
+
+// usualPort is the port of a scheme.
+func usualPort(scheme string) string {
+	if scheme == "http" {
+		return "80"
 	}
-	return &url.URL{Scheme: u.Scheme, Host: net.JoinHostPort(u.Hostname(), port), Path: "/"}, nil
+	return "443"
 }
 
 // sameService returns where host has the service that is at u here.

@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"html"
 	"io"
 	"net/http"
 	"net/url"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -58,7 +60,7 @@ func (c *Client) Disk(ctx context.Context, vdi string) (d Disk, err error) {
 // StatusError is the answer to a request for an image that is no image.
 type StatusError struct {
 	Status int
-	Host   string // that a redirection leads to, "" when it is none
+	Host   string // that a redirection leads to which is not followed, "" when it is none
 }
 
 func (e *StatusError) Error() string {
@@ -99,14 +101,7 @@ func (c *Client) Export(ctx context.Context, vdi, base, format string) (*Export,
 	if base != "" {
 		query.Set("base", base)
 	}
-	at := c.data
-	at.Path, at.RawQuery = "/export_raw_vdi", query.Encode()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
-	if err != nil {
-		return nil, x.Finish(ctx, err)
-	}
-	req.Header.Set("Cookie", "session_id="+c.session)
-	resp, err := c.do(req)
+	resp, err := c.fetch(ctx, query)
 	if err != nil {
 		return nil, x.Finish(ctx, err)
 	}
@@ -114,13 +109,86 @@ func (c *Client) Export(ctx context.Context, vdi, base, format string) (*Export,
 	x.open = resp.ContentLength < 0 && len(resp.TransferEncoding) == 0
 	x.Exact = resp.Header.Get("Coppice-Basis") == "exact"
 	if resp.StatusCode != http.StatusOK {
-		refused := &StatusError{Status: resp.StatusCode}
-		if to, err := resp.Location(); err == nil {
-			refused.Host = to.Host
-		}
-		return nil, x.Finish(ctx, refused)
+		return nil, x.refused(ctx, resp)
+	}
+	if coding := resp.Header.Get("Content-Encoding"); coding != "" && coding != "identity" {
+		return nil, x.Finish(ctx, &ProtocolError{fmt.Errorf("the image comes with the content coding %q, which nobody asked for", coding)})
 	}
 	return x, nil
+}
+
+// exportPath is where images are asked for.
+const exportPath = "/export_raw_vdi"
+
+// fetch asks for an image, of the host that was named or those that it leads
+// to.
+func (c *Client) fetch(ctx context.Context, query url.Values) (*http.Response, error) {
+	at := c.data
+	at.Path, at.RawQuery = exportPath, query.Encode()
+	for hop := 0; ; hop++ {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
+		if err != nil {
+			return nil, &ProtocolError{errors.New("no URL can be made of the host")}
+		}
+		req.Header.Set("Cookie", "session_id="+c.session)
+		resp, err := c.do(req)
+		if err != nil {
+			return nil, err
+		}
+		next, ok := c.elsewhere(resp)
+		if !ok || hop == maxHops {
+			return resp, nil
+		}
+		resp.Body.Close()
+		at.Scheme, at.Host = next.Scheme, next.Host
+	}
+}
+
+// elsewhere returns the other host that an answer to a request for an image
+// leads to: for the same, not in the clear if that was not so before, and at the
+// port that was named or that of the scheme.
+func (c *Client) elsewhere(resp *http.Response) (*url.URL, bool) {
+	to, err := resp.Location()
+	if err != nil || resp.StatusCode/100 != 3 || strings.TrimSuffix(to.Path, "/") != exportPath {
+		return nil, false
+	}
+	at, err := parseURL((&url.URL{Scheme: to.Scheme, User: to.User, Host: to.Host}).String(), c.data.Scheme == "http")
+	if err != nil || at.Port() != c.data.Port() && at.Port() != usualPort(at.Scheme) {
+		return nil, false
+	}
+	return at, true
+}
+
+// maxPage is how much of an answer that is no image is read for what it says.
+const maxPage = 16 << 10
+
+// pageReason finds in a page of xapi which error it is about: a code and its
+// parameters, CODE: [ p1; p2 ].
+var pageReason = regexp.MustCompile(`\b([A-Z][A-Z0-9_]{3,}): \[ ?(.*?) ?\]`)
+
+// refused ends an export that is answered with something else than an image: a
+// redirection that is not followed, or an error, of which the page may say more
+// than the task, which some servers then leave alone.
+func (x *Export) refused(ctx context.Context, resp *http.Response) error {
+	refused := &StatusError{Status: resp.StatusCode}
+	if to, err := resp.Location(); err == nil {
+		refused.Host = to.Host
+		x.Close(ctx) // nobody works on it
+		return refused
+	}
+	late := time.AfterFunc(reasonTime, func() { resp.Body.Close() })
+	page, _ := io.ReadAll(io.LimitReader(resp.Body, maxPage)) // what has come is looked at
+	late.Stop()
+	says := pageReason.FindStringSubmatch(html.UnescapeString(string(page)))
+	if says == nil {
+		return x.Finish(ctx, refused)
+	}
+	f := &rpc.Fault{Code: says[1]}
+	if says[2] != "" {
+		f.Params = strings.Split(says[2], "; ")
+	}
+	x.Close(ctx)
+	return f
 }
 
 // lingering returns a context that ends partingTime after ctx does, for what
@@ -137,10 +205,11 @@ func lingering(ctx context.Context) (context.Context, func()) {
 }
 
 // Close ends the export without asking how it went, also when ctx has ended.
-func (x *Export) Close(ctx context.Context) error {
-	err := x.body.Close()
+func (x *Export) Close(ctx context.Context) {
+	if x.body != nil {
+		x.body.Close() // which cuts what has not come to its end
+	}
 	x.leave(ctx)
-	return err
 }
 
 // leave has the server end the task, for which no request may have reached it,

@@ -5,10 +5,14 @@
 // answers what.
 //
 // What it sends is XML-RPC and a plain GET, which every XenAPI server
-// understands. It goes to the named host and nowhere else, with one exception:
-// a member of a pool names its coordinator (HOST_IS_SLAVE), which then gets the
-// messages, under the same rules for address and certificate. Redirections are
-// not followed, proxies not used. Images are asked of the host that was named.
+// understands. It goes to the named host and to those of its pool that this one
+// names, under the same rules for address and certificate: a member names the
+// coordinator (HOST_IS_SLAVE), which then gets the messages, and any host names
+// the one that has a disk, by a redirection. Of that only the host is followed:
+// what is asked there is the same. Proxies are not used.
+//
+// A session that ends while the client is open is replaced by another one if it
+// was the client's own.
 //
 // Nothing here is kept longer than a [Client] is open, and no error has
 // credentials in it.
@@ -58,6 +62,7 @@ const (
 	maxHead        = 64 << 10         // bytes of the head of a reply
 	callTimeout    = time.Minute      // for a message and its answer
 	connectTimeout = 15 * time.Second // for a connection, and again for its TLS
+	maxHops        = 3                // hosts of a pool that a request is passed on to
 )
 
 // originator is what the client calls itself in its sessions and requests.
@@ -71,7 +76,10 @@ type Client struct {
 	api     url.URL // of the host that messages go to
 	session string
 	own     bool // the session is ours to end
+	login   credentials
 }
+
+type credentials struct{ user, password string }
 
 // Open connects to a server and logs in. Errors are a [*URLError], one of
 // those that [Client.Call] has, or what the server says of the credentials.
@@ -83,11 +91,11 @@ func Open(ctx context.Context, cfg Config) (*Client, error) {
 	if u.Scheme == "http" && (len(cfg.Fingerprints) > 0 || cfg.Roots != nil) {
 		return nil, &URLError{"the URL must begin with https:// where a certificate is to be checked"}
 	}
-	c := &Client{data: *u, api: *u, session: cfg.Session}
+	c := &Client{data: *u, api: *u, session: cfg.Session, login: credentials{cfg.User, cfg.Password}}
 	c.http.Transport = transport(cfg)
 	c.http.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	if c.session == "" {
-		err = c.login(ctx, cfg)
+		err = c.logIn(ctx)
 	} else if err = c.checkSession(); err == nil {
 		// Which host has the session, and whether it is valid, is found out at once.
 		_, err = c.Call(ctx, "session.get_this_host", c.session)
@@ -99,8 +107,8 @@ func Open(ctx context.Context, cfg Config) (*Client, error) {
 	return c, nil
 }
 
-func (c *Client) login(ctx context.Context, cfg Config) error {
-	v, err := c.send(ctx, "session.login_with_password", cfg.User, cfg.Password, "1.0", originator)
+func (c *Client) logIn(ctx context.Context) error {
+	v, err := c.send(ctx, "session.login_with_password", c.login.user, c.login.password, "1.0", originator)
 	if err != nil {
 		return err
 	}
@@ -128,7 +136,7 @@ func (c *Client) Close(ctx context.Context) error {
 	if !c.own {
 		return nil
 	}
-	_, err := c.Call(ctx, "session.logout")
+	_, err := c.send(ctx, "session.logout", c.session)
 	return err
 }
 
@@ -138,21 +146,32 @@ func (c *Client) Close(ctx context.Context) error {
 // [*CertificateError] or a [*ConnectError], or it is a [*ProtocolError] when
 // what answers is no such server.
 func (c *Client) Call(ctx context.Context, method string, params ...any) (any, error) {
-	return c.send(ctx, method, append([]any{c.session}, params...)...)
+	with := func() []any { return append([]any{c.session}, params...) }
+	v, err := c.send(ctx, method, with()...)
+	if f, ok := errors.AsType[*rpc.Fault](err); !ok || f.Code != "SESSION_INVALID" || !c.own {
+		return v, err
+	}
+	if err := c.logIn(ctx); err != nil {
+		return nil, err
+	}
+	return c.send(ctx, method, with()...)
 }
 
-// send sends a message to where messages go, which a member of a pool says
-// once.
+// send sends a message to where messages go, which another host of the pool may
+// say.
 func (c *Client) send(ctx context.Context, method string, params ...any) (any, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	v, err := c.post(ctx, method, params)
-	if f, ok := errors.AsType[*rpc.Fault](err); !ok || f.Code != "HOST_IS_SLAVE" || len(f.Params) == 0 || c.api.Host != c.data.Host {
-		return v, err
-	} else if c.api.Host, err = sameService(c.data, f.Params[0]); err != nil {
-		return nil, err
+	for hop := 0; ; hop++ {
+		v, err := c.post(ctx, method, params)
+		f, ok := errors.AsType[*rpc.Fault](err)
+		if !ok || f.Code != "HOST_IS_SLAVE" || len(f.Params) == 0 || hop == maxHops {
+			return v, err
+		}
+		if c.api.Host, err = sameService(c.data, f.Params[0]); err != nil {
+			return nil, err
+		}
 	}
-	return c.post(ctx, method, params)
 }
 
 func (c *Client) post(ctx context.Context, method string, params []any) (any, error) {
@@ -165,13 +184,17 @@ func (c *Client) post(ctx context.Context, method string, params []any) (any, er
 		return nil, &ProtocolError{errors.New("no URL can be made of the host")}
 	}
 	req.Header.Set("Content-Type", rpc.XML.ContentType())
+	if strings.Contains(method, ".get_") {
+		// For net/http: may be sent again when a server has just closed the connection.
+		req.Header["Idempotency-Key"] = nil
+	}
 	resp, err := c.do(req)
 	if err != nil {
 		return nil, err
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return nil, &ProtocolError{fmt.Errorf("a message is answered with status %d", resp.StatusCode)}
+		return nil, &ProtocolError{fmt.Errorf("a message is answered with status %d%s", resp.StatusCode, leadsTo(resp))}
 	}
 	v, err := rpc.ReadResponse(rpc.XMLRPC, resp.Body, maxAnswer)
 	if _, refused := errors.AsType[*rpc.Fault](err); err != nil && !refused {
@@ -181,6 +204,15 @@ func (c *Client) post(ctx context.Context, method string, params []any) (any, er
 		return nil, &ProtocolError{err}
 	}
 	return v, err
+}
+
+// leadsTo says where an answer redirects to, "" for nowhere.
+func leadsTo(resp *http.Response) string {
+	to, err := resp.Location()
+	if err != nil {
+		return ""
+	}
+	return ", which leads to " + to.Scheme + "://" + to.Host
 }
 
 // do sends a request and names what can go wrong with it.

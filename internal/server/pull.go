@@ -92,7 +92,7 @@ func (s *sourceSession) Fetch(ctx context.Context, f api.Fetch) (int64, error) {
 	}
 	err = format.decode(ctx, image, image.Length, u)
 	if _, ok := errors.AsType[*bodyError](err); err != nil && !ok {
-		_ = image.Close(ctx) // the reason is known
+		image.Close(ctx) // the reason is known
 		return image.Received(), err
 	}
 	if err == nil && format.name == "raw" && image.Received() != f.Size {

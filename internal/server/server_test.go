@@ -82,7 +82,7 @@ func startOn(t *testing.T, driver storage.Driver, records db.Store, grace time.D
 	a, err := api.New(t.Context(), api.Config{
 		NBD: func() api.NBDEndpoints { return *f.nbd.Load() },
 		DB:  objects, Storage: storage.Registry{driver.Type: driver}, RootPassword: rootVerifier(), DataDir: t.TempDir(),
-		Sources: NewSources(remote.Networks{netip.MustParsePrefix("127.0.0.1/32"), netip.MustParsePrefix("127.0.0.2/32")}, 0),
+		Sources: NewSources(remote.Networks{netip.MustParsePrefix("127.0.0.1/32"), netip.MustParsePrefix("127.0.0.2/32"), netip.MustParsePrefix("127.0.0.4/32")}, 0),
 	})
 	if err != nil {
 		t.Fatal(err)
