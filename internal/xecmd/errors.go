@@ -86,10 +86,16 @@ func (r *run) mistaken(e *xapi.Error) (hint string) {
 	return hint
 }
 
+// noSpace is what the backends of xapi say about a full SR.
+const noSpace = "SR_BACKEND_FAILURE_44"
+
 // remedy says what to do about an error whose own text does not, "" for
 // nothing. The texts of backends are in their parameters: what, and more of it.
 func remedy(code string, params []string) string {
 	switch {
+	case code == noSpace && len(params) > 1:
+		return "The storage says: " + params[1] + ".\n" +
+			"To make room, destroy disks or snapshots of the SR (xe vdi-would-free tells what comes back), or give its file system more."
 	case strings.HasPrefix(code, "SR_BACKEND_FAILURE_") && len(params) > 1 && params[1] != "":
 		return "The storage says: " + params[1] + "."
 	case code == xapi.ErrRevertOnlyAllowedOnSnapshot:

@@ -2,6 +2,8 @@
 // start a real server and drive it with xe and with raw HTTP, the way a user
 // does. Besides the standard commands of testscript they have
 //
+//	small DIR SIZE           before serve: DIR is a file system of that size (as of tmpfs) of the server
+//	                         alone; needs the condition [mount]
 //	serve [FLAG…]            start a server on free ports, data in $WORK/data, and wait until it is ready
 //	shutdown                 stop it with SIGTERM; it must exit with 0
 //	crash                    end it with SIGKILL

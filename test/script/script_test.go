@@ -12,7 +12,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -63,12 +65,16 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Condition: func(cond string) (bool, error) {
-			if cond != "ci" {
-				return false, fmt.Errorf("unknown condition %q", cond)
+			switch cond {
+			case "ci":
+				return os.Getenv("CI") == "true", nil // where a missing tool is a failure
+			case "mount":
+				return mayMount(), nil
 			}
-			return os.Getenv("CI") == "true", nil // where a missing tool is a failure
+			return false, fmt.Errorf("unknown condition %q", cond)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"small":    cmdSmall,
 			"serve":    cmdServe,
 			"shutdown": cmdShutdown,
 			"crash":    cmdCrash,
@@ -88,6 +94,7 @@ type fixtureKey struct{}
 
 // fixture is the server of a script, if one runs.
 type fixture struct {
+	small  []string // what becomes a small file system for the server: directory, size, directory, size …
 	server *exec.Cmd
 	exited chan struct{} // closed after the server's exit
 	err    error         // of Wait, after exited
@@ -100,6 +107,38 @@ func fixtureOf(ts *testscript.TestScript) *fixture {
 // inWork returns the path of a file of the harness in the script's work directory.
 func inWork(ts *testscript.TestScript, name string) string {
 	return filepath.Join(ts.Getenv("WORK"), name)
+}
+
+// inNamespace runs a program with file systems of its own: those that small wants,
+// each a directory and its size, then --. Nobody else sees them, and they go with
+// the program.
+var inNamespace = []string{"unshare", "--user", "--map-root-user", "--mount", "sh", "-ec", `
+	while test "$1" != --; do
+		mount -t tmpfs -o size=$2 small "$1"
+		shift 2
+	done
+	shift
+	exec "$@"`, "sh"}
+
+// mayMount reports whether inNamespace works here.
+var mayMount = sync.OnceValue(func() bool {
+	dir, err := os.MkdirTemp("", "mount")
+	if err != nil {
+		return false
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	command := slices.Concat(inNamespace, []string{dir, "1M", "--", "true"})
+	return exec.Command(command[0], command[1:]...).Run() == nil
+})
+
+func cmdSmall(ts *testscript.TestScript, neg bool, args []string) {
+	f := fixtureOf(ts)
+	if neg || len(args) != 2 || f.server != nil {
+		ts.Fatalf("usage, before serve: small DIR SIZE")
+	}
+	dir := ts.MkAbs(args[0])
+	ts.Check(os.MkdirAll(dir, 0o700))
+	f.small = append(f.small, dir, args[1])
 }
 
 // cmdServe starts the server of the script.
@@ -115,10 +154,15 @@ func cmdServe(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	log, err := os.OpenFile(inWork(ts, "server.log"), os.O_CREATE|os.O_APPEND|os.O_RDWR, 0o600)
 	ts.Check(err)
-	f.server = exec.Command(filepath.Join(bin, "coppice"), append([]string{
+	command := append([]string{
+		filepath.Join(bin, "coppice"),
 		"serve", "--data", inWork(ts, "data"), "--http", "127.0.0.1:0", "--https", "127.0.0.1:0",
 		"--admin-password-file", password, "--ready-file", ready, "--log-level", "debug",
-	}, args...)...)
+	}, args...)
+	if len(f.small) > 0 {
+		command = slices.Concat(inNamespace, f.small, []string{"--"}, command)
+	}
+	f.server = exec.Command(command[0], command[1:]...)
 	f.server.Stdout, f.server.Stderr = log, log
 	ts.Check(f.server.Start())
 	f.exited = make(chan struct{})
