@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -207,5 +208,37 @@ func TestImportBadBodies(t *testing.T) {
 			}
 			d.upload(ref, "raw", old) // nothing is left behind: it may simply be repeated
 		})
+	}
+}
+
+// A part of an image, as curl -C sends the rest of a file, is not taken for the
+// whole.
+func TestImportPart(t *testing.T) {
+	d := newDepot(t)
+	contents := random(2*mib, 1, [2]int64{0, 2 * mib})
+	ref, _ := d.filled(contents)
+	put := func(place string) int {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, "http://"+d.tcp+d.url("/import_raw_vdi", "vdi", ref), strings.NewReader("new contents"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Content-Range", place)
+		resp, err := http.DefaultTransport.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close()
+		return resp.StatusCode
+	}
+	for _, place := range []string{"bytes 1000-1011/1012", "bytes 0-11/24", "bytes 0-11/*", "bytes */12", "nonsense"} {
+		if got := put(place); got != http.StatusBadRequest {
+			t.Errorf("%s: status %d", place, got)
+		}
+	}
+	if !bytes.Equal(d.download(ref, "raw", ""), contents) {
+		t.Error("the disk has changed")
+	}
+	if got := put("bytes 0-11/12"); got != http.StatusOK {
+		t.Errorf("all of it: status %d", got)
 	}
 }

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -86,17 +87,17 @@ type part struct {
 func choosePart(r *http.Request, tag string, length int64) (part, error) {
 	h := r.Header
 	all := part{http.StatusOK, 0, length}
-	if m := h.Get("If-Match"); m != "" && !tagMatches(m, tag, false) {
+	if m := listOf(h, "If-Match"); m != "" && !tagMatches(m, tag, false) {
 		return part{}, &statusError{http.StatusPreconditionFailed, xapi.NewError(xapi.ErrInvalidValue, "If-Match", m)}
 	}
-	if m := h.Get("If-None-Match"); m != "" && tagMatches(m, tag, true) {
+	if m := listOf(h, "If-None-Match"); m != "" && tagMatches(m, tag, true) {
 		return part{http.StatusNotModified, 0, 0}, nil
 	}
 	spec := rangeOf(r)
 	if spec == "" || length < 0 {
 		return all, nil
 	}
-	if only := h.Get("If-Range"); only != "" && only != tag {
+	if only := textproto.TrimString(h.Get("If-Range")); only != "" && only != tag {
 		return all, nil
 	}
 	from, to, ok := parseRange(spec, length)
@@ -108,6 +109,9 @@ func choosePart(r *http.Request, tag string, length int64) (part, error) {
 	}
 	return part{http.StatusPartialContent, from, to}, nil
 }
+
+// listOf is the value of a field that is a list and may stand on several lines.
+func listOf(h http.Header, name string) string { return strings.Join(h.Values(name), ",") }
 
 // rangeOf is the range that a request asks for, "" for everything. Only for a
 // GET has it a meaning (RFC 9110, 14.2): the head of a HEAD is that of the whole.
@@ -122,33 +126,28 @@ func rangeOf(r *http.Request) string {
 // length when there is nothing of it. ok is false for anything else than one
 // range in bytes.
 func parseRange(spec string, length int64) (from, to int64, ok bool) {
-	spec, ok = strings.CutPrefix(spec, "bytes=")
+	unit, spec, ok := strings.Cut(spec, "=")
 	first, last, dash := strings.Cut(textproto.TrimString(spec), "-")
-	if !ok || !dash {
+	if !ok || !dash || !strings.EqualFold(unit, "bytes") {
 		return 0, 0, false
 	}
 	if first == "" { // the last n bytes
-		n, err := strconv.ParseUint(last, 10, 63)
-		if err != nil {
-			return 0, 0, false
-		}
-		if n == 0 {
-			return length, length, true
-		}
-		return max(0, length-int64(n)), length, true
+		n, ok := parsePlace(last)
+		return max(0, length-n), length, ok
 	}
-	begin, err := strconv.ParseUint(first, 10, 63)
-	if err != nil {
-		return 0, 0, false
+	begin, ok := parsePlace(first)
+	if last == "" || !ok {
+		return begin, length, ok
 	}
-	if last == "" {
-		return int64(begin), length, true
-	}
-	end, err := strconv.ParseUint(last, 10, 63)
-	if err != nil || end < begin {
-		return 0, 0, false
-	}
-	return int64(begin), min(int64(end), length-1) + 1, true
+	end, ok := parsePlace(last)
+	return begin, min(end, length-1) + 1, ok && end >= begin
+}
+
+// parsePlace reads a number of bytes, of which more than there can be are as
+// many as there can be.
+func parsePlace(s string) (int64, bool) {
+	n, err := strconv.ParseUint(s, 10, 63)
+	return int64(n), err == nil || errors.Is(err, strconv.ErrRange)
 }
 
 // tagMatches tells whether a list of entity tags names tag. A weak comparison

@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"os/exec"
 	"path/filepath"
@@ -286,14 +287,31 @@ func TestDeltaHeaders(t *testing.T) {
 func TestParseRange(t *testing.T) {
 	for spec, want := range map[string][2]int64{
 		"bytes=0-0": {0, 1}, "bytes=5-": {5, 100}, "bytes=-5": {95, 100}, "bytes=99-200": {99, 100}, "bytes= 1-2": {1, 3},
+		"Bytes=0-0": {0, 1}, "bytes=-0": {100, 100}, "bytes=-200": {0, 100}, "bytes=7-99999999999999999999": {7, 100}, "bytes=-99999999999999999999": {0, 100},
+		"bytes=99999999999999999999-": {math.MaxInt64, 100},
 	} {
 		if from, to, ok := parseRange(spec, 100); !ok || from != want[0] || to != want[1] {
 			t.Errorf("%q: %d, %d, %v", spec, from, to, ok)
 		}
 	}
-	for _, spec := range []string{"", "bytes", "bytes=", "bytes=-", "bytes=--1", "bytes=1-0", "bytes=1,2", "bytes=1-2-3", "bytes=99999999999999999999-"} {
+	for _, spec := range []string{"", "bytes", "bytes=", "bytes=-", "bytes=--1", "bytes=1-0", "bytes=1,2", "bytes=1-2-3", "bytes=+1-2", "items=1-2"} {
 		if _, _, ok := parseRange(spec, 100); ok {
 			t.Errorf("%q is a range", spec)
+		}
+	}
+}
+
+// Lists of tags may stand on several lines.
+func TestConditionLines(t *testing.T) {
+	for _, name := range []string{"If-Match", "If-None-Match"} {
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header[name] = []string{`"a", "b"`, `"c"`}
+		p, err := choosePart(r, `"c"`, 100)
+		if want := map[string]int{"If-Match": http.StatusOK, "If-None-Match": http.StatusNotModified}[name]; err != nil || p.status != want {
+			t.Errorf("%s: status %d, %v; want %d", name, p.status, err, want)
 		}
 	}
 }
