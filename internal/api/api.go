@@ -24,7 +24,7 @@
 // the handler's context with TASK_CANCELLED as its cause.
 //
 // A handler that is about to do something lasting to an object takes a
-// [Claim] on it. The claim appears in the object's current_operations, and
+// claim on it ([Call.Claim]). The claim appears in the object's current_operations, and
 // whoever is not compatible with it waits for its turn.
 //
 // # Users and schedules
@@ -52,6 +52,7 @@ import (
 	"sync"
 	"time"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/event"
 	"coppice/internal/login"
@@ -117,7 +118,7 @@ type API struct {
 	accounts accountTable
 	sessions sessionTable
 	running  taskTable
-	claims   claimTable
+	claims   *claim.Queue
 	events   *event.Feed
 	repos    repoTable
 	nbd      nbdTable
@@ -207,6 +208,10 @@ func prepare(ctx context.Context, cfg Config) (*API, error) {
 	a.sessions.init()
 	a.events = event.New(a.db, a.model, a.now)
 	a.running.init()
+	a.claims = claim.New(a.db, a.model, a.log, claim.Rules{
+		Runs:    func(task xapi.Ref[xapi.Task]) bool { return a.running.call(task) != nil },
+		Refresh: a.refreshAllowed,
+	})
 	a.ctx, a.stop = context.WithCancelCause(context.WithoutCancel(ctx))
 	a.shut = sync.OnceValue(a.shutdown)
 	a.scheduler = newScheduler(a)

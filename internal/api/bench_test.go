@@ -4,6 +4,7 @@ import (
 	"context"
 	"testing"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/xapi"
 )
@@ -36,12 +37,12 @@ func benchCore(b *testing.B) (a *API, session xapi.Ref[xapi.Session], pool xapi.
 // one that takes a claim and gives it back.
 func BenchmarkInvoke(b *testing.B) {
 	a, session, pool := benchCore(b)
-	claim := false
+	claims := false
 	run, err := adapt(a.methods["VDI.update"].msg, func(_ *API, ctx context.Context, c *Call, _ xapi.Ref[xapi.VDI]) error {
-		if !claim {
+		if !claims {
 			return nil
 		}
-		release, err := c.Claim(ctx, nil, claimOn(pool, xapi.PoolAllowedOperationsHAEnable))
+		release, err := c.Claim(ctx, nil, claim.On(pool, xapi.PoolAllowedOperationsHAEnable))
 		if err == nil {
 			release()
 		}
@@ -56,7 +57,7 @@ func BenchmarkInvoke(b *testing.B) {
 
 	for _, bm := range []struct {
 		name, method string
-		claim        bool
+		claims       bool
 		params       []any
 	}{
 		{"getter", "pool.get_name_label", false, []any{string(session), string(pool)}},
@@ -65,7 +66,7 @@ func BenchmarkInvoke(b *testing.B) {
 		{"claim", "VDI.update", true, []any{string(session), string(pool)}},
 	} {
 		b.Run(bm.name, func(b *testing.B) {
-			claim = bm.claim
+			claims = bm.claims
 			b.ReportAllocs()
 			for b.Loop() {
 				if _, err := a.Invoke(b.Context(), Origin{}, bm.method, bm.params); err != nil {

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/rpc"
 	"coppice/internal/xapi"
@@ -50,12 +51,9 @@ type Call struct {
 	mu       sync.Mutex
 	task     xapi.Ref[xapi.Task] // "" until somebody asks for it
 	recorded bool                // the task has a row in db
-	held     []*heldClaim
+	holder   *claim.Holder       // nil until a claim
 	progress progress
 }
-
-// heldClaim is a claim that is in current_operations.
-type heldClaim struct{ Claim }
 
 // Context is done when the call's task is cancelled, with a TASK_CANCELLED
 // error as its cause, or when the server stops. A client that goes away does
@@ -84,6 +82,35 @@ func (c *Call) Task() xapi.Ref[xapi.Task] {
 		c.api.running.add(c.task, c)
 	}
 	return c.task
+}
+
+// How long a claim waits for its turn before it fails with the
+// OTHER_OPERATION_IN_PROGRESS that held it up.
+const (
+	claimPatience    = 2 * time.Hour
+	transferPatience = 2 * time.Minute
+)
+
+// Claim takes all of claims, or none; see [claim.Holder.Take]. It waits for its
+// turn for up to two hours. The end of the call gives them back.
+func (c *Call) Claim(ctx context.Context, check func(*db.Tx) error, claims ...claim.Claim) (release func(), err error) {
+	return c.claims().Take(ctx, claimPatience, check, claims...)
+}
+
+// ClaimWithin is Claim with another limit for the wait.
+func (c *Call) ClaimWithin(ctx context.Context, patience time.Duration, check func(*db.Tx) error, claims ...claim.Claim) (release func(), err error) {
+	return c.claims().Take(ctx, patience, check, claims...)
+}
+
+// claims is what the call has claimed.
+func (c *Call) claims() *claim.Holder {
+	task := c.Task()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.holder == nil {
+		c.holder = c.api.claims.Holder(task, c.Method)
+	}
+	return c.holder
 }
 
 // progress is what a task row says of a call's progress, and when it was told.
@@ -154,21 +181,17 @@ func (c *Call) end(res Result, err error) (told *xapi.Error) {
 		told = a.outcome(c.ctx, c.client, c.Method, err)
 	}
 	c.mu.Lock()
-	held := c.held
-	c.held = nil
-	task, recorded := c.task, c.recorded
+	task, recorded, claimed := c.task, c.recorded, c.holder != nil
 	c.mu.Unlock()
 
 	if task != "" {
 		defer a.running.remove(task)
 	}
-	if recorded || len(held) > 0 {
-		a.letGo(c, held, func(tx *db.Tx) error {
-			if !recorded {
-				return nil
-			}
-			return a.completeTask(tx, task, res, told)
-		})
+	switch {
+	case recorded:
+		c.claims().End(func(tx *db.Tx) error { return a.completeTask(tx, task, res, told) })
+	case claimed:
+		c.claims().End(nil)
 	}
 	c.logEnd(told)
 	a.report(c.reported(), cmp.Or(c.Session, c.opened), reasonOf(told))

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"time"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
@@ -219,7 +220,7 @@ func (a *API) vdiListChangedBlocks(ctx context.Context, c *Call, from, to xapi.R
 		}
 		anyTwo = pool.OtherConfig[changedBlocksKey] == anyDisks
 		return comparable(older, newer, anyTwo)
-	}, claimOn(to, op))
+	}, claim.On(to, op))
 	if err != nil {
 		return "", err
 	}

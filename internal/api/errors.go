@@ -111,3 +111,13 @@ func invalidValue(field, value string) *xapi.Error {
 func permissionDenied(message string) *xapi.Error {
 	return xapi.NewError(xapi.ErrPermissionDenied, message)
 }
+
+// cmpErr returns the first error that is not nil.
+func cmpErr(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"testing"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
@@ -128,7 +129,7 @@ func TestEventTokensSurviveACrash(t *testing.T) {
 	busy, idle := r.disk(8<<20), r.disk(8<<20)
 	c := r.begun()
 	before := r.from("", 0, "vdi").Token
-	if _, err := c.Claim(t.Context(), nil, claimOn(busy, xapi.VDIOperationsDestroy)); err != nil {
+	if _, err := c.Claim(t.Context(), nil, claim.On(busy, xapi.VDIOperationsDestroy)); err != nil {
 		t.Fatal(err)
 	}
 	r.call("VDI.set_name_label", idle, "renamed") // makes durable what has been told

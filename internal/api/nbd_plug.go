@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/xapi"
 )
@@ -123,7 +124,7 @@ func vbdNBDMode(vbd *xapi.VBD) nbdMode {
 // here; what it gets is not a device but the URI of an NBD export, in device
 // and in runtime_properties.
 func (a *API) vbdPlug(ctx context.Context, c *Call, ref xapi.Ref[xapi.VBD]) (err error) {
-	release, err := c.Claim(ctx, func(tx *db.Tx) error { return a.vbdMayPlug(tx, ref) }, claimOn(ref, xapi.VBDOperationsPlug))
+	release, err := c.Claim(ctx, func(tx *db.Tx) error { return a.vbdMayPlug(tx, ref) }, claim.On(ref, xapi.VBDOperationsPlug))
 	if err != nil {
 		return err
 	}
@@ -264,7 +265,7 @@ func (a *API) unplug(ctx context.Context, c *Call, ref xapi.Ref[xapi.VBD], op xa
 			return xapi.NewError(xapi.ErrVBDNotUnpluggable, string(ref))
 		}
 		return nil
-	}, claimOn(ref, op))
+	}, claim.On(ref, op))
 	if err != nil {
 		return err
 	}

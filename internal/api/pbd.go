@@ -4,6 +4,7 @@ import (
 	"context"
 	"maps"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/xapi"
 )
@@ -22,7 +23,7 @@ func pbdMethods() map[string]any {
 func (a *API) pbdCreate(ctx context.Context, c *Call, args *xapi.PBD) (xapi.Ref[xapi.PBD], error) {
 	release, err := c.Claim(ctx, func(tx *db.Tx) error {
 		return a.srAllows(tx, args.SR, xapi.StorageOperationsPBDCreate)
-	}, claimOn(args.SR, xapi.StorageOperationsPBDCreate))
+	}, claim.On(args.SR, xapi.StorageOperationsPBDCreate))
 	if err != nil {
 		return "", err
 	}
@@ -137,7 +138,7 @@ func (a *API) beginPBD(ctx context.Context, c *Call, ref xapi.Ref[xapi.PBD], op 
 			return nil // nothing to do, so nothing to object to
 		}
 		return a.srAllows(tx, pbd.SR, op)
-	}, claimOn(pbd.SR, op))
+	}, claim.On(pbd.SR, op))
 	return pbd, release, err
 }
 

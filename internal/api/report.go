@@ -115,9 +115,7 @@ func (a *API) Figures() Figures {
 	a.running.mu.Lock()
 	f.Running = a.running.active
 	a.running.mu.Unlock()
-	a.claims.mu.Lock()
-	f.Waiting = len(a.claims.waiting)
-	a.claims.mu.Unlock()
+	f.Waiting = a.claims.Waiting()
 	return f
 }
 

@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
@@ -213,7 +214,7 @@ func (a *API) srIntroduce(ctx context.Context, c *Call, id, label, description, 
 // is not touched: introduced again, the SR has its disks back.
 func (a *API) srForget(ctx context.Context, c *Call, ref xapi.Ref[xapi.SR]) error {
 	op := xapi.StorageOperationsForget
-	release, err := c.Claim(ctx, func(tx *db.Tx) error { return a.srAllows(tx, ref, op) }, claimOn(ref, op))
+	release, err := c.Claim(ctx, func(tx *db.Tx) error { return a.srAllows(tx, ref, op) }, claim.On(ref, op))
 	if err != nil {
 		return err
 	}
@@ -226,7 +227,7 @@ func (a *API) srForget(ctx context.Context, c *Call, ref xapi.Ref[xapi.SR]) erro
 // that VDI.forget left count as disks.
 func (a *API) srDestroy(ctx context.Context, c *Call, ref xapi.Ref[xapi.SR]) error {
 	op := xapi.StorageOperationsDestroy
-	release, err := c.Claim(ctx, func(tx *db.Tx) error { return a.srAllows(tx, ref, op) }, claimOn(ref, op))
+	release, err := c.Claim(ctx, func(tx *db.Tx) error { return a.srAllows(tx, ref, op) }, claim.On(ref, op))
 	if err != nil {
 		return err
 	}
@@ -348,7 +349,7 @@ func (a *API) srScan(ctx context.Context, c *Call, ref xapi.Ref[xapi.SR]) error 
 
 // beginSR claims an operation on an attached SR.
 func (a *API) beginSR(ctx context.Context, c *Call, ref xapi.Ref[xapi.SR], op xapi.StorageOperations) (*repository, func(), error) {
-	release, err := c.Claim(ctx, func(tx *db.Tx) error { return a.srAllows(tx, ref, op) }, claimOn(ref, op))
+	release, err := c.Claim(ctx, func(tx *db.Tx) error { return a.srAllows(tx, ref, op) }, claim.On(ref, op))
 	if err != nil {
 		return nil, nil, err
 	}

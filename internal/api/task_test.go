@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/xapi"
 
@@ -106,7 +107,7 @@ func TestSynchronousCallsLeaveNoTask(t *testing.T) {
 	c := newCore(t)
 	c.with("VDI.update", func(a *API, ctx context.Context, call *Call, vdi xapi.Ref[xapi.VDI]) error {
 		call.Progress(1, 2)
-		_, err := call.Claim(ctx, nil, claimOn(c.host, reboot))
+		_, err := call.Claim(ctx, nil, claim.On(c.host, reboot))
 		return err
 	})
 	c.call("VDI.update", "OpaqueRef:x")
@@ -182,7 +183,7 @@ func TestCancel(t *testing.T) {
 
 		// a synchronous call, by the reference its claims show
 		c.with("VDI.update", func(a *API, ctx context.Context, call *Call, vdi xapi.Ref[xapi.VDI]) error {
-			if _, err := call.Claim(ctx, nil, claimOn(c.host, reboot)); err != nil {
+			if _, err := call.Claim(ctx, nil, claim.On(c.host, reboot)); err != nil {
 				return err
 			}
 			<-ctx.Done()

@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
@@ -83,9 +84,9 @@ func (a *API) beginDisk(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], op
 	if !slices.Contains(vdiOpsWhileAttached, op) {
 		a.awaitWriters(ctx, ref)
 	}
-	claims := []Claim{claimOn(ref, op)}
+	claims := []claim.Claim{claim.On(ref, op)}
 	if srOp != "" {
-		claims = append(claims, claimOn(w.rec.SR, srOp))
+		claims = append(claims, claim.On(w.rec.SR, srOp))
 	}
 	w.release, err = c.Claim(ctx, func(tx *db.Tx) (err error) {
 		if err := a.vdiAllows(tx, ref, op); err != nil {
@@ -133,7 +134,7 @@ func (a *API) vdiCreate(ctx context.Context, c *Call, args *xapi.VDI) (xapi.Ref[
 		}
 		sr, err = db.Get(tx, args.SR)
 		return err
-	}, claimOn(args.SR, xapi.StorageOperationsVDICreate))
+	}, claim.On(args.SR, xapi.StorageOperationsVDICreate))
 	if err != nil {
 		return "", err
 	}
@@ -416,7 +417,7 @@ func (a *API) vdiForget(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI]) er
 			at = attrsOf(tx, rec)
 		}
 		return err
-	}, claimOn(ref, xapi.VDIOperationsForget))
+	}, claim.On(ref, xapi.VDIOperationsForget))
 	if err != nil {
 		return err
 	}

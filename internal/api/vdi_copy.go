@@ -11,6 +11,7 @@ import (
 	"iter"
 	"strconv"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
@@ -30,7 +31,7 @@ import (
 func (a *API) vdiCopy(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI], sr xapi.Ref[xapi.SR], base, into xapi.Ref[xapi.VDI]) (xapi.Ref[xapi.VDI], error) {
 	release, err := c.Claim(ctx, func(tx *db.Tx) error {
 		return a.vdiAllows(tx, ref, xapi.VDIOperationsCopy)
-	}, claimOn(ref, xapi.VDIOperationsCopy))
+	}, claim.On(ref, xapi.VDIOperationsCopy))
 	if err != nil {
 		return "", err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"slices"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
@@ -26,7 +27,7 @@ func (a *API) vdiPoolMigrate(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI
 			return err
 		}
 		return a.vdiMigratable(tx, ref)
-	}, claimOn(ref, xapi.VDIOperationsMirror))
+	}, claim.On(ref, xapi.VDIOperationsMirror))
 	if err != nil {
 		return "", err
 	}

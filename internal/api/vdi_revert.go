@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
@@ -47,7 +48,7 @@ type diskRevert struct {
 	undo    bool
 	dropped []xapi.Ref[xapi.VDI] // older undo snapshots, which go
 	gone    []*xapi.VDI          // their records
-	claims  []Claim
+	claims  []claim.Claim
 }
 
 // claimDiskRevert plans a revert and claims all that it is going to touch.
@@ -101,9 +102,9 @@ func (a *API) planDiskRevert(tx *db.Tx, c *Call, snapshot xapi.Ref[xapi.VDI]) (*
 	if w.rec, err = db.Get(tx, w.ref); err != nil {
 		return nil, err
 	}
-	w.claims = []Claim{
-		claimOn(snapshot, xapi.VDIOperationsRevertTo), claimOn(w.ref, xapi.VDIOperationsRevertFrom),
-		claimOn(w.rec.SR, xapi.StorageOperationsVDIRevert),
+	w.claims = []claim.Claim{
+		claim.On(snapshot, xapi.VDIOperationsRevertTo), claim.On(w.ref, xapi.VDIOperationsRevertFrom),
+		claim.On(w.rec.SR, xapi.StorageOperationsVDIRevert),
 	}
 	if !w.undo {
 		return w, nil
@@ -118,7 +119,7 @@ func (a *API) planDiskRevert(tx *db.Tx, c *Call, snapshot xapi.Ref[xapi.VDI]) (*
 		}
 		w.dropped, w.gone = append(w.dropped, ref), append(w.gone, v)
 		if ref != snapshot {
-			w.claims = append(w.claims, claimOn(ref, xapi.VDIOperationsDestroy))
+			w.claims = append(w.claims, claim.On(ref, xapi.VDIOperationsDestroy))
 		}
 	}
 	return w, nil

@@ -7,6 +7,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/xapi"
 )
@@ -89,7 +90,7 @@ func (a *API) vmCreate(ctx context.Context, c *Call, args *xapi.VM) (ref xapi.Re
 func (a *API) vmDestroy(ctx context.Context, c *Call, ref xapi.Ref[xapi.VM]) error {
 	release, err := c.Claim(ctx, func(tx *db.Tx) error {
 		return a.vmAllows(tx, ref, xapi.VMOperationsDestroy)
-	}, claimOn(ref, xapi.VMOperationsDestroy))
+	}, claim.On(ref, xapi.VMOperationsDestroy))
 	if err != nil {
 		return err
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/sexpr"
 	"coppice/internal/storage"
@@ -105,13 +106,13 @@ func (a *API) claimVM(ctx context.Context, c *Call, op xapi.VMOperations, ops di
 		if err != nil {
 			return p, nil, err
 		}
-		claims := []Claim{claimOn(p.ref, op)}
+		claims := []claim.Claim{claim.On(p.ref, op)}
 		srs := map[xapi.Ref[xapi.SR]]bool{}
 		for _, ref := range p.disks {
-			claims = append(claims, claimOn(ref, ops.vdi))
+			claims = append(claims, claim.On(ref, ops.vdi))
 			if sr := p.recs[ref].SR; ops.sr != "" && !srs[sr] {
 				srs[sr] = true
-				claims = append(claims, claimOn(sr, ops.sr))
+				claims = append(claims, claim.On(sr, ops.sr))
 			}
 		}
 		release, err := c.Claim(ctx, func(tx *db.Tx) error {

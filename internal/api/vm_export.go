@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/ova"
 	"coppice/internal/storage"
@@ -86,7 +87,7 @@ func (a *API) openVMExport(x *VMExport, r VMExportRequest) error {
 		// Given back when the call ends.
 		_, err := c.Claim(ctx, func(tx *db.Tx) error {
 			return a.vmAllows(tx, refs[0], xapi.VMOperationsExport)
-		}, claimOn(refs[0], xapi.VMOperationsExport))
+		}, claim.On(refs[0], xapi.VMOperationsExport))
 		if err != nil {
 			return err
 		}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/ova"
 	"coppice/internal/sexpr"
@@ -77,9 +78,9 @@ func (x *VMImport) claimReplaced(ctx context.Context) (refs []xapi.Ref[xapi.VM],
 	if err != nil || len(refs) == 0 {
 		return nil, func() {}, err
 	}
-	var claims []Claim
+	var claims []claim.Claim
 	for _, ref := range refs {
-		claims = append(claims, claimOn(ref, xapi.VMOperationsDestroy))
+		claims = append(claims, claim.On(ref, xapi.VMOperationsDestroy))
 	}
 	release, err = x.call.ClaimWithin(ctx, transferPatience, func(tx *db.Tx) error {
 		return x.removable(tx, refs)

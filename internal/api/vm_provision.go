@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/xapi"
 )
@@ -43,7 +44,7 @@ func (a *API) vmProvision(ctx context.Context, c *Call, ref xapi.Ref[xapi.VM]) e
 			text = vm.OtherConfig[disksKey]
 		}
 		return err
-	}, claimOn(ref, xapi.VMOperationsProvision))
+	}, claim.On(ref, xapi.VMOperationsProvision))
 	if err != nil {
 		return err
 	}

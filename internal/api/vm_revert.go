@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/sexpr"
 	"coppice/internal/storage"
@@ -95,7 +96,7 @@ type vmRevertWork struct {
 	doomed  map[xapi.Ref[xapi.VDI]]*xapi.VDI          // disks that are destroyed
 	saved   []xapi.Ref[xapi.VDI]                      // disks of the VM of which the present contents are kept
 	dropped []xapi.Ref[xapi.VM]                       // older undo snapshots, destroyed with their disks
-	claims  []Claim
+	claims  []claim.Claim
 
 	sizes  map[xapi.Ref[xapi.VDI]]storage.Info       // of disks put back
 	clones map[xapi.Ref[xapi.VDI]]xapi.Ref[xapi.VDI] // disk of the snapshot → clone
@@ -152,12 +153,12 @@ func (a *API) planRevert(tx *db.Tx, c *Call, snapshot xapi.Ref[xapi.VM]) (*vmRev
 	if !r.snap.vm.IsASnapshot {
 		return nil, xapi.NewError(xapi.ErrRevertOnlyAllowedOnSnapshot)
 	}
-	r.claim(claimOn(snapshot, xapi.VMOperationsRevert))
+	r.claim(claim.On(snapshot, xapi.VMOperationsRevert))
 	if _, err := db.Get(tx, r.snap.vm.SnapshotOf); err == nil {
 		if r.vm, err = partsOf(tx, r.snap.vm.SnapshotOf, nil, true); err != nil {
 			return nil, err
 		}
-		r.claim(claimOn(r.vm.ref, xapi.VMOperationsReverting))
+		r.claim(claim.On(r.vm.ref, xapi.VMOperationsReverting))
 	} else {
 		r.vm.ref, r.undo = xapi.NewRef[xapi.VM](), false
 	}
@@ -171,8 +172,8 @@ func (a *API) planRevert(tx *db.Tx, c *Call, snapshot xapi.Ref[xapi.VM]) (*vmRev
 }
 
 // claim adds a claim, of which an SR needs only one.
-func (r *vmRevertWork) claim(cl Claim) {
-	if !slices.ContainsFunc(r.claims, func(have Claim) bool { return have.Ref == cl.Ref }) {
+func (r *vmRevertWork) claim(cl claim.Claim) {
+	if !slices.ContainsFunc(r.claims, func(have claim.Claim) bool { return have.Ref == cl.Ref }) {
 		r.claims = append(r.claims, cl)
 	}
 }
@@ -188,14 +189,14 @@ func (r *vmRevertWork) planDisk(tx *db.Tx, s xapi.Ref[xapi.VDI]) {
 	if mine && !r.clone && !taken && !target.IsASnapshot && target.SR == rec.SR && srHasFeature(tx, rec.SR, "VDI_REVERT") {
 		r.inPlace[s] = t
 		r.saved = append(r.saved, t)
-		r.claim(claimOn(s, xapi.VDIOperationsRevertTo))
-		r.claim(claimOn(t, xapi.VDIOperationsRevertFrom))
-		r.claim(claimOn(rec.SR, xapi.StorageOperationsVDIRevert))
+		r.claim(claim.On(s, xapi.VDIOperationsRevertTo))
+		r.claim(claim.On(t, xapi.VDIOperationsRevertFrom))
+		r.claim(claim.On(rec.SR, xapi.StorageOperationsVDIRevert))
 		return
 	}
 	r.cloned = append(r.cloned, s)
-	r.claim(claimOn(s, xapi.VDIOperationsClone))
-	r.claim(claimOn(rec.SR, xapi.StorageOperationsVDIClone))
+	r.claim(claim.On(s, xapi.VDIOperationsClone))
+	r.claim(claim.On(rec.SR, xapi.StorageOperationsVDIClone))
 	if mine && !taken && !target.IsASnapshot && slices.Contains(r.vm.disks, t) {
 		r.doom(t, target)
 	}
@@ -205,8 +206,8 @@ func (r *vmRevertWork) planDisk(tx *db.Tx, s xapi.Ref[xapi.VDI]) {
 func (r *vmRevertWork) doom(ref xapi.Ref[xapi.VDI], rec *xapi.VDI) {
 	if r.doomed[ref] == nil {
 		r.doomed[ref] = rec
-		r.claim(claimOn(ref, xapi.VDIOperationsDestroy))
-		r.claim(claimOn(rec.SR, xapi.StorageOperationsVDIDestroy))
+		r.claim(claim.On(ref, xapi.VDIOperationsDestroy))
+		r.claim(claim.On(rec.SR, xapi.StorageOperationsVDIDestroy))
 	}
 }
 
@@ -245,15 +246,15 @@ func (r *vmRevertWork) planRest(tx *db.Tx) {
 			if err := a.vdiAllows(tx, v, xapi.VDIOperationsSnapshot); err != nil && !busy(err) {
 				continue
 			}
-			r.claim(claimOn(v, xapi.VDIOperationsSnapshot))
-			r.claim(claimOn(r.vm.recs[v].SR, xapi.StorageOperationsVDISnapshot))
+			r.claim(claim.On(v, xapi.VDIOperationsSnapshot))
+			r.claim(claim.On(r.vm.recs[v].SR, xapi.StorageOperationsVDISnapshot))
 		}
 		r.saved = append(r.saved, v)
 	}
 	for _, u := range r.vm.vm.Snapshots {
 		if disks, ok := a.droppableUndo(tx, u, r.snap.ref); ok {
 			r.dropped = append(r.dropped, u)
-			r.claim(claimOn(u, xapi.VMOperationsDestroy))
+			r.claim(claim.On(u, xapi.VMOperationsDestroy))
 			for _, v := range slices.Sorted(maps.Keys(disks)) {
 				r.doom(v, disks[v])
 			}

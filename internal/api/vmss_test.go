@@ -11,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"coppice/internal/claim"
 	"coppice/internal/db"
 	"coppice/internal/xapi"
 )
@@ -326,7 +327,7 @@ func (r *rig) occupy(vm xapi.Ref[xapi.VM]) (release func()) {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	if _, err := c.Claim(c.ctx, nil, claimOn(vm, xapi.VMOperationsDestroy)); err != nil {
+	if _, err := c.Claim(c.ctx, nil, claim.On(vm, xapi.VMOperationsDestroy)); err != nil {
 		r.t.Fatal(err)
 	}
 	return func() { c.end(Result{}, nil) }
