@@ -7,11 +7,8 @@ import (
 	"maps"
 	"path/filepath"
 	"reflect"
-	"slices"
-	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
 
 	"coppice/internal/db"
@@ -43,88 +40,6 @@ func (s *faultyStore) Commit(ctx context.Context, b db.Batch) error {
 	return errInjected
 }
 
-// records is a whole database as plain maps: record by class and reference.
-type records map[string]map[string]any
-
-// modelClasses are the classes that the test uses: persistent ones, one without persistent fields that matter,
-// and one in memory only.
-var modelClasses = []string{"SR", "VBD", "VDI", "VM", "VM_group", "task"}
-
-func class(name string) *xapi.Class { return xapi.Datamodel().Classes[name] }
-
-func (r records) clone() records {
-	out := make(records)
-	for name, objects := range r {
-		out[name] = make(map[string]any)
-		for ref, rec := range objects {
-			out[name][ref] = class(name).Clone(rec)
-		}
-	}
-	return out
-}
-
-// complete returns the records with their computed sides, each found by looking at every object.
-func (r records) complete() records {
-	out := r.clone()
-	for name, objects := range out {
-		for _, rec := range objects {
-			class(name).CopyComputed(rec, nil)
-		}
-	}
-	for _, rel := range xapi.Datamodel().Relations {
-		for ref, rec := range r[rel.From.Class.Name] {
-			targets := rel.From.AppendRefs(nil, rec)
-			slices.Sort(targets)
-			for _, target := range slices.Compact(targets) {
-				if t := out[rel.To.Class.Name][target]; t != nil {
-					rel.To.AddRef(t, ref)
-				}
-			}
-		}
-	}
-	return out.sorted()
-}
-
-// sorted orders the members of the computed sides, which have no order of their own.
-func (r records) sorted() records {
-	for name, objects := range r {
-		for _, f := range class(name).Fields {
-			if !f.Computed {
-				continue
-			}
-			for _, rec := range objects {
-				refs := f.AppendRefs(nil, rec)
-				slices.Sort(refs)
-				f.Set(rec, f.Type.Zero())
-				for _, ref := range refs {
-					f.AddRef(rec, ref)
-				}
-			}
-		}
-	}
-	return r
-}
-
-// actual reads the same from the database.
-func actual(tx *db.Tx) records {
-	out := make(records)
-	for _, name := range modelClasses {
-		out[name] = make(map[string]any)
-		for ref, rec := range tx.Each(class(name)) {
-			out[name][ref] = class(name).Clone(rec)
-		}
-	}
-	return out.clone().sorted()
-}
-
-// diffRecords is cmp.Diff with a short cut, because it is called all the time.
-func diffRecords(want, got records) string {
-	if reflect.DeepEqual(want, got) {
-		return ""
-	}
-	return cmp.Diff(want, got)
-}
-
 type stamp struct{ created, modified uint64 }
 
 // touch holds the revisions at which an object was last written to in any way, and last inserted.
@@ -153,12 +68,6 @@ type client struct {
 	seen records // of classes that survive a restart
 }
 
-// persistent leaves out what does not survive a restart as a whole.
-func (r records) persistent() records {
-	out := maps.Clone(r)
-	maps.DeleteFunc(out, func(name string, _ map[string]any) bool { return !class(name).Persist })
-	return out
-}
 
 // pause has a client stop here who has seen everything.
 func (m *dbModel) pause(*rapid.T) {
@@ -284,106 +193,6 @@ func (m *dbModel) sync(t *rapid.T) {
 	}
 }
 
-// refs draws a reference to one of a few objects of a class, which may exist or not.
-func refs(class string) *rapid.Generator[string] {
-	return rapid.Custom(func(t *rapid.T) string {
-		return fmt.Sprintf("OpaqueRef:%s-%d", class, rapid.IntRange(0, 2).Draw(t, class))
-	})
-}
-
-// fill assigns random values to the fields of a record that matter for relations, indexes and persistence.
-func fill(t *rapid.T, rec any) {
-	c := xapi.Datamodel().ClassOfRecord(rec)
-	for _, f := range c.Fields {
-		if f.Computed || f.Name == "uuid" || rapid.Bool().Draw(t, f.Name) {
-			continue
-		}
-		switch {
-		case f.Type.Kind == xapi.KindRef && slices.Contains(modelClasses, f.Type.Class):
-			ref := xapi.NullRef
-			if rapid.Bool().Draw(t, "set") {
-				ref = refs(f.Type.Class).Draw(t, f.Name)
-			}
-			v, err := f.Type.Parse(ref)
-			if err != nil {
-				t.Fatal(err)
-			}
-			f.Set(rec, v)
-		case f.Type.Kind == xapi.KindSet && f.Type.Elem.Class == "VM_group":
-			f.Set(rec, f.Type.Zero())
-			for _, ref := range rapid.SliceOfN(refs("VM_group"), 0, 3).Draw(t, f.Name) {
-				f.AddRef(rec, ref)
-			}
-		case f.Name == "name_label":
-			f.Set(rec, rapid.SampledFrom([]string{"", "a", "ab", "é\x00\"<"}).Draw(t, "label"))
-		case f.Name == "other_config":
-			f.Set(rec, map[string]string{"k": rapid.SampledFrom([]string{"1", "2"}).Draw(t, "value")})
-		case f.Name == "virtual_size" || f.Name == "user_version":
-			f.Set(rec, rapid.Int64().Draw(t, f.Name))
-		case f.Name == "current_operations":
-			v, err := f.Type.Parse(map[string]any{"t": f.Type.Elem.Values()[0]})
-			if err != nil {
-				t.Fatal(err)
-			}
-			f.Set(rec, v)
-		}
-	}
-}
-
-// step makes one random change to both sides, or checks that it is refused.
-func step(t *rapid.T, tx *db.Tx, now records, written map[string]touch) {
-	name := rapid.SampledFrom(modelClasses).Draw(t, "class")
-	c, ref := class(name), refs(name).Draw(t, "ref")
-	old := now[name][ref]
-	write := func(ref string) { written[ref] = touch{tx.Revision(), written[ref].inserted} }
-	touchAll := func(rec any) {
-		write(ref)
-		for _, r := range c.Forward {
-			for _, target := range r.From.AppendRefs(nil, rec) {
-				write(target)
-			}
-		}
-	}
-	switch rapid.SampledFrom([]string{"insert", "modify", "modify", "delete", "touch"}).Draw(t, "op") {
-	case "insert":
-		rec := c.New()
-		c.Field("uuid").Set(rec, "uuid of "+ref)
-		fill(t, rec)
-		want := c.Clone(rec)
-		switch err := tx.InsertAny(c, ref, rec); {
-		case old == nil && err == nil:
-			now[name][ref] = want
-			touchAll(want)
-			written[ref] = touch{tx.Revision(), tx.Revision()}
-		case old == nil || !errors.Is(err, db.ErrExists):
-			t.Fatalf("insert %s, exists %v: %v", ref, old != nil, err)
-		}
-	case "modify":
-		var want any
-		err := tx.ModifyAny(c, ref, func(rec any) { fill(t, rec); want = c.Clone(rec) })
-		if old != nil && err == nil {
-			touchAll(old)
-			touchAll(want)
-			now[name][ref] = want
-		} else if old != nil || !errors.Is(err, xapi.NewError(xapi.ErrHandleInvalid, name, ref)) {
-			t.Fatalf("modify %s, exists %v: %v", ref, old != nil, err)
-		}
-	case "delete":
-		if err := tx.DeleteAny(c, ref); (err == nil) != (old != nil) {
-			t.Fatalf("delete %s, exists %v: %v", ref, old != nil, err)
-		}
-		if old != nil {
-			touchAll(old)
-			delete(now[name], ref)
-		}
-	case "touch":
-		if err := tx.Touch(c, ref); (err == nil) != (old != nil) {
-			t.Fatalf("touch %s, exists %v: %v", ref, old != nil, err)
-		}
-		write(ref)
-	}
-}
-
 // update runs a few steps in one transaction, which may be given up or meet a failing store.
 func (m *dbModel) update(t *rapid.T) {
 	if rapid.IntRange(0, 9).Draw(t, "fault") == 0 {
@@ -471,87 +280,6 @@ func (m *dbModel) reuse(written map[string]touch) {
 		delete(m.deleted, ref)
 		m.again[ref] = m.again[ref] || m.used[ref]
 		m.used[ref] = true
-	}
-}
-
-func (m *dbModel) check(t *rapid.T) {
-	want := m.now.complete()
-	_ = m.db.View(func(tx *db.Tx) error {
-		if diff := diffRecords(want, actual(tx)); diff != "" {
-			t.Fatalf("(-want +got)\n%s", diff)
-		}
-		for _, name := range modelClasses {
-			m.checkIndexes(t, tx, class(name))
-			m.checkChanges(t, tx, class(name), rapid.Uint64Range(m.opened, tx.Revision()).Draw(t, "after"))
-		}
-		return nil
-	})
-}
-
-func (m *dbModel) checkIndexes(t *rapid.T, tx *db.Tx, c *xapi.Class) {
-	if got, want := tx.Count(c), len(m.now[c.Name]); got != want {
-		t.Fatalf("%d objects of class %s, want %d", got, c.Name, want)
-	}
-	byLabel := make(map[string][]string)
-	for ref, rec := range m.now[c.Name] {
-		if got, ok := tx.UUID(c, c.Field("uuid").Get(rec).(string)); !ok || got != ref {
-			t.Fatalf("by uuid: got %q, want %q", got, ref)
-		}
-		if got, ok := tx.ClassOf(ref); !ok || got != c {
-			t.Fatalf("class of %s: %v", ref, got)
-		}
-		if f := c.Field("name_label"); f != nil {
-			label := f.Get(rec).(string)
-			byLabel[label] = append(byLabel[label], ref)
-		}
-	}
-	for _, label := range []string{"", "a", "ab", "é\x00\"<", "none"} {
-		want := byLabel[label]
-		slices.Sort(want)
-		if got := tx.Named(c, label); !slices.Equal(got, want) {
-			t.Fatalf("named %q: got %v, want %v", label, got, want)
-		}
-	}
-}
-
-func (m *dbModel) checkChanges(t *rapid.T, tx *db.Tx, c *xapi.Class, after uint64) {
-	changes, complete := tx.Changes(c, after)
-	if !complete {
-		t.Fatalf("changes after %d are not complete", after)
-	}
-	seen := make(map[string]bool)
-	for ch := range changes {
-		if seen[ch.Ref] {
-			t.Fatalf("%s appears twice", ch.Ref)
-		}
-		seen[ch.Ref] = true
-		if ch.Deleted {
-			got, want := stamp{ch.Created, ch.Modified}, m.deleted[ch.Ref]
-			if m.again[ch.Ref] { // of the first of them
-				want.created = min(want.created, got.created)
-			}
-			if got != want || ch.Created > after {
-				t.Fatalf("deletion of %s after %d: %+v, want %+v", ch.Ref, after, got, want)
-			}
-			continue
-		}
-		s := m.changed[ch.Ref]
-		if ch.Created != s.created || ch.Modified < s.modified || ch.Modified <= after || ch.Rec == nil {
-			t.Fatalf("%s after %d: %+v, want %+v", ch.Ref, after, ch, s)
-		}
-		if s.modified <= after && m.touched[ch.Ref].written <= after {
-			t.Fatalf("%s was not touched after %d", ch.Ref, after)
-		}
-	}
-	for ref, s := range m.changed {
-		if strings.HasPrefix(ref, "OpaqueRef:"+c.Name+"-") && s.modified > after && !seen[ref] {
-			t.Fatalf("%s changed at %d, not reported after %d", ref, s.modified, after)
-		}
-	}
-	for ref, s := range m.deleted {
-		if strings.HasPrefix(ref, "OpaqueRef:"+c.Name+"-") && s.modified > after && s.created <= after && !seen[ref] {
-			t.Fatalf("%s was deleted at %d, not reported after %d", ref, s.modified, after)
-		}
 	}
 }
 
