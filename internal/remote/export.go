@@ -214,11 +214,15 @@ func (x *Export) Close(ctx context.Context) {
 
 // leave has the server end the task, for which no request may have reached it,
 // and remove it.
-func (x *Export) leave(ctx context.Context) {
+func (x *Export) leave(ctx context.Context) { x.part(ctx, "task.cancel", "task.destroy") }
+
+// part sends last messages about the task, also when ctx has ended.
+func (x *Export) part(ctx context.Context, methods ...string) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), partingTime)
 	defer cancel()
-	_, _ = x.c.Call(ctx, "task.cancel", x.task) // nothing, when it has ended
-	_, _ = x.c.Call(ctx, "task.destroy", x.task)
+	for _, method := range methods {
+		_, _ = x.c.Call(ctx, method, x.task) // nothing follows from it
+	}
 }
 
 // Received returns how many bytes of the image have been read.
@@ -242,7 +246,7 @@ const (
 	settleTime            = time.Minute
 	partingTime           = time.Second
 	reasonTime            = 3 * time.Second
-	settleMin, settlePoll = 10 * time.Millisecond, time.Second
+	settleMin, settlePoll = 2 * time.Millisecond, time.Second
 )
 
 // Finish ends the export. With err nil the image has been read to its end as
@@ -310,7 +314,7 @@ func (x *Export) settle(ctx context.Context) error {
 				return &ProtocolError{errors.New("the server does not say how the export went")}
 			}
 		}
-		x.leave(ctx)
+		x.part(ctx, "task.destroy")
 		if status == "success" {
 			return x.verify(task)
 		}
