@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"hash/crc32"
 	"io"
 	"net"
@@ -79,6 +80,17 @@ func (l *limit) put(body io.Reader, path string) error {
 		return err
 	}
 	return unix.Fdatasync(int(f.Fd()))
+}
+
+// fetch has the file at path come over HTTP, and puts it into another one as a PUT
+// does.
+func (l *limit) fetch(ctx context.Context, client *server, path, out string) error {
+	body, _, err := client.open(ctx, l.base+path, nil)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	return l.put(body, out)
 }
 
 // read does what a GET does, for nobody.

@@ -25,7 +25,7 @@
 // The sections "transfers/…" move disks in and out, with -gib GiB of data.
 //
 // Usage: go run ./bench [-rounds N] [-dir DIR] [-only REGEXP] [-gib N] [-cpuprofile FILE];
-// it needs qemu-img, for NBD also qemu-nbd, nbdkit, nbdcopy and fio, and, but for
+// it needs qemu-img and curl, for NBD also qemu-nbd, nbdkit, nbdcopy and fio, and, but for
 // the engine, bin/coppice (make build).
 package main
 
@@ -71,6 +71,7 @@ var serverSections = []section{
 	{name: "transfers/eight", server: true, run: benchEight},
 	{name: "transfers/delta", server: true, run: benchDelta},
 	{name: "transfers/tables-last", server: true, run: benchTablesLast},
+	{name: "transfers/pull", server: true, run: benchPull},
 	{name: "transfers/memory", server: true, run: benchMemory},
 	{name: "snapshot", server: true, run: benchSnapshot},
 	{name: "api", long: true, run: benchAPI},

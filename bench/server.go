@@ -22,6 +22,7 @@ import (
 type server struct {
 	cmd     *exec.Cmd
 	base    string // http://127.0.0.1:port
+	secure  string // https://127.0.0.1:port
 	session string
 	sr      string
 	client  *http.Client
@@ -30,7 +31,8 @@ type server struct {
 
 const password = "bench"
 
-// startServer starts the binary on a fresh directory and logs in.
+// startServer starts the binary on a fresh directory and logs in. Disks may be
+// pulled from this machine.
 func startServer(ctx context.Context, cfg config) (*server, error) {
 	pw := filepath.Join(cfg.scratch, "password")
 	if err := os.WriteFile(pw, []byte(password+"\n"), 0o600); err != nil {
@@ -50,12 +52,12 @@ func startServer(ctx context.Context, cfg config) (*server, error) {
 	}
 	defer logFile.Close()
 	cmd := exec.Command(cfg.binary, "serve", "--data", filepath.Join(cfg.scratch, "data"),
-		"--admin-password-file", pw, "--http", address, "--https", secure)
+		"--admin-password-file", pw, "--http", address, "--https", secure, "--pull-from", "127.0.0.1")
 	cmd.Stdout, cmd.Stderr = logFile, logFile
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	s := &server{cmd: cmd, base: "http://" + address, client: &http.Client{
+	s := &server{cmd: cmd, base: "http://" + address, secure: "https://" + secure, client: &http.Client{
 		Transport: &http.Transport{ReadBufferSize: 256 << 10, WriteBufferSize: 256 << 10},
 	}}
 	if err := s.login(ctx); err != nil {
