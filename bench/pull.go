@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -137,9 +138,7 @@ func (s *server) pull(ctx context.Context, from *server, url, vdi string, args m
 	all := map[string]string{
 		"remote-url": url, "remote-session": from.session, "remote-vdi": vdi, "remote-insecure": "true", "sr": s.sr,
 	}
-	for key, value := range args {
-		all[key] = value
-	}
+	maps.Copy(all, args)
 	if all["vdi"] != "" {
 		delete(all, "sr")
 	}
