@@ -16,9 +16,9 @@ import (
 	"github.com/google/uuid"
 	"golang.org/x/term"
 
-	"coppice/internal/api"
 	"coppice/internal/login"
 	"coppice/internal/users"
+	"coppice/internal/xapi"
 )
 
 // userOptions are the flags of user.
@@ -31,8 +31,8 @@ type userOptions struct {
 func (o *userOptions) flags() *flag.FlagSet {
 	fs := flag.NewFlagSet("user", flag.ContinueOnError)
 	o.data = dataFlag(fs)
-	fs.Func("role", "`role` of the user: "+strings.Join(api.RoleNames(), ", ")+"; may be repeated, the strongest counts", func(s string) error {
-		if !slices.Contains(api.RoleNames(), s) {
+	fs.Func("role", "`role` of the user: "+strings.Join(xapi.Datamodel().Roles, ", ")+"; may be repeated, the strongest counts", func(s string) error {
+		if !slices.Contains(xapi.Datamodel().Roles, s) {
 			return errors.New("there is no such role")
 		}
 		o.roles = append(o.roles, s)

@@ -2,7 +2,6 @@ package api
 
 import (
 	"context"
-	"crypto/md5"
 	"errors"
 	"maps"
 	"slices"
@@ -11,6 +10,7 @@ import (
 	"github.com/google/uuid"
 
 	"coppice/internal/db"
+	"coppice/internal/rbac"
 	"coppice/internal/users"
 	"coppice/internal/xapi"
 )
@@ -72,7 +72,7 @@ func (a *API) ReloadUsers(ctx context.Context) error {
 	}
 	now := map[string]*account{}
 	for _, u := range list {
-		now[u.Name] = &account{User: u, role: a.strongest(u.Roles)}
+		now[u.Name] = &account{User: u, role: a.roles.Strongest(u.Roles)}
 	}
 	if err := a.mirrorSubjects(ctx, now); err != nil {
 		return err
@@ -119,7 +119,7 @@ func (a *API) mirrorSubjects(ctx context.Context, list map[string]*account) erro
 				s.SubjectIdentifier, s.OtherConfig = acc.Name, maps.Clone(acc.OtherConfig)
 				s.Roles = []xapi.Ref[xapi.Role]{}
 				for _, r := range acc.Roles {
-					s.Roles = append(s.Roles, roleRef(r))
+					s.Roles = append(s.Roles, rbac.Ref(r))
 				}
 			}
 			ref, ok := rows[name]
@@ -140,16 +140,6 @@ func (a *API) mirrorSubjects(ctx context.Context, list map[string]*account) erro
 		}
 		return nil
 	})
-}
-
-// strongest returns the strongest of some roles; those that do not exist count for nothing.
-func (a *API) strongest(roles []string) string {
-	for _, r := range a.model.Roles {
-		if slices.Contains(roles, r) {
-			return r
-		}
-	}
-	return ""
 }
 
 // endSessions ends the sessions that which holds for.
@@ -246,7 +236,7 @@ func (a *API) subjectDestroy(ctx context.Context, c *Call, ref xapi.Ref[xapi.Sub
 
 func (a *API) subjectAddToRoles(ctx context.Context, c *Call, ref xapi.Ref[xapi.Subject], role xapi.Ref[xapi.Role]) error {
 	return a.changeSubject(ctx, ref, func(file *users.File, name string) error {
-		r := a.roles.named(role)
+		r := a.roles.Named(role)
 		if r == "" {
 			return xapi.NewError(xapi.ErrRoleNotFound)
 		}
@@ -262,7 +252,7 @@ func (a *API) subjectAddToRoles(ctx context.Context, c *Call, ref xapi.Ref[xapi.
 
 func (a *API) subjectRemoveFromRoles(ctx context.Context, c *Call, ref xapi.Ref[xapi.Subject], role xapi.Ref[xapi.Role]) error {
 	return a.changeSubject(ctx, ref, func(file *users.File, name string) error {
-		r := a.roles.named(role)
+		r := a.roles.Named(role)
 		return file.Change(name, func(u *users.User) error {
 			i := slices.Index(u.Roles, r)
 			if i < 0 {
@@ -280,7 +270,7 @@ func (a *API) subjectGetPermissionsNameLabel(ctx context.Context, c *Call, ref x
 		return nil, err
 	}
 	if acc := a.accounts.get(name); acc != nil && acc.role != "" {
-		return a.roles.permissions[acc.role], nil
+		return a.roles.Permissions(acc.role), nil
 	}
 	return []string{}, nil
 }
@@ -322,10 +312,4 @@ func (a *API) resolve(ctx context.Context, name string) (*account, error) {
 		return acc, nil
 	}
 	return nil, xapi.NewError(xapi.ErrSubjectCannotBeResolved)
-}
-
-// nameUUID is the uuid that follows from a name, as those of the static roles do.
-func nameUUID(name string) string {
-	sum := md5.Sum([]byte(name))
-	return uuid.UUID(sum).String()
 }

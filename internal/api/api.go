@@ -56,6 +56,7 @@ import (
 	"coppice/internal/db"
 	"coppice/internal/event"
 	"coppice/internal/login"
+	"coppice/internal/rbac"
 	"coppice/internal/storage"
 	"coppice/internal/users"
 	"coppice/internal/xapi"
@@ -114,7 +115,7 @@ type API struct {
 	password *login.Passwords
 	types    struct{ text, stringSet, taskRef *xapi.Type }
 
-	roles    roleTable
+	roles    *rbac.Table
 	accounts accountTable
 	sessions sessionTable
 	running  taskTable
@@ -204,7 +205,7 @@ func prepare(ctx context.Context, cfg Config) (*API, error) {
 	if a.password, err = login.NewPasswords(rootUser, cfg.RootPassword); err != nil {
 		return nil, err
 	}
-	a.roles = newRoleTable(a.model)
+	a.roles = rbac.New(a.model)
 	a.sessions.init()
 	a.events = event.New(a.db, a.model, a.now)
 	a.running.init()

@@ -187,7 +187,7 @@ func (a *API) openSession(s *session) error {
 			r.ThisHost = thisHost(tx)
 			if acc := s.account; acc != nil {
 				r.Subject, r.AuthUserSID = acc.ref, acc.Name
-				r.RBACPermissions = a.roles.permissions[s.role]
+				r.RBACPermissions = a.roles.Permissions(s.role)
 			}
 			return db.InsertAs(tx, s.ref, r)
 		})

@@ -414,14 +414,14 @@ var errNothing = errors.New("nothing to do")
 // mayModify says whether the session may change a task: as its owner, or from
 // pool-operator upwards. permission is what the refusal names.
 func (a *API) mayModify(s *session, ref xapi.Ref[xapi.Task], permission string) error {
-	if s.superuser || s.pool || a.allows(s, "pool-operator") {
+	if a.roles.Allows(s.rights(), "pool-operator") {
 		return nil
 	}
 	if row, ok := a.running.row(ref); ok && row.owner != s.user {
-		return a.denied(permission+"/any", "pool-operator")
+		return a.roles.Denied(permission+"/any", "pool-operator")
 	}
 	if c := a.running.call(ref); c != nil && c.Session != nil && c.Session.user != s.user {
-		return a.denied(permission+"/any", "pool-operator")
+		return a.roles.Denied(permission+"/any", "pool-operator")
 	}
 	return nil
 }
