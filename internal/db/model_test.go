@@ -68,7 +68,6 @@ type client struct {
 	seen records // of classes that survive a restart
 }
 
-
 // pause has a client stop here who has seen everything.
 func (m *dbModel) pause(*rapid.T) {
 	_ = m.db.View(func(tx *db.Tx) error {
