@@ -79,8 +79,8 @@ func (r *run) helpCommand(name string) {
 	}
 	r.out.records([]cell{
 		{"command name        ", c.name},
-		{"reqd params     ", fold(strings.Join(c.required, ", "))},
-		{"optional params ", fold(strings.Join(optional, ", "))},
+		{"reqd params     ", strings.Join(c.required, ", ")}, // each a line, for scripts that complete command lines
+		{"optional params ", strings.Join(optional, ", ")},
 		{"description     ", fold(description)},
 	})
 }
@@ -103,8 +103,8 @@ func wrap(names []string) string {
 	return strings.Join(append(lines, line), "\n")
 }
 
-// fold breaks a value of a command's help such that it fits a terminal of 80
-// columns with what helpCommand and formatRecord put in front of it.
+// fold breaks what a command does such that it fits a terminal of 80 columns with
+// what helpCommand and formatRecord put in front of it.
 func fold(text string) string {
 	return wordwrap.Fold(text, 80, strings.Repeat(" ", 26))
 }

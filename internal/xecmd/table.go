@@ -128,6 +128,7 @@ func commandTable() *table {
 	add(snapshotCommands())
 	add(otherCommands())
 	add(operatorCommands())
+	add(completionCommands())
 	return t
 }
 
