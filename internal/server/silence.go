@@ -10,8 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// writePiece is how many bytes are written to a peer at a time while somebody
-// looks whether it takes them.
+// writePiece is how many bytes are written at a time to a peer whose kernel does
+// not count what it takes. Each piece costs: all of them a fifth of the speed of
+// TCP.
 const writePiece = 64 << 10
 
 // Write sends p. With an idle time it goes on for as long as the peer takes
@@ -29,9 +30,13 @@ func (c *stream) Write(p []byte) (n int, err error) {
 	}
 	w := c.watch()
 	defer w.stop()
+	piece := writePiece
+	if _, ok := c.socket().(*net.TCPConn); ok {
+		piece = len(p)
+	}
 	for n < len(p) && err == nil {
 		var k int
-		k, err = c.Conn.Write(p[n:min(n+writePiece, len(p))])
+		k, err = c.Conn.Write(p[n:min(n+piece, len(p))])
 		n += k
 		w.wrote(k)
 	}
