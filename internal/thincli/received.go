@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 )
 
@@ -54,16 +55,16 @@ func (r *received) create(name string) (*os.File, error) {
 // what has become of those that do not; what came is kept as long as there is a
 // name for it.
 func (r *received) keep() error {
-	var text string
+	var troubles strings.Builder
 	for _, f := range r.files {
 		if f.unnamed != nil {
-			text += f.unnamed.keep(f.name)
+			troubles.WriteString(f.unnamed.keep(f.name))
 		}
 		f.close()
 	}
 	r.files = nil
-	if text != "" {
-		return failf("%s", text)
+	if troubles.Len() > 0 {
+		return failf("%s", troubles.String())
 	}
 	return nil
 }
