@@ -247,6 +247,21 @@ func (a *API) beginTransfer(ctx context.Context, o Origin, t transferStart) (*Ca
 	return c, nil
 }
 
+// RefuseTransfer fails a client's task, "" for none, because the request of a transfer
+// asks for what there is not. It returns an error when that is for the client to know
+// instead: its session is none, or its task is no task that it may complete.
+func (a *API) RefuseTransfer(ctx context.Context, o Origin, session, task, action string, why error) error {
+	if task == "" {
+		_, err := a.session(xapi.Ref[xapi.Session](session))
+		return err
+	}
+	c, err := a.beginTransfer(ctx, o, transferStart{Session: session, Task: task, Action: action})
+	if err == nil {
+		_ = c.finish(Result{}, why) // which is what the client is told
+	}
+	return err
+}
+
 // adopt makes a pending task of a client the task of the call.
 func (a *API) adopt(c *Call, ref xapi.Ref[xapi.Task]) error {
 	if !a.running.attach(ref, c) {

@@ -19,12 +19,13 @@ var authParams = []string{"session_id", "task_id", "subtask_of"}
 // checked is a handler that takes the given parameters, and switches, which are
 // true or false. A request is refused that has another one in its query that is
 // nearly one of these, or a switch that is neither: ignored, as parameters are
-// that nobody knows, bas= would make a whole export of a difference. So is a body
-// that is a part of something, which would be taken for the whole.
+// that nobody knows, bas= would make a whole export of a difference. So are an empty
+// base=, which would do the same, and a body that is a part of something, which would
+// be taken for the whole.
 func checked(h handler, names []string, switches ...string) handler {
 	known := slices.Concat(authParams, names, switches)
 	return func(s *Server, w http.ResponseWriter, r *request) {
-		err := cmp.Or(misspelt(r.params, known), partial(r.Header))
+		err := cmp.Or(misspelt(r.params, known), emptyBase(r.params), partial(r.Header))
 		for _, name := range switches {
 			if v, ok := r.param(name); ok && err == nil {
 				if _, parse := parseSwitch(v); parse != nil {
@@ -33,11 +34,39 @@ func checked(h handler, names []string, switches ...string) handler {
 			}
 		}
 		if err != nil {
-			s.fail(w, r, &statusError{http.StatusBadRequest, err})
+			s.fail(w, r, s.refuseQuery(r, &statusError{http.StatusBadRequest, err}))
 			return
 		}
 		h(s, w, r)
 	}
+}
+
+// refuseQuery fails the task of a request that is refused for what it asks for, and
+// returns what to tell the client.
+func (s *Server) refuseQuery(r *request, why *statusError) error {
+	session, release, err := s.session(r)
+	if err != nil {
+		return err
+	}
+	defer release()
+	task := r.auth("task_id")
+	if r.Method == http.MethodHead {
+		task = "" // which waits for the transfer itself
+	}
+	action := strings.ToLower(r.Method) + strings.ReplaceAll(r.URL.Path, "/", "_")
+	if err := s.api.RefuseTransfer(r.Context(), r.origin, session, task, action, why.Err); err != nil {
+		return err
+	}
+	return why
+}
+
+// emptyBase refuses to take no name, often that of a variable that has not been set,
+// for the name of no base.
+func emptyBase(p params) error {
+	if base, ok := p.param("base"); ok && base == "" {
+		return xapi.NewError(xapi.ErrInvalidValue, "base", "it is empty: name a VDI, or leave base= out to get all of the disk")
+	}
+	return nil
 }
 
 // partial refuses a body that is a part of something, as its Content-Range says:
