@@ -22,7 +22,7 @@ func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) err
 			size = storage.MaxSize
 		}
 		v, batch, err := u.scratch(size)
-		moved = batch
+		moved, work.clones = batch, batch != nil
 		return &spooled{v, &work}, err
 	}
 	reading := ctx // ends early when a write fails
@@ -89,19 +89,26 @@ func readQcow2(ctx context.Context, body io.Reader, length int64, u *upload) err
 }
 
 // lateWork is what there is to do for an image parts of which have to wait: to
-// receive it, and to move them. Both are in bytes and count alike.
+// receive it, and to move them, in bytes.
 type lateWork struct {
 	total  int64 // to receive, or a guess
 	late   int64 // of it, to be moved
 	moved  int64
+	clones bool // moving does not copy
 	report func(done, total int64)
 }
+
+// clonedPart is which part of receiving a byte it takes at most to clone one.
+const clonedPart = 4
 
 // done is how much has been done of how much, after so many bytes have come. The
 // quotient does not fall when parts turn out to be late, but for a wrong guess.
 func (w *lateWork) done(received int64) (done, total int64) {
-	total = max(w.total, received) + w.late
-	return min(received+w.moved, total), total
+	late, moved := w.late, min(w.moved, w.late) // parts may be named twice
+	if w.clones {
+		late, moved = late/clonedPart, moved/clonedPart
+	}
+	return received + moved, max(w.total, received) + late
 }
 
 // spooled is scratch space for parts that are late. While they come nothing else
