@@ -38,6 +38,7 @@ var mayImport = map[string][]string{
 	"internal/db/bolt":  {"internal/db", "internal/xapi"},
 	"internal/where":    {"internal/xapi"},
 	"internal/sexpr":    {"internal/xapi"},
+	"internal/diskcopy": {"internal/xapi", "internal/storage"},
 	"internal/rbac":     {"internal/xapi"},
 	"internal/ova":      {"internal/xapi", "internal/db", "internal/rpc"},
 	"internal/claim":    {"internal/xapi", "internal/db"},
@@ -53,7 +54,7 @@ var mayImport = map[string][]string{
 
 	"internal/api": {
 		"internal/xapi", "internal/db", "internal/storage", "internal/rpc", "internal/schedule", "internal/users",
-		"internal/claim", "internal/event", "internal/where", "internal/login", "internal/ova", "internal/rbac", "internal/sexpr",
+		"internal/claim", "internal/diskcopy", "internal/event", "internal/where", "internal/login", "internal/ova", "internal/rbac", "internal/sexpr",
 	},
 	"internal/xecmd": {"internal/api", "internal/xapi", "internal/thincli", "internal/typo", "internal/wordwrap"},
 	"internal/server": {

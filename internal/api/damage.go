@@ -220,7 +220,7 @@ func (d *openDisk) verifyKnown(ctx context.Context) error {
 		if p.Volume != storage.ID(d.rec.UUID) || p.Off >= d.Size() {
 			continue
 		}
-		if err := readOrZero(d, make([]byte, storage.Unit), p.Off); err != nil {
+		if err := storage.ReadFull(d, make([]byte, min(storage.Unit, d.Size()-p.Off)), p.Off); err != nil {
 			return fmt.Errorf("read VDI %s: %w", d.rec.UUID, err)
 		}
 	}

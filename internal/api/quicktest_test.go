@@ -270,7 +270,7 @@ func (r *rig) differences(a, b vdiRef) (n int64) {
 				continue
 			}
 			p, q := make([]byte, e.Len), make([]byte, e.Len)
-			if err := cmpErr(readOrZero(left, p, e.Off), readOrZero(right, q, e.Off)); err != nil {
+			if err := cmpErr(storage.ReadFull(left, p, e.Off), storage.ReadFull(right, q, e.Off)); err != nil {
 				r.t.Fatal(err)
 			}
 			for i := range p {

@@ -161,7 +161,7 @@ func (r *rig) contents(ref xapi.Ref[xapi.VDI]) []byte {
 	v := r.volume(ref)
 	defer v.Close()
 	p := make([]byte, v.Size())
-	if err := readOrZero(v, p, 0); err != nil {
+	if err := storage.ReadFull(v, p, 0); err != nil {
 		r.t.Fatal(err)
 	}
 	return p

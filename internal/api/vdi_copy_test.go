@@ -3,10 +3,6 @@ package api
 import (
 	"bytes"
 	"testing"
-
-	"github.com/google/go-cmp/cmp"
-
-	"coppice/internal/storage"
 )
 
 // A delta of its own, merged into a copy of its base, makes the original,
@@ -96,37 +92,4 @@ func TestVDICopySectors(t *testing.T) {
 		}
 		r.destroy(base, disk, into)
 	})
-}
-
-func TestZeroedText(t *testing.T) {
-	for _, c := range []struct {
-		text string
-		want []storage.Extent
-	}{
-		{"", nil},
-		{"0+1", []storage.Extent{{Off: 0, Len: 4096, Hole: true}}},
-		{"1+2,3+4", []storage.Extent{{Off: 4096, Len: 8192, Hole: true}, {Off: 6 * 4096, Len: 2 * 4096, Hole: true}}},
-		{"1+2,x", []storage.Extent{{Off: 4096, Len: 8192, Hole: true}}},
-		{"-1+2", nil},
-		{"1+0", nil},
-		{"1+-5", nil},
-		{"9+1", nil},
-		{"9223372036854775807+1", nil},
-		{"0+9223372036854775807", nil},
-		{"1 + 2", nil},
-	} {
-		if diff := cmp.Diff(c.want, parseZeroed(c.text, 8*4096)); diff != "" {
-			t.Errorf("%q (-want +got):\n%s", c.text, diff)
-		}
-	}
-	var z zeroedText
-	for i := range int64(1 << 20) {
-		if err := z.add(i*8192, 4096); err != nil {
-			if code(err) != "OPERATION_NOT_ALLOWED" || i < 4096 {
-				t.Errorf("after %d ranges: %v", i, err)
-			}
-			return
-		}
-	}
-	t.Error("any number of ranges fits")
 }

@@ -6,6 +6,7 @@ import (
 
 	"coppice/internal/claim"
 	"coppice/internal/db"
+	"coppice/internal/diskcopy"
 	"coppice/internal/storage"
 	"coppice/internal/xapi"
 )
@@ -53,10 +54,11 @@ func (a *API) vdiPoolMigrate(ctx context.Context, c *Call, ref xapi.Ref[xapi.VDI
 	defer b.end(ctx)
 	rec := derivedDisk(src.rec)
 	rec.SR = sr
-	job := copyJob{call: c, src: src, zeroed: new(zeroedText)}
+	job := copyOf(c, src)
 	moved := b.add(repo, rec, func(ctx context.Context, id storage.ID, attrs []byte) (storage.Info, error) {
-		info, err := job.toNew(ctx, repo, id, attrs)
-		setOrDelete(rec.SMConfig, zeroedKey, job.zeroed.String())
+		var zeroed diskcopy.Zeroed
+		info, err := job.Create(ctx, repo, storage.Spec{ID: id, Attrs: attrs}, &zeroed)
+		setOrDelete(rec.SMConfig, zeroedKey, zeroed.String())
 		return info, err
 	})
 	if err := b.make(ctx); err != nil {

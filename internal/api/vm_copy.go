@@ -402,7 +402,7 @@ func (a *API) vmCopy(ctx context.Context, c *Call, ref xapi.Ref[xapi.VM], name s
 		rec := derivedDisk(src.rec)
 		rec.SR, rec.OnBoot = to, xapi.OnBootPersist
 		b.add(repo, rec, func(ctx context.Context, id storage.ID, attrs []byte) (storage.Info, error) {
-			return copyJob{call: c, src: src}.toNew(ctx, repo, id, attrs)
+			return copyOf(c, src).Create(ctx, repo, storage.Spec{ID: id, Attrs: attrs}, nil)
 		})
 	}
 	return a.finishCopy(ctx, b, p, name, "VM_CLONED")

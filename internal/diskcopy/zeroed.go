@@ -1,4 +1,4 @@
-package api
+package diskcopy
 
 import (
 	"strconv"
@@ -8,22 +8,15 @@ import (
 	"coppice/internal/xapi"
 )
 
-// A disk that VDI.copy made with a base and no destination is a delta: what
-// differs from the base, and holes. Storage gives zeros no space, so a range
-// that has become zero since the base looks like one that is the same there.
-// The record of the delta remembers which are which, so that a copy of it into
-// a copy of the base makes the original again.
-const (
-	// zeroedKey is the key in sm_config for that: ascending ranges, "gap+length"
-	// parted by commas, in units of 4 KiB; a gap is from the end of the range
-	// before. Where a disk has data by now, the data counts.
-	zeroedKey = "coppice:zeroed"
-	// longestZeroed is how much of that a record has room for, in bytes.
-	longestZeroed = 32 << 10
-)
+// longestZeroed is how much text about zeroed ranges there may be, in bytes.
+const longestZeroed = 32 << 10
 
-// zeroedText collects such ranges.
-type zeroedText struct {
+// Zeroed collects the ranges of a new volume that are zero and were not in the
+// base of the copy that made it. Storage gives zeros no space, so such a range
+// looks like one that is the same in both: a copy of that delta into a copy of
+// the base has to know which are which to make the original again. The zero
+// value has none. Where the volume has data by then, the data counts.
+type Zeroed struct {
 	text strings.Builder
 	end  int64 // of the last range, in units
 	off  int64 // of the range that may still grow; n units of it
@@ -32,7 +25,7 @@ type zeroedText struct {
 
 // add notes that a range, in bytes, has become zero; ranges come in ascending
 // order. OPERATION_NOT_ALLOWED when there are too many. A nil z forgets them.
-func (z *zeroedText) add(off, n int64) error {
+func (z *Zeroed) add(off, n int64) error {
 	if z == nil {
 		return nil
 	}
@@ -50,7 +43,7 @@ func (z *zeroedText) add(off, n int64) error {
 	return nil
 }
 
-func (z *zeroedText) flush() {
+func (z *Zeroed) flush() {
 	if z.n == 0 {
 		return
 	}
@@ -61,12 +54,14 @@ func (z *zeroedText) flush() {
 	z.end, z.n = z.off+z.n, 0
 }
 
-func (z *zeroedText) String() string {
+// String writes ascending ranges, "gap+length" parted by commas, in units of 4
+// KiB; a gap is from the end of the range before. It is what a Job takes.
+func (z *Zeroed) String() string {
 	z.flush()
 	return z.text.String()
 }
 
-// parseZeroed reads what zeroedText wrote, of a disk of some size in bytes. It
+// parseZeroed reads what Zeroed wrote, of a disk of some size in bytes. It
 // stops at what it did not write.
 func parseZeroed(s string, size int64) (ranges []storage.Extent) {
 	end := int64(0)
