@@ -14,6 +14,11 @@
 //     datamodel and refuses to start on a mismatch;
 //   - the rest answers NOT_IMPLEMENTED. [Coverage] lists which is which.
 //
+// What needs nothing of the rest is in packages of its own: what roles allow
+// (rbac), how calls take turns (claim), events (event), expressions about
+// objects (where), passwords (login), how VMs are written down (ova, sexpr) and
+// copying contents (diskcopy).
+//
 // # Calls, tasks and claims
 //
 // Every invocation is a [Call], and every Call is a task with a reference that
