@@ -197,7 +197,8 @@ func TestDelta(t *testing.T) {
 		"zero and new data": {to: edit(func(b []byte) { clear(b[:2*mib]); copy(b[10*mib:], "new") }), blocks: []int64{0, 5}},
 		"across blocks":     {to: edit(func(b []byte) { copy(b[4*mib-2:], "abcd") }), blocks: []int64{1, 2}},
 		"all of it":         {to: random(size, 9, [2]int64{4 * mib, mib}), blocks: []int64{0, 1, 2, 4}},
-		"larger":            {to: append(edit(func(b []byte) { b[0]++ }), random(4*mib, 3, [2]int64{mib, 4096})...), blocks: []int64{0, 6}},
+		"larger":            {to: append(edit(func(b []byte) { b[0]++ }), random(4*mib, 3, [2]int64{mib, 4096})...), blocks: []int64{0, 6, 7}},
+		"larger by holes":   {to: append(bytes.Clone(base), make([]byte, 5*mib)...), blocks: []int64{6, 7, 8}},
 		"smaller":           {to: edit(func(b []byte) { b[0]++ })[:3*mib], blocks: []int64{0}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -29,11 +29,35 @@ func planVHD(ctx context.Context, d *download) (image, error) {
 	if err := d.scan(ctx, o.Blocks.Add); err != nil {
 		return nil, err
 	}
+	if d.base != nil {
+		addGrown(o.Blocks, d.base.Size(), size)
+	}
 	l, err := vhd.NewLayout(o)
 	if err != nil {
 		return nil, err
 	}
-	return vhdImage{d, l, d.tag("vhd 1", self, base)}, nil
+	return vhdImage{d, l, d.tag("vhd 2", self, base)}, nil
+}
+
+// maxBlank is how much of a disk is sent, in bytes, only because its base ends
+// before it.
+const maxBlank = 64 << 30
+
+// addGrown puts the blocks from the end of a base to that of its larger delta
+// into the set: what neither of the two holds reads as zero, but libvhdi, which
+// knows no such thing behind the end of the parent, fails there. A disk that has
+// grown by more than maxBlank bytes without data is not made to cost that much:
+// others read its delta as it is.
+func addGrown(set *vhd.BlockSet, base, size int64) {
+	blank := int64(0)
+	for i := base / vhd.BlockSize; i*vhd.BlockSize < size; i++ {
+		if !set.Has(i) {
+			blank++
+		}
+	}
+	if blank*vhd.BlockSize <= maxBlank {
+		set.Add(base, size-base)
+	}
 }
 
 func (v vhdImage) length() int64 { return v.l.Length() }
