@@ -20,7 +20,7 @@ guest: build ## boot a machine from a disk over NBD, snapshot it live, clone, re
 	scripts/guest
 
 test: ## install the test tools, run every test
-	@scripts/need qemu-img:qemu-utils mke2fs:e2fsprogs curl:curl vhdiinfo:libvhdi-utils /usr/share/doc/python3-libvhdi:python3-libvhdi systemd-analyze:systemd nbdcopy:libnbd-bin nbdsh:python3-libnbd fio:fio node:nodejs npm:npm
+	@scripts/need qemu-img:qemu-utils mke2fs:e2fsprogs curl:curl vhdiinfo:libvhdi-utils /usr/share/doc/python3-libvhdi:python3-libvhdi systemd-analyze:systemd nbdcopy:libnbd-bin nbdsh:python3-libnbd fio:fio node:nodejs npm:npm script:bsdutils unshare:util-linux
 	go test -timeout 20m $(PKGS)
 
 race: ## every test under the race detector, with the self-checks of the invariants tag
