@@ -51,8 +51,8 @@ func main() {
 
 // stderr is standard error by another descriptor. Where nobody reads it any more,
 // as behind a pipe that Ctrl-C or a lost connection has ended first, a write to
-// the one of the system would end the program (see os/signal), and leave half of
-// the file that is being received. Standard output is left as it is: what fills a
+// the one of the system would end the program (see os/signal), and could leave half
+// of the file that is being received. Standard output is left as it is: what fills a
 // pipe has to end with its reader.
 func stderr() *os.File {
 	fd, err := syscall.Dup(int(os.Stderr.Fd()))
