@@ -3,6 +3,7 @@ package remote
 import (
 	"errors"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"strings"
@@ -158,4 +159,47 @@ func TestIdleConn(t *testing.T) {
 			t.Errorf("a server that is silent: %d bytes, %v", r.n, r.err)
 		}
 	})
+}
+
+// Only the host of a redirection is followed, and only to where the same may be
+// asked for.
+func TestElsewhere(t *testing.T) {
+	tests := []struct {
+		named, location string
+		want            string // "" when it is not followed
+	}{
+		{"https://a", "https://b/export_raw_vdi?session_id=x&vdi=y", "https://b:443/"},
+		{"https://a", "https://b/export_raw_vdi/", "https://b:443/"},
+		{"https://a", "https://[2001:db8::1]/export_raw_vdi", "https://[2001:db8::1]:443/"},
+		{"https://a:8443", "https://b:8443/export_raw_vdi", "https://b:8443/"},
+		{"https://a:8443", "https://b/export_raw_vdi", "https://b:443/"},
+		{"https://a:8443", "//b/export_raw_vdi", "https://b:443/"},
+		{"http://a:8080", "https://b/export_raw_vdi", "https://b:443/"},
+		{"http://a:8080", "http://b:8080/export_raw_vdi", "http://b:8080/"},
+		{"https://a", "http://b/export_raw_vdi", ""},
+		{"https://a", "https://b:22/export_raw_vdi", ""},
+		{"https://a:8443", "https://b:9443/export_raw_vdi", ""},
+		{"https://a", "https://b/latest/meta-data", ""},
+		{"https://a", "https://user:hidden@b/export_raw_vdi", ""},
+		{"https://a", "gopher://b/export_raw_vdi", ""},
+		{"https://a", "https:///export_raw_vdi", ""},
+		{"https://a", "", ""},
+	}
+	for _, tt := range tests {
+		u, err := parseURL(tt.named, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		asked := *u
+		asked.Path = exportPath
+		c := &Client{data: *u}
+		resp := &http.Response{StatusCode: http.StatusFound, Header: http.Header{"Location": {tt.location}}, Request: &http.Request{URL: &asked}}
+		got := ""
+		if to, ok := c.elsewhere(resp); ok {
+			got = to.String()
+		}
+		if got != tt.want {
+			t.Errorf("%s leads to %s: %q, want %q", tt.named, tt.location, got, tt.want)
+		}
+	}
 }
