@@ -11,6 +11,9 @@ import (
 // little-endian, and so many bytes of data, again and again. An offset and a
 // length of 0 are its end. Parts may overlap and come in any order.
 func readChunked(ctx context.Context, body io.Reader, _ int64, u *upload) error {
+	if err := u.whole(); err != nil {
+		return err
+	}
 	return u.receive(ctx, func(_ context.Context, next func() (*piece, error), send func(*piece)) error {
 		for {
 			var head [12]byte

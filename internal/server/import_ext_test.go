@@ -155,6 +155,26 @@ func TestImportOntoBase(t *testing.T) {
 			}
 		}
 	}
+	for _, body := range []struct {
+		data  []byte
+		query []string
+	}{
+		{one, []string{"format", "raw"}},
+		{one, nil},
+		{frames(piece{off: 5, data: []byte("new")}, piece{}), []string{"format", "raw", "chunked", "true"}},
+	} {
+		target, _ := d.filled(one)
+		if o := d.offer(target, body.data, nil, append(body.query, "coppice-base", base)...); o[0] != "failure" || o[1] != "VDI_IO_ERROR" {
+			t.Errorf("raw data, %q, is taken for a delta: %q", body.query, o)
+		}
+		if !bytes.Equal(d.download(target, "raw", ""), one) {
+			t.Errorf("raw data, %q: the disk has changed", body.query)
+		}
+		live, _ := d.filled(one)
+		if o := d.offer(target, body.data, nil, append(body.query, "coppice-base", live)...); !succeeded(o) {
+			t.Errorf("raw data, %q, onto what a disk holds that is no snapshot: %q", body.query, o)
+		}
+	}
 	delta := d.download(later, "vhd", base)
 	twin := d.do("VDI.snapshot", d.session, base).(string) // the same contents, another identity
 	clone := d.do("VDI.clone", d.session, base).(string)
@@ -199,6 +219,15 @@ func TestImportFixedVHD(t *testing.T) {
 	small, _ := d.disk(2 * mib)
 	if o := d.offer(small, b, nil, "format", "vhd"); o[0] != "failure" {
 		t.Errorf("onto a small disk: %q", o)
+	}
+	// A footer without its last byte, which is 0, behind a disk that begins like one.
+	copy(contents, "conectix")
+	odd := append(bytes.Clone(contents), b[len(contents):len(b)-1]...)
+	if o := d.offer(ref, odd, nil, "format", "vhd"); !succeeded(o) {
+		t.Errorf("a footer of 511 bytes: %q", o)
+	}
+	if !bytes.Equal(d.download(ref, "raw", ""), contents) {
+		t.Error("a footer of 511 bytes: not the contents")
 	}
 }
 

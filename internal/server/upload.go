@@ -90,7 +90,7 @@ func (u *upload) holds(size int64) error {
 func (u *upload) whole() error {
 	switch {
 	case u.parent != "":
-		return badBody("the image is no delta to %s", u.parent)
+		return badBody("the data does not say that it is a delta to %s", u.parent)
 	case u.wants == deltaImage:
 		return badBody("the image is no delta")
 	}
@@ -182,6 +182,9 @@ func (u *upload) receive(ctx context.Context, read func(ctx context.Context, nex
 // readRaw writes the body from the start of the disk, or an offset, on. What lies behind the
 // end of a shorter body stays as it is; a longer one is a fault.
 func readRaw(ctx context.Context, body io.Reader, length int64, u *upload) error {
+	if err := u.whole(); err != nil {
+		return err
+	}
 	total := u.offset + length
 	if length < 0 {
 		total = u.size
@@ -225,7 +228,7 @@ func readVHD(ctx context.Context, body io.Reader, length int64, u *upload) error
 		return &bodyError{err}
 	}
 	start := bufio.NewReaderSize(body, 4096)
-	if b, _ := start.Peek(8); len(b) == 8 && vhd.IsFixed(b) { // an error comes again
+	if b, _ := start.Peek(vhd.FixedPeek); len(b) >= 8 && vhd.IsFixed(b) { // an error comes again
 		return readFixedVHD(ctx, start, length, u)
 	}
 	body = start

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/iotest"
 
 	"coppice/internal/peertest"
 )
@@ -43,6 +44,18 @@ func TestFixedReader(t *testing.T) {
 			t.Errorf("size %d, want %d", r.Size(), want)
 		}
 	}
+	short := good[:len(good)-1] // as old tools wrote them
+	for _, tt := range []struct{ length, size int64 }{{-1, -1}, {int64(len(short)), int64(len(contents))}} {
+		for _, src := range []io.Reader{bytes.NewReader(short), iotest.OneByteReader(bytes.NewReader(short))} {
+			r, err := NewFixedReader(src, ReaderOptions{Length: tt.length})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, contents) || r.Size() != tt.size {
+				t.Errorf("footer of 511 bytes, length %d: %d bytes of %d, %v", tt.length, len(got), r.Size(), err)
+			}
+		}
+	}
 	for want, image := range map[string][]byte{
 		"cookie":       append(bytes.Clone(contents), make([]byte, 512)...),
 		"disk type":    fixed(contents, func(f *Footer) { put32(f[60:], TypeDynamic) }),
@@ -67,10 +80,55 @@ func TestFixedReader(t *testing.T) {
 			t.Fatalf("cut at %d: %v", cut, err)
 		}
 	}
-	for _, length := range []int64{0, 512, 1023, 1025} {
+	for _, length := range []int64{0, 511, 512, 1022, 1025, 1534} {
 		if _, err := NewFixedReader(bytes.NewReader(good), ReaderOptions{Length: length}); !errors.Is(err, ErrFormat) {
 			t.Errorf("length %d: %v", length, err)
 		}
+	}
+}
+
+func TestIsFixed(t *testing.T) {
+	s := fullSource()
+	var out bytes.Buffer
+	s.write(t, &out)
+	dynamic := out.Bytes()
+	damaged := bytes.Clone(dynamic)
+	damaged[20]++
+	poisoned := bytes.Clone(dynamic)
+	copy(poisoned, cookiePoison)
+	contents := make([]byte, 8192)
+	fill(contents, 3)
+	cookie := append([]byte(cookieFooter), contents...)
+	var footer Footer // of a fixed image
+	copy(footer[:], fixed(contents, nil)[len(contents):])
+	for name, tt := range map[string]struct {
+		start []byte
+		want  bool
+	}{
+		"dynamic":                  {dynamic, false},
+		"dynamic, footer damaged":  {damaged, false},
+		"dynamic, poisoned":        {poisoned, false},
+		"dynamic, cut":             {damaged[:512], false},
+		"data":                     {contents, true},
+		"data, short":              {contents[:100], true},
+		"disk with a cookie":       {cookie, true},
+		"disk with a fixed footer": {append(footer[:], contents...), true},
+	} {
+		if got := IsFixed(tt.start[:min(FixedPeek, len(tt.start))]); got != tt.want {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
+
+// A fixed image of a disk that begins with a dynamic one looks like that up to
+// its end.
+func TestFixedImageOfImage(t *testing.T) {
+	s := fullSource()
+	var out bytes.Buffer
+	s.write(t, &out)
+	_, err := apply(bytes.NewReader(fixed(append(out.Bytes(), make([]byte, 1<<20)...), nil)), -1, int64(len(s.data)))
+	if !errors.Is(err, ErrFormat) || !strings.Contains(err.Error(), "without its footer") {
+		t.Errorf("error %v", err)
 	}
 }
 

@@ -404,6 +404,9 @@ func (r *Reader) finish() error {
 		return err
 	}
 	switch {
+	case tail.Type() == TypeFixed:
+		return field(at+60, "trailing footer disk type", "2 (fixed)", fmt.Sprintf(
+			"%d, as at the start; a fixed image of a disk that begins with a VHD can be sent as raw data, without its footer", r.footer.Type()))
 	case tail.CurrentSize() != r.footer.CurrentSize():
 		return field(at+48, "trailing footer current size", tail.CurrentSize(), r.footer.CurrentSize())
 	case tail.Type() != r.footer.Type():
