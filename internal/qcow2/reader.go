@@ -55,7 +55,8 @@ type ReaderOptions struct {
 // wrong one a [FormatError], and a failing source or spool its own error;
 // after any of them the Reader returns it for ever.
 //
-// A Reader takes some 10 MiB for usual images, and 100 MiB at most whatever the
+// No part of an image is used twice, so the work is bounded by its length. A
+// Reader takes some 10 MiB for usual images, and 150 MiB at most whatever the
 // image says.
 type Reader struct {
 	h      *header
@@ -356,7 +357,7 @@ func (r *Reader) loadBehind() error {
 		r.late = append(r.late, ref)
 		return nil
 	}
-	if err := r.spool.has(ref.off, r.h.clusterSize(), "L2 table"); err != nil {
+	if err := r.spool.takeTable(ref.off, r.h.clusterSize()); err != nil {
 		return err
 	}
 	if err := r.spool.readFull(r.table.buffer(r.h), ref.off); err != nil {

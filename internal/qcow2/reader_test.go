@@ -324,6 +324,68 @@ func TestReaderRefuses(t *testing.T) {
 	}
 }
 
+// shared is an image with clusters of 512 bytes and so many L2 tables, of which
+// the first and the last are the same one, or not; it comes before the L1 table
+// or behind.
+func shared(tables int, before, same bool) []byte {
+	be := binary.BigEndian
+	l1 := make([]byte, (8*tables+511)/512*512)
+	l1At, l2At := 512, 512+len(l1)
+	if before {
+		l2At, l1At = 512, 512+2*512
+	}
+	b := make([]byte, 512+2*512+len(l1))
+	be.PutUint32(b, magic)
+	be.PutUint64(b[24:], uint64(tables)*64*512)
+	for at, v := range map[int]uint32{4: 3, 20: 9, 36: uint32(tables), 44: uint32(l1At), 96: 4, 100: headSizeV3} {
+		be.PutUint32(b[at:], v)
+	}
+	be.PutUint64(b[l1At:], uint64(l2At))
+	if !same {
+		l2At += 512
+	}
+	be.PutUint64(b[l1At+8*(tables-1):], uint64(l2At))
+	return b
+}
+
+// A table of tables may be used while the image comes or from the spool: an L2
+// table that stands in it twice is refused in all cases.
+func TestReaderRefusesSharedTables(t *testing.T) {
+	for _, tables := range []int{2, 100, maxL1Ahead, maxL1Ahead + 1, maxL1Ahead + 3000} {
+		for _, before := range []bool{false, true} {
+			for _, same := range []bool{false, true} {
+				b := shared(tables, before, same)
+				r, err := NewReader(bytes.NewReader(b), ReaderOptions{Length: -1, Spool: new(scratch).open})
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, err = r.Next()
+				refused := errors.Is(err, ErrFormat) && strings.Contains(err.Error(), "used already")
+				if same != refused || !same && err != io.EOF {
+					t.Errorf("%d tables, before the L1 table: %v, the same: %v: %v", tables, before, same, err)
+				}
+			}
+		}
+	}
+}
+
+// Data that comes before its table is used once, too: what is taken from the
+// spool is never more than the image has.
+func TestReaderRefusesSharedData(t *testing.T) {
+	contents := disk(8*mib, 1, [2]int64{0, 8 * mib})
+	b := tablesLast(t, contents)
+	be := binary.BigEndian
+	l2 := int(be.Uint64(b[be.Uint64(b[40:]):]) & maskOffset)
+	be.PutUint64(b[24:], 64*mib)
+	for i := range 64 * mib / ClusterSize {
+		copy(b[l2+8*i:], b[l2:l2+8]) // the first cluster
+	}
+	err := apply(bytes.NewReader(b), -1, make([]byte, 64*mib), new(scratch))
+	if !errors.Is(err, ErrFormat) || !strings.Contains(err.Error(), "used already") {
+		t.Errorf("more than the image has: %v", err)
+	}
+}
+
 // An image that ends too early is told from a whole one wherever it ends.
 func TestReaderNoticesTheEnd(t *testing.T) {
 	contents := disk(mib+512, 1, [2]int64{0, 200 << 10}, [2]int64{mib, 512})

@@ -19,6 +19,9 @@ type spool struct {
 	open func() (Spool, error)
 	s    Spool
 	held []held // ascending
+
+	unused int64              // bytes held that have not been taken; fewer when some were taken twice
+	tables map[int64]struct{} // places of the L2 tables that have been taken
 }
 
 // held is a range [from, to) of the image.
@@ -35,6 +38,7 @@ func (s *spool) put(p []byte, off int64) error {
 	default:
 		s.held = append(s.held, held{off, off + int64(len(p))})
 	}
+	s.unused += int64(len(p))
 	if s.allZero(p) {
 		return nil
 	}
@@ -77,9 +81,40 @@ func (s *spool) has(off, n int64, what string) error {
 		return 0
 	})
 	if !found || s.held[i].to < off+n {
-		return field(off, what, "a place that is used already, or behind the end", "one of its own")
+		return usedAlready(off, what)
 	}
 	return nil
+}
+
+func usedAlready(off int64, what string) error {
+	return field(off, what, "a place that is used already, or behind the end", "one of its own")
+}
+
+// take is has for a range that is to be used, which means once. It does not know
+// what has been taken, only how much: a few bytes may be taken twice as long as
+// others are not wanted at all, but never more than the image has.
+func (s *spool) take(off, n int64, what string) error {
+	if err := s.has(off, n, what); err != nil {
+		return err
+	}
+	if s.unused -= n; s.unused < 0 {
+		return usedAlready(off, what)
+	}
+	return nil
+}
+
+// takeTable is take for an L2 table of n bytes, whose entries are far more work
+// than its bytes: none is taken twice. It costs 10 to 20 bytes for each of the
+// tables, of which there are up to maxL1Bytes/8.
+func (s *spool) takeTable(off, n int64) error {
+	if _, twice := s.tables[off]; twice {
+		return usedAlready(off, claimL2.String())
+	}
+	if s.tables == nil {
+		s.tables = make(map[int64]struct{})
+	}
+	s.tables[off] = struct{}{}
+	return s.take(off, n, claimL2.String())
 }
 
 // readFull fills p from a range that the spool has.

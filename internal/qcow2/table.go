@@ -181,7 +181,7 @@ func (r *Reader) stored(at, host, guest, n int64) (Run, error) {
 		r.ahead.add(claim{off: host, at: guest, n: n, kind: claimData})
 		return Run{}, nil
 	}
-	if err := r.spool.has(host, n, claimData.String()); err != nil {
+	if err := r.spool.take(host, n, claimData.String()); err != nil {
 		return Run{}, err
 	}
 	if r.spool.s == nil {

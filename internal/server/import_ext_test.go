@@ -57,18 +57,18 @@ func (d *depot) cutShortAt(vdi string, body []byte, n int, args ...string) []str
 	return d.settled(task)
 }
 
-// An atomic import appears as a whole or not at all, and leaves nothing.
-// aliasing is a qcow2 image of a disk of 32 MiB whose 1024 entries of the first
-// level all mean the same empty table, which comes before them.
-func aliasing() []byte {
+// emptyTables is a qcow2 image of a disk of 32 MiB whose 1024 tables of the
+// second level are empty and come before that of the first.
+func emptyTables() []byte {
 	be := binary.BigEndian
-	b := make([]byte, 1024, 10<<10) // header, table
+	const l1 = 512 + 1024*512
+	b := make([]byte, l1, l1+1024*8)
 	copy(b, "QFI\xfb")
-	for at, v := range map[int]uint32{4: 3, 20: 9, 28: 32 << 20, 36: 1024, 44: 1024, 96: 4, 100: 104} {
+	for at, v := range map[int]uint32{4: 3, 20: 9, 28: 32 << 20, 36: 1024, 44: l1, 96: 4, 100: 104} {
 		be.PutUint32(b[at:], v)
 	}
-	for range 1024 {
-		b = be.AppendUint64(b, 512)
+	for i := range uint64(1024) {
+		b = be.AppendUint64(b, 512+512*i)
 	}
 	return b
 }
@@ -76,17 +76,18 @@ func aliasing() []byte {
 // A small image may have tables to look through for long, and no data.
 func TestReadQcow2Ends(t *testing.T) {
 	v := testDisk(t, testRepo(t), 1, make([]byte, 32*mib))
-	if n, err := decode(t, readQcow2, aliasing(), -1, v); n != 0 || err != nil {
+	if n, err := decode(t, readQcow2, emptyTables(), -1, v); n != 0 || err != nil {
 		t.Fatalf("%d bytes changed, error %v", n, err)
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(errTest)
 	u := &upload{size: v.Size(), overlay: storage.NewOverlay(v), done: func(int64, int64) {}, interrupt: func() {}}
-	if err := readQcow2(ctx, bytes.NewReader(aliasing()), -1, u); !errors.Is(err, errTest) {
+	if err := readQcow2(ctx, bytes.NewReader(emptyTables()), -1, u); !errors.Is(err, errTest) {
 		t.Errorf("error is %v, want that of the context", err)
 	}
 }
 
+// An atomic import appears as a whole or not at all, and leaves nothing.
 func TestAtomicImport(t *testing.T) {
 	d := newDepot(t)
 	before, after := random(4*mib, 1, [2]int64{0, 4 * mib}), random(4*mib, 2, [2]int64{0, 4 * mib})
