@@ -1,6 +1,7 @@
 package server
 
 import (
+	"math"
 	"net"
 	"os"
 	"sync"
@@ -30,13 +31,9 @@ func (c *stream) Write(p []byte) (n int, err error) {
 	}
 	w := c.watch()
 	defer w.stop()
-	piece := writePiece
-	if _, ok := c.socket().(*net.TCPConn); ok {
-		piece = len(p)
-	}
 	for n < len(p) && err == nil {
 		var k int
-		k, err = c.Conn.Write(p[n:min(n+piece, len(p))])
+		k, err = c.Conn.Write(p[n:][:min(len(p)-n, w.piece)])
 		n += k
 		w.wrote(k)
 	}
@@ -46,8 +43,9 @@ func (c *stream) Write(p []byte) (n int, err error) {
 // watch looks at a write once in each idle time, and makes it fail when the
 // peer has taken nothing since the last time.
 type watch struct {
-	c  *stream
-	mu struct {
+	c     *stream
+	piece int // how much is to be written at a time, in bytes
+	mu    struct {
 		sync.Mutex
 		written int // bytes of pieces that are done
 		last    taken
@@ -64,10 +62,13 @@ type taken struct {
 
 // watch begins to look at a write. The stop of the watch must be called.
 func (c *stream) watch() *watch {
-	w := &watch{c: c}
+	w := &watch{c: c, piece: writePiece}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.mu.last = taken{0, kernelTaken(c.socket())}
+	if _, ok := c.socket().(*net.TCPConn); ok && w.mu.last.kernel > 0 {
+		w.piece = math.MaxInt
+	}
 	w.mu.timer = time.AfterFunc(c.idle, w.look)
 	return w
 }
