@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"coppice/internal/db"
+	"coppice/internal/db/dbtest"
 	"coppice/internal/xapi"
 
 	"github.com/google/go-cmp/cmp"
@@ -25,7 +26,7 @@ const patience = 2 * time.Hour
 // harness is the queue of a database that has a pool and a host, and its calls.
 type harness struct {
 	t     *testing.T
-	db    *db.DB
+	db    *dbtest.DB
 	queue *Queue
 	pool  xapi.Ref[xapi.Pool]
 	host  xapi.Ref[xapi.Host]
@@ -43,17 +44,9 @@ type call struct {
 
 func newHarness(t *testing.T) *harness {
 	t.Helper()
-	d, err := db.Open(t.Context(), xapi.Datamodel(), db.NewMemStore())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := d.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	d := dbtest.Open(t)
 	h := &harness{t: t, db: d, running: map[xapi.Ref[xapi.Task]]bool{}}
-	h.queue = New(d, xapi.Datamodel(), slog.New(slog.DiscardHandler), Rules{
+	h.queue = New(d.DB, xapi.Datamodel(), slog.New(slog.DiscardHandler), Rules{
 		Runs: func(task xapi.Ref[xapi.Task]) bool {
 			h.mu.Lock()
 			defer h.mu.Unlock()
@@ -66,8 +59,8 @@ func newHarness(t *testing.T) *harness {
 			return nil
 		},
 	})
-	h.host = insert(h, xapi.New[xapi.Host]())
-	h.pool = insert(h, xapi.New[xapi.Pool]())
+	h.host = dbtest.Insert(h.db, xapi.New[xapi.Host]())
+	h.pool = dbtest.Insert(h.db, xapi.New[xapi.Pool]())
 	return h
 }
 
@@ -85,23 +78,6 @@ func (c call) end() {
 	c.h.mu.Lock()
 	defer c.h.mu.Unlock()
 	delete(c.h.running, c.task)
-}
-
-func (h *harness) update(fn func(*db.Tx) error) {
-	h.t.Helper()
-	if err := h.db.Update(context.Background(), fn); err != nil {
-		h.t.Fatal(err)
-	}
-}
-
-// insert adds an object.
-func insert[T any](h *harness, rec *T) (ref xapi.Ref[T]) {
-	h.t.Helper()
-	h.update(func(tx *db.Tx) (err error) {
-		ref, err = db.Insert(tx, rec)
-		return err
-	})
-	return ref
 }
 
 // record reads an object.
@@ -310,7 +286,7 @@ func TestClaimsAreGrantedTogether(t *testing.T) {
 func TestClaimOnAnotherObjectOvertakes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHarness(t)
-		other := insert(h, xapi.New[xapi.Host]())
+		other := dbtest.Insert(h.db, xapi.New[xapi.Host]())
 		holder, waiting, free := h.begun(), h.begun(), h.begun()
 		release, err := holder.Take(t.Context(), patience, nil, On(h.host, evacuate))
 		if err != nil {
@@ -340,7 +316,7 @@ func TestClaimOnAnotherObjectOvertakes(t *testing.T) {
 func TestClaimFailsWhenTheObjectGoes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHarness(t)
-		host := insert(h, xapi.New[xapi.Host]())
+		host := dbtest.Insert(h.db, xapi.New[xapi.Host]())
 		holder, waiting := h.begun(), h.begun()
 		release, err := holder.Take(t.Context(), patience, nil, On(host, evacuate))
 		if err != nil {
@@ -354,7 +330,7 @@ func TestClaimFailsWhenTheObjectGoes(t *testing.T) {
 			waiting.end()
 		}()
 		synctest.Wait()
-		h.update(func(tx *db.Tx) error { return db.Delete(tx, host) })
+		h.db.Change(func(tx *db.Tx) error { return db.Delete(tx, host) })
 		release()
 		holder.end()
 		synctest.Wait()
@@ -399,7 +375,7 @@ func TestClaimOfNothing(t *testing.T) {
 // Many calls on few objects: claims exclude each other and none is left.
 func TestClaimsUnderLoad(t *testing.T) {
 	h := newHarness(t)
-	hosts := []xapi.Ref[xapi.Host]{h.host, insert(h, xapi.New[xapi.Host]()), insert(h, xapi.New[xapi.Host]())}
+	hosts := []xapi.Ref[xapi.Host]{h.host, dbtest.Insert(h.db, xapi.New[xapi.Host]()), dbtest.Insert(h.db, xapi.New[xapi.Host]())}
 	inside := make([]int, len(hosts))
 	done := make(chan error)
 	const calls = 300

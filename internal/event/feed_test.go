@@ -1,7 +1,6 @@
 package event
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -12,55 +11,32 @@ import (
 	"time"
 
 	"coppice/internal/db"
+	"coppice/internal/db/dbtest"
 	"coppice/internal/xapi"
 )
 
 // harness is the feed of a database that has a pool and a host.
 type harness struct {
 	*Feed
-	t    *testing.T
-	pool xapi.Ref[xapi.Pool]
-	host xapi.Ref[xapi.Host]
+	t       *testing.T
+	objects *dbtest.DB
+	pool    xapi.Ref[xapi.Pool]
+	host    xapi.Ref[xapi.Host]
 }
 
 func newHarness(t *testing.T) *harness {
 	t.Helper()
-	d, err := db.Open(t.Context(), xapi.Datamodel(), db.NewMemStore())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := d.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	h := &harness{Feed: New(d, xapi.Datamodel(), func() time.Time { return time.Now().UTC() }), t: t}
-	h.host = insert(h, xapi.New[xapi.Host]())
-	h.pool = insert(h, xapi.New[xapi.Pool]())
+	d := dbtest.Open(t)
+	h := &harness{Feed: New(d.DB, xapi.Datamodel(), func() time.Time { return time.Now().UTC() }), t: t, objects: d}
+	h.host = dbtest.Insert(h.objects, xapi.New[xapi.Host]())
+	h.pool = dbtest.Insert(h.objects, xapi.New[xapi.Pool]())
 	return h
-}
-
-func (h *harness) update(fn func(*db.Tx) error) {
-	h.t.Helper()
-	if err := h.db.Update(context.Background(), fn); err != nil {
-		h.t.Error(err)
-	}
-}
-
-// insert adds an object.
-func insert[T any](h *harness, rec *T) (ref xapi.Ref[T]) {
-	h.t.Helper()
-	h.update(func(tx *db.Tx) (err error) {
-		ref, err = db.Insert(tx, rec)
-		return err
-	})
-	return ref
 }
 
 // modify changes an object.
 func modify[T any](h *harness, ref xapi.Ref[T], change func(*T)) {
 	h.t.Helper()
-	h.update(func(tx *db.Tx) error { return db.Modify(tx, ref, change) })
+	h.objects.Change(func(tx *db.Tx) error { return db.Modify(tx, ref, change) })
 }
 
 // rename changes the pool.
@@ -113,7 +89,7 @@ func summary(b *xapi.EventBatch) string {
 
 func TestFromSeesEveryChangeOnce(t *testing.T) {
 	h := newHarness(t)
-	a, b := insert(h, xapi.New[xapi.VM]()), insert(h, xapi.New[xapi.VM]())
+	a, b := dbtest.Insert(h.objects, xapi.New[xapi.VM]()), dbtest.Insert(h.objects, xapi.New[xapi.VM]())
 	batch := h.from("", 0, "vm")
 	if got, want := summary(batch), fmt.Sprintf("add vm %s\nadd vm %s", a, b); got != want {
 		t.Errorf("from the beginning:\n%s\nwant\n%s", got, want)
@@ -128,11 +104,11 @@ func TestFromSeesEveryChangeOnce(t *testing.T) {
 	if got, want := summary(h.from(token, 0, "vm")), "mod vm "+string(b); got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
-	added := insert(h, xapi.New[xapi.VM]())
+	added := dbtest.Insert(h.objects, xapi.New[xapi.VM]())
 	h.describe(added, "x") // still an add
-	passing := insert(h, xapi.New[xapi.VM]())
-	h.update(func(tx *db.Tx) error { return db.Delete(tx, passing) })
-	h.update(func(tx *db.Tx) error { return db.Delete(tx, a) })
+	passing := dbtest.Insert(h.objects, xapi.New[xapi.VM]())
+	h.objects.Change(func(tx *db.Tx) error { return db.Delete(tx, passing) })
+	h.objects.Change(func(tx *db.Tx) error { return db.Delete(tx, a) })
 	batch = h.from(token, 0, "VM")
 	want := fmt.Sprintf("add vm %s\nmod vm %s\ndel vm %s", added, b, a)
 	if got := summary(batch); got != want {
@@ -151,7 +127,7 @@ func TestFromSeesEveryChangeOnce(t *testing.T) {
 
 func TestFromSubscriptions(t *testing.T) {
 	h := newHarness(t)
-	vm, other := insert(h, xapi.New[xapi.VM]()), insert(h, xapi.New[xapi.VM]())
+	vm, other := dbtest.Insert(h.objects, xapi.New[xapi.VM]()), dbtest.Insert(h.objects, xapi.New[xapi.VM]())
 	for _, tt := range []struct {
 		classes []string
 		want    []string // "class ref"
@@ -328,17 +304,17 @@ func TestInject(t *testing.T) {
 func TestMessageEvents(t *testing.T) {
 	h := newHarness(t)
 	token := h.from("", 0, "message").Token
-	m := insert(h, xapi.New[xapi.Message]())
+	m := dbtest.Insert(h.objects, xapi.New[xapi.Message]())
 	batch := h.from(token, 0, "message")
 	if got, want := summary(batch), "add message "+string(m); got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
-	h.update(func(tx *db.Tx) error { return tx.Touch(h.model.Classes["message"], string(m)) })
+	h.objects.Change(func(tx *db.Tx) error { return tx.Touch(h.model.Classes["message"], string(m)) })
 	next := h.from(batch.Token, 0, "message")
 	if len(next.Events) != 0 {
 		t.Errorf("a message changed: %s", summary(next))
 	}
-	h.update(func(tx *db.Tx) error { return db.Delete(tx, m) })
+	h.objects.Change(func(tx *db.Tx) error { return db.Delete(tx, m) })
 	if got, want := summary(h.from(next.Token, 0, "message")), "del message "+string(m); got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}

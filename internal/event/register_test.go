@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"coppice/internal/db"
+	"coppice/internal/db/dbtest"
 	"coppice/internal/xapi"
 )
 
@@ -48,11 +49,11 @@ func TestNext(t *testing.T) {
 		if got, want := next(), "mod pool "+string(h.pool); got != want || time.Since(begin) > 2100*time.Millisecond {
 			t.Errorf("got %q after %v, want %q", got, time.Since(begin), want)
 		}
-		vm := insert(h, xapi.New[xapi.VM]())
+		vm := dbtest.Insert(h.objects, xapi.New[xapi.VM]())
 		if got, want := next(), "add vm "+string(vm); got != want {
 			t.Errorf("got %q, want %q", got, want)
 		}
-		h.update(func(tx *db.Tx) error { return db.Delete(tx, vm) })
+		h.objects.Change(func(tx *db.Tx) error { return db.Delete(tx, vm) })
 		if got, want := next(), "del vm "+string(vm); got != want {
 			t.Errorf("got %q, want %q", got, want)
 		}
@@ -73,7 +74,7 @@ func TestNext(t *testing.T) {
 		go func() {
 			time.Sleep(time.Hour)
 			h.rename("y")
-			insert(h, xapi.New[xapi.VM]())
+			dbtest.Insert(h.objects, xapi.New[xapi.VM]())
 		}()
 		begin = time.Now()
 		if got := next(); !strings.HasPrefix(got, "add vm ") || strings.Contains(got, "pool") || time.Since(begin) < time.Hour {
@@ -94,14 +95,14 @@ func TestNext(t *testing.T) {
 // in the counts of From.
 func TestEventsLost(t *testing.T) {
 	h := newHarness(t)
-	vm := insert(h, xapi.New[xapi.VM]())
+	vm := dbtest.Insert(h.objects, xapi.New[xapi.VM]())
 	var r Registration
 	if err := h.Register(&r, []string{"vm"}); err != nil {
 		t.Fatal(err)
 	}
 	token := h.from("", 0, "vm").Token
-	h.update(func(tx *db.Tx) error { return db.Delete(tx, vm) })
-	h.update(func(tx *db.Tx) error {
+	h.objects.Change(func(tx *db.Tx) error { return db.Delete(tx, vm) })
+	h.objects.Change(func(tx *db.Tx) error {
 		for range 4200 {
 			if _, err := db.Insert(tx, xapi.New[xapi.VM]()); err != nil {
 				return err
@@ -109,7 +110,7 @@ func TestEventsLost(t *testing.T) {
 		}
 		return nil
 	})
-	h.update(func(tx *db.Tx) error {
+	h.objects.Change(func(tx *db.Tx) error {
 		for ref := range db.All[xapi.VM](tx) {
 			if err := db.Delete(tx, ref); err != nil {
 				return err
@@ -119,7 +120,7 @@ func TestEventsLost(t *testing.T) {
 	})
 	_, err := h.Next(t.Context(), &r)
 	h.wantError("EVENTS_LOST", err)
-	last := insert(h, xapi.New[xapi.VM]())
+	last := dbtest.Insert(h.objects, xapi.New[xapi.VM]())
 	events, err := h.Next(t.Context(), &r)
 	if got, want := summary(&xapi.EventBatch{Events: events}), "add vm "+string(last); err != nil || got != want {
 		t.Errorf("after EVENTS_LOST: %q, %v, want %q", got, err, want)

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"coppice/internal/db"
+	"coppice/internal/db/dbtest"
 	"coppice/internal/rpc"
 	"coppice/internal/xapi"
 )
@@ -61,7 +62,7 @@ func TestWatchersOfAllSpeeds(t *testing.T) {
 		h := newHarness(t)
 		var vms []xapi.Ref[xapi.VM]
 		for range 3 {
-			vms = append(vms, insert(h, xapi.New[xapi.VM]()))
+			vms = append(vms, dbtest.Insert(h.objects, xapi.New[xapi.VM]()))
 		}
 		kinds := [][]string{
 			{"vm"}, {"VM", "pool"}, {"pool", "vm"}, {"*"}, {"vm/" + string(vms[0])}, {"vm/" + string(vms[1]), "host"}, {"vdi"},
@@ -86,10 +87,10 @@ func TestWatchersOfAllSpeeds(t *testing.T) {
 			vm := vms[random.IntN(len(vms))]
 			switch random.IntN(6) {
 			case 0:
-				vms = append(vms, insert(h, xapi.New[xapi.VM]()))
+				vms = append(vms, dbtest.Insert(h.objects, xapi.New[xapi.VM]()))
 			case 1:
 				if at := 2 + random.IntN(len(vms)-1); at < len(vms) {
-					h.update(func(tx *db.Tx) error { return db.Delete(tx, vms[at]) })
+					h.objects.Change(func(tx *db.Tx) error { return db.Delete(tx, vms[at]) })
 					vms[at] = vms[len(vms)-1]
 					vms = vms[:len(vms)-1]
 				}
@@ -212,7 +213,7 @@ func TestThousandsOfWatchers(t *testing.T) {
 	const watchers = 5000
 	synctest.Test(t, func(t *testing.T) {
 		h := newHarness(t)
-		vm, other := insert(h, xapi.New[xapi.VM]()), insert(h, xapi.New[xapi.VM]())
+		vm, other := dbtest.Insert(h.objects, xapi.New[xapi.VM]()), dbtest.Insert(h.objects, xapi.New[xapi.VM]())
 		token := h.from("", 0, "*").Token
 		heap := func() int64 {
 			var m runtime.MemStats
