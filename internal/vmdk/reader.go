@@ -6,8 +6,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"io"
+	"math"
 	"math/bits"
+	"slices"
 
 	"github.com/klauspost/compress/zlib"
 )
@@ -34,29 +37,38 @@ type Run struct {
 //
 // A stream that ends too early gives an error matching io.ErrUnexpectedEOF, a
 // wrong one a [FormatError], and a failing source its own error; after any of
-// them the Reader returns it for ever. It takes a few megabytes, whatever the
-// image says.
+// them the Reader returns it for ever. It takes a few megabytes, and while it
+// reads tables in front 32 MiB at most, whatever the image says.
 type Reader struct {
 	src    *bufio.Reader
 	pos    int64 // bytes consumed
 	length int64
 	h      *header
 
-	front  front // tables before the grains
-	grains int64 // that came
-	last   int64 // place of the last one, in sectors
-	dir    int64 // place of a directory that came, in sectors; 0 for none
-	z      zlibReader
-	in     []byte // a grain, compressed
-	out    []byte // a grain
-	rest   []byte // of the current run
-	err    error
+	seed  maphash.Seed
+	front grains // that tables before the grains promise, if there are any
+	came  grains
+	dir   int64 // place of a directory that came, in sectors; 0 for none
+	z     zlibReader
+	in    []byte // a grain, compressed
+	out   []byte // a grain
+	rest  []byte // of the current run
+	err   error
 }
 
-// front is what tables before the grains say.
-type front struct {
-	grains  int64 // entries
-	highest int64 // place of the last grain in the image, in sectors
+// grains is a set of grains, as far as two can be compared.
+type grains struct {
+	n    int64
+	last int64  // place of the last one in the image, in sectors
+	sum  uint64 // of a hash of each, so that their order does not matter
+}
+
+// add puts a grain into a set: the one with that index on the disk, which lies
+// at a sector of the image.
+func (r *Reader) add(set *grains, index, place int64) {
+	set.n++
+	set.last = max(set.last, place)
+	set.sum += maphash.Comparable(r.seed, [2]int64{index, place})
 }
 
 // zlibReader is what a zlib reader can do.
@@ -70,7 +82,7 @@ func NewReader(src io.Reader, o ReaderOptions) (*Reader, error) {
 	if o.Length >= 0 {
 		src = io.LimitReader(src, o.Length)
 	}
-	r := &Reader{src: bufio.NewReaderSize(src, 64<<10), length: o.Length}
+	r := &Reader{src: bufio.NewReaderSize(src, 64<<10), length: o.Length, seed: maphash.MakeSeed()}
 	b := make([]byte, SectorSize)
 	if err := r.read(b, "header"); err != nil {
 		return nil, err
@@ -119,8 +131,8 @@ func (h *header) check() error {
 	return nil
 }
 
-// readFront passes what comes before the grains. When directory and tables
-// are there in order, it counts the grains that they promise.
+// readFront passes what comes before the grains. When the directory is there it
+// reads the tables, too, which may lie before it as well as behind it.
 func (r *Reader) readFront() error {
 	end := int64(r.h.overhead) * SectorSize
 	if r.h.directoryAt == atEnd || r.h.directoryAt >= r.h.overhead {
@@ -130,45 +142,80 @@ func (r *Reader) readFront() error {
 	if at < r.pos {
 		return field(56, "directory", r.h.directoryAt, "a place behind the header")
 	}
-	if err := r.skipTo(at, "overhead"); err != nil {
-		return err
-	}
-	span := r.h.grain * perTable
-	tables := (r.h.capacity + span - 1) / span
-	if tables*4 > maxDirectory || int64(tables)*4 > end-at {
-		return field(12, "capacity", r.h.capacity, "one whose directory fits before the grains")
-	}
-	directory := make([]byte, tables*4)
-	if err := r.read(directory, "directory"); err != nil {
-		return err
-	}
-	table := make([]byte, perTable*4)
-	for ; len(directory) > 0; directory = directory[4:] {
-		place := int64(binary.LittleEndian.Uint32(directory)) * SectorSize
-		if place == 0 {
-			continue
-		}
-		if place < r.pos || place > end-int64(len(table)) {
-			return field(r.pos, "place of a grain table", place, fmt.Sprintf("one from %d on and before the grains", r.pos))
-		}
-		if err := r.skipTo(place, "overhead"); err != nil {
+	start := r.pos
+	var before []byte // what lies from start up to the directory
+	if at-start <= maxBefore {
+		before = make([]byte, at-start)
+		if err := r.read(before, "overhead"); err != nil {
 			return err
 		}
-		if err := r.read(table, "grain table"); err != nil {
-			return err
+	} else if err := r.skipTo(at, "overhead"); err != nil {
+		return err
+	}
+	tables, err := r.readDirectory(end)
+	if err != nil {
+		return err
+	}
+	buf := make([]byte, perTable*4)
+	free := start // behind the table before
+	for _, t := range tables {
+		place, index := int64(t>>32)*SectorSize, int64(t&math.MaxUint32)
+		after := place + int64(len(buf))
+		table := buf
+		switch {
+		case place < free || place < r.pos && after > at || after > end:
+			return field(at+4*index, "place of a grain table", place, fmt.Sprintf("one of its own from %d on and before the grains", start))
+		case after > at:
+			if err := r.skipTo(place, "overhead"); err != nil {
+				return err
+			}
+			if err := r.read(table, "grain table"); err != nil {
+				return err
+			}
+		case before == nil:
+			return field(at+4*index, "place of a grain table", place, fmt.Sprintf("one behind the directory, which lies more than %d bytes behind the header", maxBefore))
+		default:
+			table = before[place-start : after-start]
 		}
-		for i := 0; i < len(table); i += 4 {
-			if grain := int64(binary.LittleEndian.Uint32(table[i:])); grain > 1 { // 1 is a grain of zeros
-				r.front.grains++
-				r.front.highest = max(r.front.highest, grain)
+		free = after
+		for i := range int64(perTable) {
+			if grain := int64(binary.LittleEndian.Uint32(table[4*i:])); grain > 1 { // 1 is a grain of zeros
+				r.add(&r.front, index*perTable+i, grain)
 			}
 		}
 	}
 	return r.skipTo(end, "overhead")
 }
 
-// maxDirectory bounds a directory in front, in bytes: 64 TiB of disk.
-const maxDirectory = 8 << 20
+// readDirectory reads a directory before the grains, which begin at end, and
+// returns its entries in the order of the tables' places: the sector in the
+// upper half, the index in the lower.
+func (r *Reader) readDirectory(end int64) ([]uint64, error) {
+	span := r.h.grain * perTable
+	n := (r.h.capacity + span - 1) / span
+	if n*4 > maxDirectory || int64(n)*4 > end-r.pos {
+		return nil, field(12, "capacity", r.h.capacity, "one whose directory fits before the grains")
+	}
+	directory := make([]byte, n*4)
+	if err := r.read(directory, "directory"); err != nil {
+		return nil, err
+	}
+	var tables []uint64
+	for i := range n {
+		if sector := binary.LittleEndian.Uint32(directory[4*i:]); sector > 0 {
+			tables = append(tables, uint64(sector)<<32|i)
+		}
+	}
+	slices.Sort(tables)
+	return tables, nil
+}
+
+// maxDirectory bounds a directory in front, in bytes: 64 TiB of disk; maxBefore
+// what is remembered for tables that come before it: of 128 GiB.
+const (
+	maxDirectory = 8 << 20
+	maxBefore    = 8 << 20
+)
 
 // Size is the size of the disk in bytes.
 func (r *Reader) Size() int64 { return int64(r.h.capacity) * SectorSize }
@@ -277,8 +324,7 @@ func (r *Reader) grain(at int64, sector uint64, size uint32) (Run, error) {
 	if err := r.skipTo(roundUp(r.pos, SectorSize), "grain"); err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
 		return Run{}, err
 	}
-	r.grains++
-	r.last = max(r.last, at/SectorSize)
+	r.add(&r.came, int64(sector/r.h.grain), at/SectorSize)
 	r.rest = r.out[:want]
 	return Run{Off: off, Len: want}, nil
 }
@@ -353,10 +399,15 @@ func (r *Reader) finishFront() error {
 	return r.finishTables()
 }
 
-// finishTables compares what came with what tables in front promised.
+// finishTables compares what came with what tables in front promised, which is
+// what those who can seek go by.
 func (r *Reader) finishTables() error {
-	if r.front.grains > r.grains || r.front.highest > r.last {
+	switch front := r.h.directoryAt < r.h.overhead; {
+	case !front && r.h.directoryAt != uint64(r.dir), front && (r.front.n > r.came.n || r.front.last > r.came.last):
 		return r.cut("grains")
+	case front && r.front != r.came:
+		return field(int64(r.h.directoryAt)*SectorSize, "grain tables", fmt.Sprintf("of other grains than the %d that came", r.came.n),
+			"an entry for each grain with its place, and no others")
 	}
 	return io.EOF
 }

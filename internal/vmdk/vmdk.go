@@ -30,9 +30,11 @@
 //
 // # Reading
 //
-// A [Reader] follows the grains as they come and checks them against tables and
-// footer: an image whose tables count more grains than came, or whose end is
-// missing, is not complete. Parents are never opened; an image that has one is
+// A [Reader] follows the grains as they come and checks them against footer and
+// tables in front, which those who can seek go by: an image whose tables count
+// more grains than came, or whose end is missing, is not complete, and one whose
+// tables mean other grains, or other places on the disk, is refused in the end.
+// Up to 8 MiB of tables may come before their directory. Parents are never opened; an image that has one is
 // a set of ranges to write like any other.
 package vmdk
 

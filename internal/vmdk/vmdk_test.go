@@ -160,6 +160,143 @@ func TestReaderNoticesTheEnd(t *testing.T) {
 	}
 }
 
+// fronted is the image of a disk with its directory at a sector before the
+// grains and its tables at others, as qemu-img writes them; edit changes the
+// entries.
+func fronted(t *testing.T, contents []byte, directory uint32, tables []uint32, edit func(entries []uint32)) []byte {
+	t.Helper()
+	le := binary.LittleEndian
+	image := write(t, contents)
+	front, grains := bytes.Clone(image[:overheadSectors*SectorSize]), image[overheadSectors*SectorSize:]
+	entries := make([]uint32, len(tables)*perTable)
+	body := []byte(nil)
+	for len(grains) > 0 {
+		sector, size := le.Uint64(grains), int64(le.Uint32(grains[8:]))
+		n := roundUp(grainHead+size, SectorSize)
+		if size == 0 { // a table or directory that is left out
+			if n = SectorSize * (1 + int64(sector)); le.Uint32(grains[grainHead:]) == markerFooter {
+				break
+			}
+		} else {
+			entries[sector*SectorSize/GrainSize] = uint32(overheadSectors + len(body)/SectorSize)
+			body = append(body, grains[:n]...)
+		}
+		grains = grains[n:]
+	}
+	if edit != nil {
+		edit(entries)
+	}
+	le.PutUint64(front[56:], uint64(directory))
+	for i, at := range tables {
+		le.PutUint32(front[int64(directory)*SectorSize+4*int64(i):], at)
+		for j, e := range entries[i*perTable:][:perTable] {
+			le.PutUint32(front[int64(at)*SectorSize+4*int64(j):], e)
+		}
+	}
+	return append(front, body...)
+}
+
+// Tables in front may lie in any order; what they say is what counts for others.
+func TestReaderTakesTablesInFront(t *testing.T) {
+	qemu := peertest.Tool(t, "qemu-img", "qemu-utils")
+	contents := disk(70*mib, [2]int64{0, mib}, [2]int64{33 * mib, 100 << 10}, [2]int64{69 * mib, mib})
+	raw, file := filepath.Join(t.TempDir(), "raw"), filepath.Join(t.TempDir(), "vmdk")
+	if err := os.WriteFile(raw, contents, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, tt := range map[string]struct {
+		directory uint32
+		tables    []uint32
+		moved     uint32 // where the directory says that the first table is, if not there
+		fault     string
+	}{
+		"behind the directory":       {directory: 30, tables: []uint32{31, 35, 40}},
+		"before it":                  {directory: 100, tables: []uint32{30, 34, 40}},
+		"on both sides, any order":   {directory: 60, tables: []uint32{90, 30, 61}},
+		"one is used twice":          {directory: 60, tables: []uint32{90, 30, 61}, moved: 30, fault: "place of a grain table at byte 30724"},
+		"one reaches into another":   {directory: 60, tables: []uint32{90, 30, 61}, moved: 63, fault: "place of a grain table at byte 30720"},
+		"one reaches into it":        {directory: 60, tables: []uint32{90, 30, 61}, moved: 57, fault: "place of a grain table at byte 30720"},
+		"one lies in it":             {directory: 60, tables: []uint32{90, 30, 61}, moved: 60, fault: "place of a grain table at byte 30720"},
+		"one is far behind":          {directory: 60, tables: []uint32{90, 30, 61}, moved: 1<<32 - 1, fault: "place of a grain table at byte 30720"},
+		"one is behind the overhead": {directory: 60, tables: []uint32{90, 30, 61}, moved: 125, fault: "place of a grain table at byte 30720"},
+	} {
+		image := fronted(t, contents, tt.directory, tt.tables, nil)
+		if tt.moved > 0 {
+			binary.LittleEndian.PutUint32(image[int64(tt.directory)*SectorSize:], tt.moved)
+		}
+		for _, length := range []int64{-1, int64(len(image))} {
+			got := make([]byte, len(contents))
+			err := apply(image, length, got)
+			if tt.fault != "" {
+				if !errors.Is(err, ErrFormat) || !strings.Contains(err.Error(), tt.fault) {
+					t.Errorf("%s: %v, want one that says %q", name, err, tt.fault)
+				}
+			} else if err != nil || !bytes.Equal(got, contents) {
+				t.Errorf("%s: %v, or not the contents", name, err)
+			}
+		}
+		if tt.fault == "" {
+			if err := os.WriteFile(file, image, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			peertest.Run(t, qemu, "compare", "-F", "raw", file, raw)
+		}
+	}
+}
+
+// Who can seek reads what the tables say, so a stream that says something else
+// is refused.
+func TestReaderRefusesOtherGrains(t *testing.T) {
+	contents := disk(2*mib, [2]int64{0, mib})
+	for name, edit := range map[string]func(entries []uint32){
+		"an entry is missing":          func(e []uint32) { e[3] = 0 },
+		"a grain is one of zeros":      func(e []uint32) { e[15] = 1 },
+		"two entries are exchanged":    func(e []uint32) { e[2], e[5] = e[5], e[2] },
+		"two entries mean one grain":   func(e []uint32) { e[2] = e[5] },
+		"one grain stands for another": func(e []uint32) { e[2], e[20] = 0, e[2] },
+	} {
+		image := fronted(t, contents, 60, []uint32{30}, edit)
+		err := apply(image, int64(len(image)), make([]byte, len(contents)))
+		if !errors.Is(err, ErrFormat) || !strings.Contains(err.Error(), "other grains than the 16 that came") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// What is remembered in front of a directory is bounded.
+func TestReaderForgetsTables(t *testing.T) {
+	le := binary.LittleEndian
+	const directory = 1 + maxBefore/SectorSize
+	for sector, fault := range map[uint32]string{30: "one behind the directory", directory + 1: ""} {
+		image := make([]byte, (directory+8)*SectorSize)
+		copy(image, write(t, make([]byte, mib))[:SectorSize])
+		le.PutUint64(image[56:], directory+1)
+		le.PutUint64(image[64:], directory+8)
+		le.PutUint32(image[(directory+1)*SectorSize:], sector+1)
+		if err := apply(image, -1, make([]byte, mib)); fault == "" && err != nil || fault != "" && (!errors.Is(err, ErrFormat) || !strings.Contains(err.Error(), fault)) {
+			t.Errorf("table at sector %d: %v, want %q", sector, err, fault)
+		}
+	}
+}
+
+// A header may say where the directory behind the grains is: until that has
+// come, the image is not complete.
+func TestReaderWaitsForDirectory(t *testing.T) {
+	contents := disk(2*mib, [2]int64{0, mib})
+	image := write(t, contents)
+	le := binary.LittleEndian
+	le.PutUint64(image[56:], le.Uint64(image[len(image)-1024+56:]))
+	got := make([]byte, len(contents))
+	if err := apply(image, -1, got); err != nil || !bytes.Equal(got, contents) {
+		t.Errorf("whole: %v, or not the contents", err)
+	}
+	first := overheadSectors * SectorSize
+	end := first + int(roundUp(grainHead+int64(le.Uint32(image[first+8:])), SectorSize))
+	if err := apply(image[:end], -1, got); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("behind the first grain: %v", err)
+	}
+}
+
 func TestReaderRefuses(t *testing.T) {
 	contents := disk(2*mib, [2]int64{0, mib})
 	good := write(t, contents)
