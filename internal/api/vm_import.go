@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 
 	"coppice/internal/db"
 	"coppice/internal/ova"
@@ -128,8 +129,9 @@ func (a *API) targetSR(r VMImportRequest) (sr xapi.Ref[xapi.SR], err error) {
 
 // Begin reads the manifest, checks everything that can be checked without the
 // disks, and makes their volumes. It returns the disks that the archive must
-// have, each with a volume to write to.
-func (x *VMImport) Begin(manifest []byte) ([]ArchiveDisk, error) {
+// have, each with a volume to write to. An error of the manifest's reader comes
+// back as it is.
+func (x *VMImport) Begin(manifest io.Reader) ([]ArchiveDisk, error) {
 	a, ctx := x.call.api, x.call.Context()
 	m, err := ova.Parse(manifest)
 	if err != nil {

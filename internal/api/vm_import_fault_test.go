@@ -53,7 +53,7 @@ func (r *rig) bring(a sealedArchive, how VMImportRequest) error {
 		return err
 	}
 	return x.Finish(func() error {
-		disks, err := x.Begin(a.manifest)
+		disks, err := x.Begin(bytes.NewReader(a.manifest))
 		if err != nil {
 			return err
 		}

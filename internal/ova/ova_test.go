@@ -1,75 +1,57 @@
 package ova
 
 import (
+	"bytes"
 	"errors"
+	"fmt"
+	"io"
 	"slices"
+	"strings"
 	"testing"
+	"testing/iotest"
 
 	"coppice/internal/db"
+	"coppice/internal/db/dbtest"
+	"coppice/internal/rpc"
 	"coppice/internal/xapi"
 )
 
-// insert adds an object.
-func insert[T any](t *testing.T, tx *db.Tx, rec *T) xapi.Ref[T] {
-	t.Helper()
-	ref, err := db.Insert(tx, rec)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ref
-}
-
 // guest is a database with a suspended VM that has two disks, a CD and a VIF, and a snapshot of it with two disks.
-func guest(t *testing.T) (*db.DB, xapi.Ref[xapi.VM]) {
+func guest(t *testing.T) (*dbtest.DB, xapi.Ref[xapi.VM]) {
 	t.Helper()
-	d, err := db.Open(t.Context(), xapi.Datamodel(), db.NewMemStore())
-	if err != nil {
-		t.Fatal(err)
+	d := dbtest.Open(t)
+	disks := dbtest.Insert(d, xapi.New[xapi.SR]())
+	iso := xapi.New[xapi.SR]()
+	iso.ContentType = isoContent
+	images := dbtest.Insert(d, iso)
+	network := dbtest.Insert(d, xapi.New[xapi.Network]())
+	vdi := func(sr xapi.Ref[xapi.SR], of xapi.Ref[xapi.VDI]) xapi.Ref[xapi.VDI] {
+		v := xapi.New[xapi.VDI]()
+		v.SR, v.SnapshotOf, v.IsASnapshot = sr, of, !of.IsNull()
+		return dbtest.Insert(d, v)
 	}
-	t.Cleanup(func() {
-		if err := d.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	var ref xapi.Ref[xapi.VM]
-	err = d.Update(t.Context(), func(tx *db.Tx) error {
-		disks := insert(t, tx, xapi.New[xapi.SR]())
-		iso := xapi.New[xapi.SR]()
-		iso.ContentType = isoContent
-		images := insert(t, tx, iso)
-		network := insert(t, tx, xapi.New[xapi.Network]())
-		vdi := func(sr xapi.Ref[xapi.SR], of xapi.Ref[xapi.VDI]) xapi.Ref[xapi.VDI] {
-			v := xapi.New[xapi.VDI]()
-			v.SR, v.SnapshotOf, v.IsASnapshot = sr, of, !of.IsNull()
-			return insert(t, tx, v)
-		}
-		plug := func(vm xapi.Ref[xapi.VM], disk xapi.Ref[xapi.VDI], kind xapi.VBDType) {
-			b := xapi.New[xapi.VBD]()
-			b.VM, b.VDI, b.Type = vm, disk, kind
-			insert(t, tx, b)
-		}
-		vm := xapi.New[xapi.VM]()
-		vm.NameLabel, vm.MemoryStaticMax = "guest", 1<<30
-		vm.PowerState, vm.SuspendVDI = xapi.VMPowerStateSuspended, vdi(disks, xapi.NullRef)
-		vm.CurrentOperations = map[string]xapi.VMOperations{"OpaqueRef:task": xapi.VMOperationsExport}
-		ref = insert(t, tx, vm)
-		snap := xapi.New[xapi.VM]()
-		snap.IsASnapshot, snap.SnapshotOf, snap.PowerState = true, ref, xapi.VMPowerStateHalted
-		snapshot := insert(t, tx, snap)
-		for range 2 {
-			disk := vdi(disks, xapi.NullRef)
-			plug(ref, disk, xapi.VBDTypeDisk)
-			plug(snapshot, vdi(disks, disk), xapi.VBDTypeDisk)
-		}
-		plug(ref, vdi(images, xapi.NullRef), xapi.VBDTypeCD)
-		vif := xapi.New[xapi.VIF]()
-		vif.VM, vif.Network = ref, network
-		insert(t, tx, vif)
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
+	plug := func(vm xapi.Ref[xapi.VM], disk xapi.Ref[xapi.VDI], kind xapi.VBDType) {
+		b := xapi.New[xapi.VBD]()
+		b.VM, b.VDI, b.Type = vm, disk, kind
+		dbtest.Insert(d, b)
 	}
+	vm := xapi.New[xapi.VM]()
+	vm.NameLabel, vm.MemoryStaticMax = "guest", 1<<30
+	vm.PowerState, vm.SuspendVDI = xapi.VMPowerStateSuspended, vdi(disks, xapi.NullRef)
+	vm.CurrentOperations = map[string]xapi.VMOperations{"OpaqueRef:task": xapi.VMOperationsExport}
+	ref := dbtest.Insert(d, vm)
+	snap := xapi.New[xapi.VM]()
+	snap.IsASnapshot, snap.SnapshotOf, snap.PowerState = true, ref, xapi.VMPowerStateHalted
+	snapshot := dbtest.Insert(d, snap)
+	for range 2 {
+		disk := vdi(disks, xapi.NullRef)
+		plug(ref, disk, xapi.VBDTypeDisk)
+		plug(snapshot, vdi(disks, disk), xapi.VBDTypeDisk)
+	}
+	plug(ref, vdi(images, xapi.NullRef), xapi.VBDTypeCD)
+	vif := xapi.New[xapi.VIF]()
+	vif.VM, vif.Network = ref, network
+	dbtest.Insert(d, vif)
 	return d, ref
 }
 
@@ -104,7 +86,7 @@ func TestManifest(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
-		m, err := Parse(text)
+		m, err := Parse(bytes.NewReader(text))
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
@@ -146,6 +128,66 @@ func TestManifest(t *testing.T) {
 	}
 }
 
+// manifest is a manifest with n objects that are all alike but for their
+// names; it is made while it is read.
+func manifest(n int, class, fields string) io.Reader {
+	const head = "<value><struct><member><name>version</name><value><struct/></value></member><member><name>objects</name><value><array><data>"
+	all := []io.Reader{strings.NewReader(head)}
+	for i := range n {
+		all = append(all, strings.NewReader(fmt.Sprintf("<value><struct><member><name>class</name><value>%s</value></member><member><name>id</name><value>Ref:%d</value></member>"+
+			"<member><name>snapshot</name><value><struct>", class, i)), strings.NewReader(fields), strings.NewReader("</struct></value></member></struct></value>"))
+	}
+	return io.MultiReader(append(all, strings.NewReader("</data></array></value></member></struct></value>"))...)
+}
+
+// A manifest that would take too much memory is refused, one that is as large
+// as is possible is not.
+func TestManifestLimits(t *testing.T) {
+	const (
+		values  = 2000
+		around  = 2                 // values of a manifest without objects
+		each    = 4                 // those of an object without fields
+		largest = rpc.MaxValues - 4 // those of a set that is the only field of an object
+	)
+	set := func(n int) string {
+		return "<member><name>tags</name><value><array><data>" + strings.Repeat("<value/>", n) + "</data></array></value></member>"
+	}
+	fields := len(xapi.ClassOf[xapi.VBD]().Fields)
+	for name, tt := range map[string]struct {
+		in     io.Reader
+		values int
+		says   string // "" when it is read
+	}{
+		"a large object":   {manifest(1, "VM", set(largest)), MaxValues, ""},
+		"too large a one":  {manifest(1, "VM", set(largest+1)), MaxValues, "object of the manifest has more than 100000 values"},
+		"many values":      {manifest(6, "VM", set((values-around)/6-each-1)), values, ""},
+		"too many values":  {manifest(6, "VM", set((values-around)/6-each)), values, "manifest has more than 2000 values"},
+		"of other classes": {manifest((values-around)/each+1, "pool_patch", ""), values, "manifest has more than 2000 values"},
+		"many records":     {manifest(values/fields, "VBD", ""), values, ""},
+		"too many records": {manifest(values/fields+1, "VBD", ""), values, "manifest has more than 2000 values"},
+	} {
+		_, err := parse(tt.in, tt.values)
+		e, ok := errors.AsType[*xapi.Error](err)
+		if ok != (tt.says != "") || !ok && err != nil || ok && (e.Code != xapi.ErrImportError || !strings.Contains(e.Params[0], tt.says)) {
+			t.Errorf("%s: %v, want %q", name, err, tt.says)
+		}
+	}
+}
+
+// What the reader of a manifest says is not said to be the manifest's fault.
+func TestManifestUnreadable(t *testing.T) {
+	boom := errors.New("boom")
+	text, err := io.ReadAll(manifest(2, "VM", ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := 0; n < len(text); n += 7 {
+		if _, err := Parse(io.MultiReader(bytes.NewReader(text[:n]), iotest.ErrReader(boom))); !errors.Is(err, boom) {
+			t.Fatalf("after %d bytes: %v", n, err)
+		}
+	}
+}
+
 // FuzzParse reads a manifest from anywhere: what it takes can be asked for
 // everything, and what it refuses has a code of an import.
 func FuzzParse(f *testing.F) {
@@ -159,7 +201,7 @@ func FuzzParse(f *testing.F) {
 	f.Add(head + "VBD" + middle + "<member><name>VM</name><value>Ref:0</value></member>" + tail)
 	f.Add(head + "host" + middle + tail)
 	f.Fuzz(func(t *testing.T, text string) {
-		m, err := Parse([]byte(text))
+		m, err := Parse(strings.NewReader(text))
 		if err != nil {
 			e, ok := errors.AsType[*xapi.Error](err)
 			if !ok || e.Code != xapi.ErrImportError && e.Code != xapi.ErrImportIncompatibleVersion {

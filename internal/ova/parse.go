@@ -1,7 +1,9 @@
 package ova
 
 import (
+	"errors"
 	"fmt"
+	"io"
 
 	"coppice/internal/rpc"
 	"coppice/internal/xapi"
@@ -12,14 +14,22 @@ func importError(format string, args ...any) error {
 	return xapi.NewError(xapi.ErrImportError, fmt.Sprintf(format, args...))
 }
 
+// MaxValues is how many values a manifest may have: elements of arrays and
+// members of structs. A VM with 800 snapshots of 16 disks has 930,000, in
+// 63 MB, of which 21 MiB are kept. All records together may have as many
+// fields, whether the manifest gives them or not: what it leaves out takes
+// memory, too.
+const MaxValues = 1_000_000
+
 // Manifest is a manifest that has been read: its records by their names there.
 // What refers to a record does so by that name.
 type Manifest struct {
 	VMs []xapi.Ref[xapi.VM] // in the order of the manifest, without control domains
 
-	recs map[string]any
-	vbds map[xapi.Ref[xapi.VM]][]*xapi.VBD
-	vifs map[xapi.Ref[xapi.VM]][]*xapi.VIF
+	recs   map[string]any
+	fields int // of all records
+	vbds   map[xapi.Ref[xapi.VM]][]*xapi.VBD
+	vifs   map[xapi.Ref[xapi.VM]][]*xapi.VIF
 }
 
 // Get returns a record of a manifest, nil when it has none of that name and
@@ -36,32 +46,88 @@ func (m *Manifest) VBDs(vm xapi.Ref[xapi.VM]) []*xapi.VBD { return m.vbds[vm] }
 func (m *Manifest) VIFs(vm xapi.Ref[xapi.VM]) []*xapi.VIF { return m.vifs[vm] }
 
 // Parse reads a manifest from anywhere. It may refer to what it does not have.
-// The error is an IMPORT_ERROR that says what is wrong, or
-// IMPORT_INCOMPATIBLE_VERSION.
-func Parse(text []byte) (*Manifest, error) {
-	v, err := rpc.ParseXMLValue(string(text))
-	if err != nil {
-		return nil, importError("the manifest: %v", err)
-	}
-	doc, _ := v.(map[string]any)
-	version, ok := doc["version"].(map[string]any)
-	if !ok {
-		return nil, xapi.NewError(xapi.ErrImportIncompatibleVersion)
-	}
-	if n, err := parseInt(version["export_vsn"]); err != nil || n < 0 || n > exportVersion {
-		return nil, xapi.NewError(xapi.ErrImportIncompatibleVersion)
-	}
-	objects, ok := doc["objects"].([]any)
-	if !ok {
-		return nil, importError("the manifest has no objects")
-	}
+// Neither its text nor more values than those of one object are in memory at
+// a time. The error is an IMPORT_ERROR that says what is wrong,
+// IMPORT_INCOMPATIBLE_VERSION, or what the reader said.
+func Parse(r io.Reader) (*Manifest, error) { return parse(r, MaxValues) }
+
+// parse is Parse for a manifest with at most so many values.
+func parse(r io.Reader, values int) (*Manifest, error) {
 	m := &Manifest{recs: map[string]any{}, vbds: map[xapi.Ref[xapi.VM]][]*xapi.VBD{}, vifs: map[xapi.Ref[xapi.VM]][]*xapi.VIF{}}
-	for i, o := range objects {
-		if err := m.add(o); err != nil {
-			return nil, importError("object %d of the manifest: %v", i, err)
+	x := rpc.NewXMLReader(r, values)
+	err := m.read(x, values)
+	if err == nil {
+		err = x.End()
+	}
+	if e, ok := errors.AsType[*rpc.SyntaxError](err); ok {
+		return nil, importError("the manifest: %v", e)
+	}
+	if e, ok := errors.AsType[*rpc.TooManyValuesError](err); ok {
+		what := "manifest"
+		if e.Limit != values {
+			what = "object of the manifest"
 		}
+		return nil, importError("the %s has more than %d values (fields, elements of sets and entries of maps): import fewer VMs or snapshots at once", what, e.Limit)
+	}
+	if err != nil {
+		return nil, err
 	}
 	return m, nil
+}
+
+// read reads the value of a manifest, whose records have at most so many fields.
+func (m *Manifest) read(x *rpc.XMLReader, values int) error {
+	var versions, lists int
+	for name := range x.Members() {
+		switch name {
+		case "version":
+			versions++
+			if err := checkVersion(x); err != nil {
+				return err
+			}
+		case "objects":
+			lists++
+			for i := range x.Elements() {
+				o := x.Value()
+				if err := x.Err(); err != nil {
+					return err
+				}
+				if err := m.add(o); err != nil {
+					return importError("object %d of the manifest: %v", i, err)
+				}
+				if m.fields > values {
+					return &rpc.TooManyValuesError{Limit: values}
+				}
+			}
+		default:
+			x.Value()
+		}
+	}
+	if err := x.Err(); err != nil {
+		return err
+	}
+	switch {
+	case versions == 0:
+		return xapi.NewError(xapi.ErrImportIncompatibleVersion)
+	case lists == 0:
+		return importError("the manifest has no objects")
+	case versions > 1 || lists > 1:
+		return importError("the manifest has a version or objects twice")
+	}
+	return nil
+}
+
+// checkVersion reads the version of a manifest.
+func checkVersion(x *rpc.XMLReader) error {
+	v := x.Value()
+	if err := x.Err(); err != nil {
+		return err
+	}
+	version, _ := v.(map[string]any)
+	if n, err := parseInt(version["export_vsn"]); version == nil || err != nil || n < 0 || n > exportVersion {
+		return xapi.NewError(xapi.ErrImportIncompatibleVersion)
+	}
+	return nil
 }
 
 // parseInt reads a number, whose value is a string in most manifests. One
@@ -99,7 +165,9 @@ func (m *Manifest) add(o any) error {
 	default:
 		return nil
 	}
-	rec, err := parseRecord(xapi.Datamodel().Classes[name], fields)
+	class := xapi.Datamodel().Classes[name]
+	m.fields += len(class.Fields)
+	rec, err := parseRecord(class, fields)
 	if err != nil {
 		return fmt.Errorf("%s: %w", id, err)
 	}

@@ -17,7 +17,8 @@ type Request struct {
 //
 // Errors: [*SyntaxError], [ErrTooLarge], the reader's own; the Request is nil
 // then. With an [*EncodingError] the Request is complete except for the
-// offending bytes and can carry the failure back to the caller.
+// offending bytes, with a [*TooManyValuesError] except for its parameters, and
+// can carry the failure back to the caller.
 func ReadCall(s Syntax, r io.Reader, limit int64) (*Request, error) {
 	b, err := readAll(r, limit)
 	if err != nil {

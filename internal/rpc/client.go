@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"slices"
 	"time"
 )
@@ -171,5 +172,5 @@ func parseJSONResponse(d Dialect, b []byte) (any, error) {
 	if !ok {
 		return nil, bad("response without a result")
 	}
-	return jsonValue(raw)
+	return jsonValue(raw, math.MaxInt)
 }

@@ -20,7 +20,7 @@ func parseJSONCall(b []byte) (*Request, error) {
 
 	req := &Request{Dialect: JSONRPC1}
 	if raw, ok := members["jsonrpc"]; ok {
-		if v, err := jsonValue(raw); err != nil || v != "2.0" {
+		if v, err := jsonValue(raw, 0); err != nil || v != "2.0" {
 			return bad(`jsonrpc is not "2.0"`)
 		}
 		req.Dialect = JSONRPC2
@@ -39,7 +39,10 @@ func parseJSONCall(b []byte) (*Request, error) {
 		}
 		raw = json.RawMessage("[]")
 	}
-	params, err := jsonValue(raw)
+	params, err := jsonValue(raw, MaxValues)
+	if _, tooMany := errors.AsType[*TooManyValuesError](err); tooMany {
+		return req, err
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -90,6 +93,10 @@ func firstInvalid(b []byte) string {
 	return string(b[start:end])
 }
 
+// maxMembers is how many members a message may have. No dialect knows more than
+// four; others are left alone.
+const maxMembers = 64
+
 // jsonMembers splits the top-level object. Member names match exactly.
 func jsonMembers(b []byte) (map[string]json.RawMessage, error) {
 	// One level for the message, one for the parameters.
@@ -100,7 +107,7 @@ func jsonMembers(b []byte) (map[string]json.RawMessage, error) {
 		var v any
 		return nil, jsonError(json.Unmarshal(b, &v))
 	}
-	p := jsonReader{b}
+	p := jsonReader{rest: b}
 	if p.next() != '{' {
 		return nil, &SyntaxError{Msg: "message is not an object"}
 	}
@@ -111,7 +118,9 @@ func jsonMembers(b []byte) (map[string]json.RawMessage, error) {
 		if err != nil {
 			return nil, err
 		}
-		members[name] = p.raw()
+		if members[name] = p.raw(); len(members) > maxMembers {
+			return nil, &SyntaxError{Offset: int64(len(b) - len(p.rest)), Msg: "too many members"}
+		}
 	}
 	return members, nil
 }
@@ -137,14 +146,27 @@ func checkJSONDepth(b []byte, limit int) error {
 	return nil
 }
 
-// jsonValue reads a value that is known to be valid JSON.
-func jsonValue(raw json.RawMessage) (any, error) {
-	p := jsonReader{raw}
+// jsonValue reads a value that is known to be valid JSON, with at most so many
+// values in it.
+func jsonValue(raw json.RawMessage, values int) (any, error) {
+	p := jsonReader{rest: raw, values: values, limit: values}
 	return p.value()
 }
 
 // jsonReader is what is left of valid JSON.
-type jsonReader struct{ rest []byte }
+type jsonReader struct {
+	rest   []byte
+	values int // how many may still come
+	limit  int // how many were possible
+}
+
+// count counts a value: an element or a member.
+func (p *jsonReader) count() error {
+	if p.values--; p.values < 0 {
+		return &TooManyValuesError{p.limit}
+	}
+	return nil
+}
 
 // next drops white space and the separators of members, and returns the first
 // byte of what comes then.
@@ -185,6 +207,9 @@ func (p *jsonReader) value() (any, error) {
 		p.rest = p.rest[1:]
 		array := []any{}
 		for p.next() != ']' {
+			if err := p.count(); err != nil {
+				return nil, err
+			}
 			v, err := p.value()
 			if err != nil {
 				return nil, err
@@ -197,6 +222,9 @@ func (p *jsonReader) value() (any, error) {
 		p.rest = p.rest[1:]
 		object := map[string]any{}
 		for p.next() != '}' {
+			if err := p.count(); err != nil {
+				return nil, err
+			}
 			name, err := p.text()
 			if err != nil {
 				return nil, err

@@ -3,6 +3,7 @@ package rpc
 import (
 	"bytes"
 	"encoding/json"
+	"math"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -28,7 +29,7 @@ func FuzzJSONValue(f *testing.F) {
 		if err := dec.Decode(&want); err != nil {
 			t.Fatal(err)
 		}
-		got, err := jsonValue(b)
+		got, err := jsonValue(b, math.MaxInt)
 		want, wrong := withNumbers(want)
 		if (err != nil) != wrong {
 			t.Fatalf("%q: %v, want an error: %v", b, err, wrong)
@@ -40,7 +41,7 @@ func FuzzJSONValue(f *testing.F) {
 		var members map[string]json.RawMessage
 		err = json.Unmarshal(b, &members)
 		found, failed := jsonMembers(b)
-		if (err != nil || members == nil) != (failed != nil) {
+		if (err != nil || members == nil || len(members) > maxMembers) != (failed != nil) {
 			t.Fatalf("%q: %v, encoding/json says %v", b, failed, err)
 		}
 		if diff := cmp.Diff(members, found); failed == nil && diff != "" {

@@ -25,16 +25,18 @@
 // returns writes its own answer in the dialect the caller spoke. A caller
 // that sent something unparsable gets no answer in any dialect: ReadCall
 // returns a [*SyntaxError] or [ErrTooLarge], which HTTP servers report as
-// status 500. A string that is not UTF-8 is reported as an [*EncodingError]
-// next to a usable Request, since XenAPI wants an ordinary failure for it.
+// status 500. A string that is not UTF-8 is reported as an [*EncodingError],
+// and more values than a call may have as a [*TooManyValuesError], each next to a
+// usable Request, for an ordinary failure.
 //
 // # Calling
 //
 // [WriteCall] writes a request, [ReadResponse] reads the answer and turns
 // a failure into a [*Fault].
 //
-// All decoding is bounded: by the byte limit the caller gives and by a nesting
-// depth of [MaxDepth]. Nothing here starts a goroutine or keeps a reference to its input.
+// All decoding is bounded: by the byte limit the caller gives, by a nesting
+// depth of [MaxDepth], and that of a call by [MaxValues]. A value that may be larger than what
+// should be in memory is read piece by piece with an [XMLReader]. Nothing here starts a goroutine or keeps a reference to its input.
 package rpc
 
 import (
@@ -47,6 +49,11 @@ import (
 
 // MaxDepth is how deep arrays and structs may nest within a parameter or a result.
 const MaxDepth = 64
+
+// MaxValues is how many values the parameters of a call may have: each
+// parameter, each element of an array and each member of a struct is one. A
+// value takes up to some 200 bytes beside its text, and as few as two in a message.
+const MaxValues = 100_000
 
 // Syntax is one of the two grammars. The JSON-RPC version is chosen by each request.
 type Syntax uint8
@@ -95,6 +102,13 @@ type SyntaxError struct {
 
 func (e *SyntaxError) Error() string {
 	return fmt.Sprintf("rpc: %s at byte %d", e.Msg, e.Offset)
+}
+
+// A TooManyValuesError reports a message with more values than it may have.
+type TooManyValuesError struct{ Limit int }
+
+func (e *TooManyValuesError) Error() string {
+	return fmt.Sprintf("rpc: more than %d values", e.Limit)
 }
 
 // An EncodingError reports a string that is not valid UTF-8.

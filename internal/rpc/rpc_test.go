@@ -3,10 +3,12 @@ package rpc
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"math"
 	"strings"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -70,8 +72,9 @@ func TestXMLValues(t *testing.T) {
 		if strings.ContainsAny(tc.in, "\r") {
 			continue
 		}
-		if got, err := ParseXMLValue(tc.in); err != nil || !cmp.Equal(got, tc.want) {
-			t.Errorf("ParseXMLValue(%s) = %v, %v, want %v", tc.in, got, err, tc.want)
+		x := NewXMLReader(iotest.OneByteReader(strings.NewReader(tc.in)), MaxValues)
+		if got, err := x.Value(), x.End(); err != nil || !cmp.Equal(got, tc.want) {
+			t.Errorf("XMLReader of %s: %v, %v, want %v", tc.in, got, err, tc.want)
 		}
 	}
 }
@@ -425,5 +428,69 @@ func TestWriteErrors(t *testing.T) {
 		if err := WriteCall(io.Discard, d, 1, "a", struct{}{}); err == nil {
 			t.Errorf("dialect %d: a struct{} was encoded", d)
 		}
+	}
+}
+
+// A call has at most MaxValues values, wherever they are; one that has more
+// can be answered.
+func TestMaxValues(t *testing.T) {
+	const half = MaxValues/2 - 1
+	xml := func(n int) string {
+		return "<value><array><data>" + strings.Repeat("<value/>", n) + "</data></array></value>"
+	}
+	xmlStruct := func(n int) string {
+		var b strings.Builder
+		for i := range n {
+			fmt.Fprintf(&b, "<member><name>%d</name><value/></member>", i)
+		}
+		return "<value><struct>" + b.String() + "</struct></value>"
+	}
+	json := func(n int) string { return "[" + strings.TrimSuffix(strings.Repeat("0,", n), ",") + "]" }
+	jsonObject := func(n int) string {
+		return "{" + strings.TrimSuffix(strings.Repeat(`"a":0,`, n), ",") + "}"
+	}
+	call := func(s Syntax, values ...string) string {
+		if s == XML {
+			return xmlCall("<params><param>" + strings.Join(values, "</param><param>") + "</param></params>")
+		}
+		return `{"jsonrpc":"2.0","id":7,"method":"VDI.snapshot","params":[` + strings.Join(values, ",") + `]}`
+	}
+	for name, tt := range map[string]struct {
+		syntax Syntax
+		in     string
+		fits   bool
+	}{
+		"XML":                {XML, call(XML, xml(half), xmlStruct(half)), true},
+		"XML, an element":    {XML, call(XML, xml(half+1), xmlStruct(half)), false},
+		"XML, a member":      {XML, call(XML, xml(half), xmlStruct(half+1)), false},
+		"XML, a parameter":   {XML, call(XML, xml(half), xmlStruct(half), "<value/>"), false},
+		"JSON":               {JSON, call(JSON, json(half), jsonObject(half)), true},
+		"JSON, an element":   {JSON, call(JSON, json(half+1), jsonObject(half)), false},
+		"JSON, a member":     {JSON, call(JSON, json(half), jsonObject(half+1)), false},
+		"JSON, a parameter":  {JSON, call(JSON, json(half), jsonObject(half), "0"), false},
+		"JSON, nested":       {JSON, call(JSON, strings.TrimSuffix(strings.Repeat("[],", MaxValues), ",")), true},
+		"JSON, nested, more": {JSON, call(JSON, strings.TrimSuffix(strings.Repeat("[],", MaxValues+1), ",")), false},
+	} {
+		req, err := ParseCall(tt.syntax, []byte(tt.in))
+		e, tooMany := errors.AsType[*TooManyValuesError](err)
+		switch {
+		case tooMany == tt.fits, err != nil && tt.fits:
+			t.Errorf("%s: %v", name, err)
+		case req == nil || req.Method != "VDI.snapshot":
+			t.Errorf("%s: request %+v cannot answer", name, req)
+		case tooMany && (e.Limit != MaxValues || req.Params != nil || tt.syntax == JSON && string(req.ID) != "7"):
+			t.Errorf("%s: %v, request %+v", name, err, req)
+		}
+	}
+	if _, err := ParseCall(JSON, []byte(`{"method":"a","id":1,"params":[]`+strings.Repeat(`,"a":0`, 100_000)+`}`)); err != nil {
+		t.Errorf("a member again and again: %v", err)
+	}
+	var b strings.Builder
+	for i := range maxMembers {
+		fmt.Fprintf(&b, `,"%d":0`, i)
+	}
+	_, err := ParseCall(JSON, []byte(`{"method":"a","id":1,"params":[]`+b.String()+`}`))
+	if _, ok := errors.AsType[*SyntaxError](err); !ok {
+		t.Errorf("many members: %v, want a SyntaxError", err)
 	}
 }

@@ -3,7 +3,11 @@ package rpc
 import (
 	"bytes"
 	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -11,7 +15,7 @@ import (
 
 // parseXMLCall reads a <methodCall>.
 func parseXMLCall(b []byte) (*Request, error) {
-	p := newXMLParser(b)
+	p := newXMLParser(b, MaxValues)
 	req := &Request{Dialect: XMLRPC}
 	p.prolog()
 	p.open("methodCall")
@@ -25,6 +29,10 @@ func parseXMLCall(b []byte) (*Request, error) {
 	}
 	p.close("methodCall")
 	p.epilog()
+	if _, tooMany := errors.AsType[*TooManyValuesError](p.err); tooMany {
+		req.Params = nil
+		return req, p.err
+	}
 	if p.err != nil {
 		return nil, p.err
 	}
@@ -36,7 +44,7 @@ func parseXMLCall(b []byte) (*Request, error) {
 
 // parseXMLResponse reads a <methodResponse> and takes the result out of it.
 func parseXMLResponse(b []byte) (any, error) {
-	p := newXMLParser(b)
+	p := newXMLParser(b, math.MaxInt)
 	p.prolog()
 	p.open("methodResponse")
 	var v any
@@ -63,17 +71,6 @@ func parseXMLResponse(b []byte) (any, error) {
 	return statusResult(v)
 }
 
-// ParseXMLValue reads the text of one <value>, as made by [XMLValue].
-func ParseXMLValue(s string) (any, error) {
-	p := newXMLParser([]byte(s))
-	v := p.value(0)
-	p.epilog()
-	if p.err != nil {
-		return nil, p.err
-	}
-	return v, nil
-}
-
 // xmlParser reads the subset of XML that XML-RPC needs: elements, text,
 // character references, the five predefined entities, CDATA, comments and
 // processing instructions. Attributes are skipped. Document type
@@ -81,25 +78,85 @@ func ParseXMLValue(s string) (any, error) {
 //
 // The first error sticks; after it every method is harmless and returns zero values.
 type xmlParser struct {
-	b         []byte
-	i         int
+	b         []byte // the message, or the part of it that is in memory
+	i         int    // where in b it goes on
 	err       error
 	checkUTF8 bool    // b as a whole is not UTF-8
 	badText   *string // the first string that is not UTF-8
+	values    int     // how many may still come
+	limit     int     // how many were possible
+
+	src  io.Reader // what follows b; nil when nothing does
+	base int64     // where b begins in the message
 }
 
-func newXMLParser(b []byte) *xmlParser {
-	return &xmlParser{b: b, checkUTF8: !utf8.Valid(b)}
+// newXMLParser returns a parser of a message with at most so many values.
+func newXMLParser(b []byte, values int) *xmlParser {
+	return &xmlParser{b: b, values: values, limit: values, checkUTF8: !utf8.Valid(b)}
 }
 
 func (p *xmlParser) fail(msg string) {
+	p.stop(&SyntaxError{Offset: p.base + int64(p.i), Msg: msg})
+}
+
+func (p *xmlParser) stop(err error) {
 	if p.err == nil {
-		p.err = &SyntaxError{Offset: int64(p.i), Msg: msg}
+		p.err = err
 		p.i = len(p.b)
 	}
 }
 
+// count counts a value: a parameter, an element or a member.
+func (p *xmlParser) count() {
+	if p.values--; p.values < 0 {
+		p.stop(&TooManyValuesError{p.limit})
+	}
+}
+
+// at tells whether there is a byte at p.b[i], for which it may have to be read.
+// Only space forgets what lies before p.i.
+func (p *xmlParser) at(i int) bool {
+	for i >= len(p.b) {
+		if !p.more() {
+			return false
+		}
+	}
+	return true
+}
+
+// more appends some of what follows to p.b.
+func (p *xmlParser) more() bool {
+	switch {
+	case p.src == nil || p.err != nil:
+		return false
+	case len(p.b) >= maxPiece:
+		p.fail(fmt.Sprintf("a text or tag of more than %d bytes", maxPiece))
+		return false
+	}
+	p.b = slices.Grow(p.b, pieceSize)
+	n, err := io.ReadAtLeast(p.src, p.b[len(p.b):len(p.b)+pieceSize], 1)
+	p.b = p.b[:len(p.b)+n]
+	switch {
+	case err == io.EOF:
+		p.src = nil
+	case err != nil:
+		p.stop(fmt.Errorf("rpc: reading message: %w", err))
+	}
+	return n > 0 && p.err == nil
+}
+
+// forget gives up what lies before p.i, if there is more to come.
+func (p *xmlParser) forget() {
+	if p.src == nil || p.i < pieceSize {
+		return
+	}
+	p.base += int64(p.i)
+	p.b = p.b[:copy(p.b, p.b[p.i:])]
+	p.i = 0
+}
+
 func (p *xmlParser) has(prefix string) bool {
+	p.at(p.i + len(prefix) - 1)
 	return len(p.b)-p.i >= len(prefix) && string(p.b[p.i:p.i+len(prefix)]) == prefix
 }
 
@@ -107,19 +164,24 @@ func isSpace(c byte) bool { return c == ' ' || c == '\t' || c == '\n' || c == '\
 
 // through moves past the next occurrence of end and returns what lay before it.
 func (p *xmlParser) through(end string) []byte {
-	n := bytes.Index(p.b[p.i:], []byte(end))
-	if n < 0 {
-		p.fail("missing " + end)
-		return nil
+	for from := p.i; ; {
+		if n := bytes.Index(p.b[from:], []byte(end)); n >= 0 {
+			s := p.b[p.i : from+n]
+			p.i = from + n + len(end)
+			return s
+		}
+		from = max(p.i, len(p.b)-len(end)+1)
+		if !p.at(len(p.b)) {
+			p.fail("missing " + end)
+			return nil
+		}
 	}
-	s := p.b[p.i : p.i+n]
-	p.i += n + len(end)
-	return s
 }
 
 // space skips white space, comments and processing instructions.
 func (p *xmlParser) space() {
-	for p.i < len(p.b) {
+	p.forget()
+	for p.at(p.i) {
 		switch {
 		case isSpace(p.b[p.i]):
 			p.i++
@@ -169,22 +231,22 @@ func (p *xmlParser) epilog() {
 
 // tag reads <name …>, <name …/> or </name>.
 func (p *xmlParser) tag() (name []byte, closing, empty bool) {
-	if p.i >= len(p.b) || p.b[p.i] != '<' {
+	if !p.at(p.i) || p.b[p.i] != '<' {
 		p.fail("expected an element")
 		return
 	}
 	i := p.i + 1
-	if i < len(p.b) && p.b[i] == '/' {
+	if p.at(i) && p.b[i] == '/' {
 		closing = true
 		i++
 	}
 	start := i
-	for i < len(p.b) && !isSpace(p.b[i]) && p.b[i] != '>' && p.b[i] != '/' && p.b[i] != '<' {
+	for p.at(i) && !isSpace(p.b[i]) && p.b[i] != '>' && p.b[i] != '/' && p.b[i] != '<' {
 		i++
 	}
-	name = p.b[start:i]
+	name = p.b[start:min(i, len(p.b))]
 	var quote byte
-	for ; i < len(p.b); i++ {
+	for ; p.at(i); i++ {
 		c := p.b[i]
 		switch {
 		case quote != 0:
@@ -257,6 +319,7 @@ func (p *xmlParser) params() []any {
 	var out []any
 	p.open("params")
 	for p.peekOpen("param") {
+		p.count()
 		p.open("param")
 		out = append(out, p.value(0))
 		p.close("param")
@@ -368,15 +431,25 @@ func (p *xmlParser) array(empty bool, depth int) []any {
 		p.fail("<array> without <data>")
 		return nil
 	}
+	for range p.elements {
+		out = append(out, p.value(depth))
+	}
+	return out
+}
+
+// elements reads the rest of an array whose start tag has been consumed, but
+// for its elements.
+func (p *xmlParser) elements(yield func() bool) {
 	if !p.emptyElement("data") {
 		p.open("data")
 		for p.peekOpen("value") {
-			out = append(out, p.value(depth))
+			if p.count(); !yield() {
+				return
+			}
 		}
 		p.close("data")
 	}
 	p.close("array")
-	return out
 }
 
 func (p *xmlParser) members(empty bool, depth int) map[string]any {
@@ -384,7 +457,21 @@ func (p *xmlParser) members(empty bool, depth int) map[string]any {
 	if empty {
 		return out
 	}
+	for name := range p.names {
+		v := p.value(depth)
+		if _, dup := out[name]; dup {
+			p.fail("duplicate member " + strconv.Quote(name))
+		}
+		out[name] = v
+	}
+	return out
+}
+
+// names reads the rest of a struct whose start tag has been consumed, but for
+// the values of its members.
+func (p *xmlParser) names(yield func(string) bool) {
 	for p.peekOpen("member") {
+		p.count()
 		p.open("member")
 		var name string
 		if !p.emptyElement("name") {
@@ -392,15 +479,12 @@ func (p *xmlParser) members(empty bool, depth int) map[string]any {
 			name = p.str(p.text())
 			p.close("name")
 		}
-		v := p.value(depth)
-		if _, dup := out[name]; dup {
-			p.fail("duplicate member " + strconv.Quote(name))
+		if !yield(name) {
+			return
 		}
-		out[name] = v
 		p.close("member")
 	}
 	p.close("struct")
-	return out
 }
 
 // str notes strings that are not UTF-8.
@@ -425,7 +509,7 @@ func (p *xmlParser) text() string {
 	flush := func() {
 		out = append(out, p.b[start:p.i]...)
 	}
-	for p.i < len(p.b) {
+	for p.at(p.i) {
 		c := p.b[p.i]
 		switch {
 		case c < utf8.RuneSelf && c != '<' && xmlPlain[c] || c == '"' || c == '>' || c >= utf8.RuneSelf || c == 0x7f:
@@ -489,6 +573,7 @@ func appendLines(dst, b []byte) []byte {
 
 // reference reads &name; or &#n; at p.i.
 func (p *xmlParser) reference(dst []byte) []byte {
+	p.at(p.i + 11)
 	end := bytes.IndexByte(p.b[p.i:min(len(p.b), p.i+12)], ';')
 	if end < 0 {
 		p.fail("unterminated reference")

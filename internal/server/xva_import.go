@@ -121,6 +121,17 @@ func compression(r *bufio.Reader) string {
 	return ""
 }
 
+// fromBody marks what is wrong with reading as a fault of the body.
+type fromBody struct{ io.Reader }
+
+func (b fromBody) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	if err != nil && err != io.EOF {
+		err = &bodyError{err}
+	}
+	return n, err
+}
+
 // takeXVA reads an archive from the body of r and fills the disks of an
 // import.
 func takeXVA(ctx context.Context, r *request, conn *stream, x *api.VMImport, trust bool) error {
@@ -141,7 +152,7 @@ func takeXVA(ctx context.Context, r *request, conn *stream, x *api.VMImport, tru
 	if err != nil {
 		return &bodyError{err}
 	}
-	disks, err := x.Begin(manifest)
+	disks, err := x.Begin(fromBody{manifest})
 	if err != nil {
 		return err
 	}

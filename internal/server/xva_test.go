@@ -108,12 +108,12 @@ func (y *yard) brought(path string, body []byte, args ...string) (vms []string) 
 	if len(o) != 2 || o[0] != "success" {
 		y.t.Fatalf("import: task says %q", o)
 	}
-	v, err := rpc.ParseXMLValue(o[1])
-	if err != nil {
-		y.t.Fatal(err)
+	x := rpc.NewXMLReader(strings.NewReader(o[1]), rpc.MaxValues)
+	for range x.Elements() {
+		vms = append(vms, x.Value().(string))
 	}
-	for _, ref := range v.([]any) {
-		vms = append(vms, ref.(string))
+	if err := x.End(); err != nil {
+		y.t.Fatal(err)
 	}
 	return vms
 }

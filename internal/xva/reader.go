@@ -69,14 +69,14 @@ func newReader(src io.Reader) *Reader {
 // Manifest is the name of the file with which an XVA begins.
 const Manifest = "ova.xml"
 
-// maxManifest is the largest manifest that is read, in bytes: that of some
-// thousand VMs.
+// maxManifest is the largest manifest that is read, in bytes: that of a VM
+// with 800 snapshots of 16 disks.
 const maxManifest = 64 << 20
 
-// NewArchive begins to read an XVA and returns its manifest. The reader knows
-// of no disks until it is told by Expect.
-func NewArchive(src io.Reader) (*Reader, []byte, error) {
-	r := newReader(src)
+// NewArchive begins to read an XVA and returns its manifest, which must be read
+// before the disks. The reader knows of none until it is told by Expect.
+func NewArchive(src io.Reader) (r *Reader, manifest io.Reader, err error) {
+	r = newReader(src)
 	h, err := r.header()
 	switch {
 	case err == io.EOF:
@@ -88,12 +88,18 @@ func NewArchive(src io.Reader) (*Reader, []byte, error) {
 	case h.Size > maxManifest:
 		return nil, nil, malformed("%s has %d bytes, %d are possible", Manifest, h.Size, int64(maxManifest))
 	}
-	// Not in one piece of h.Size bytes: those have not come yet.
-	manifest, err := io.ReadAll(r.tar)
-	if err != nil {
-		return nil, nil, r.short(Manifest, err)
+	return r, &manifestReader{r}, nil
+}
+
+// manifestReader reads the manifest of an archive.
+type manifestReader struct{ archive *Reader }
+
+func (m *manifestReader) Read(p []byte) (int, error) {
+	n, err := m.archive.tar.Read(p)
+	if err != nil && err != io.EOF {
+		err = m.archive.short(Manifest, err)
 	}
-	return r, manifest, nil
+	return n, err
 }
 
 // Expect says which disks follow the manifest: their sizes in bytes by the

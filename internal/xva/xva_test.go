@@ -229,7 +229,11 @@ func FuzzArchive(f *testing.F) {
 	f.Add(archive(f, manifest), uint32(5000))
 	f.Add(archive(f, manifest, file{name: "../x", kind: tar.TypeSymlink, link: "/"}), uint32(5000))
 	f.Fuzz(func(t *testing.T, b []byte, size uint32) {
-		r, text, err := NewArchive(bytes.NewReader(b))
+		r, manifest, err := NewArchive(bytes.NewReader(b))
+		var text []byte
+		if err == nil {
+			text, err = io.ReadAll(manifest)
+		}
 		if err != nil {
 			if !errors.Is(err, ErrFormat) && !errors.Is(err, io.ErrUnexpectedEOF) {
 				t.Fatal(err)
