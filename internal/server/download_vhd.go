@@ -41,13 +41,13 @@ func planVHD(ctx context.Context, d *download) (image, error) {
 
 // maxBlank is how much of a disk is sent, in bytes, only because its base ends
 // before it.
-const maxBlank = 64 << 30
+const maxBlank = 4 << 30
 
 // addGrown puts the blocks from the end of a base to that of its larger delta
 // into the set: what neither of the two holds reads as zero, but libvhdi, which
-// knows no such thing behind the end of the parent, fails there. A disk that has
-// grown by more than maxBlank bytes without data is not made to cost that much:
-// others read its delta as it is.
+// knows no such thing behind the end of the parent, fails there. When a disk has
+// grown by more than maxBlank bytes without data, its delta goes on costing what
+// has changed: others read it as it is.
 func addGrown(set *vhd.BlockSet, base, size int64) {
 	blank := int64(0)
 	for i := base / vhd.BlockSize; i*vhd.BlockSize < size; i++ {
