@@ -2,6 +2,7 @@ package server
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -54,9 +55,14 @@ func encoder(name string, w io.Writer) (io.WriteCloser, error) {
 	return gzip.NewWriterLevel(w, gzip.BestSpeed)
 }
 
-// maxDecoderWindow is the largest window of a zstd body, in bytes: what the
-// format's specification asks every decoder to support.
-const maxDecoderWindow = 8 << 20
+// maxDecoderWindow is the largest window of a zstd body, in bytes. It is what
+// decoding takes of memory. The specification of the format asks decoders for 8
+// MiB, which zstd -19 makes do with; -20 has 32 MiB.
+const maxDecoderWindow = 32 << 20
+
+// errWindow is what is wrong with a body of a larger one. Of the program's
+// options those that it names are all that make one.
+var errWindow = fmt.Errorf("it was compressed with a zstd window above the limit of %d MiB: compress it with zstd -19 or less and without --long", maxDecoderWindow>>20)
 
 // decoded undoes the content coding of a body. What comes out is not bounded
 // here, but by the disk that it is written to. The closer must be called.
@@ -86,6 +92,9 @@ type unbroken struct{ io.Reader }
 
 func (u unbroken) Read(p []byte) (int, error) {
 	n, err := u.Reader.Read(p)
+	if errors.Is(err, zstd.ErrWindowSizeExceeded) || errors.Is(err, zstd.ErrDecoderSizeExceeded) {
+		err = errWindow
+	}
 	if err != nil && err != io.EOF {
 		err = fmt.Errorf("compressed body: %w", err)
 	}

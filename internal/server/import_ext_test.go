@@ -350,6 +350,25 @@ func TestImportContentEncoding(t *testing.T) {
 	if o := d.offer(ref, bomb, []string{"Content-Encoding: zstd"}); o[0] != "failure" {
 		t.Errorf("a body of 64 MiB onto a disk of 4: %q", o)
 	}
+	wide := func(options ...zstd.EOption) []byte {
+		z, err := zstd.NewWriter(nil, options...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return z.EncodeAll(make([]byte, maxDecoderWindow+mib), nil)
+	}
+	large, _ := d.disk(maxDecoderWindow + 2*mib)
+	if o := d.offer(large, wide(zstd.WithWindowSize(maxDecoderWindow), zstd.WithSingleSegment(false)), []string{"Content-Encoding: zstd"}); !succeeded(o) {
+		t.Errorf("the largest window: %q", o)
+	}
+	for name, body := range map[string][]byte{
+		"a larger window":     wide(zstd.WithWindowSize(2 * maxDecoderWindow)),
+		"all of it in memory": wide(zstd.WithSingleSegment(true)),
+	} {
+		if o := d.offer(large, body, []string{"Content-Encoding: zstd"}); o[0] != "failure" || !strings.Contains(strings.Join(o, " "), "limit of 32 MiB: compress it with zstd -19 or less and without --long") {
+			t.Errorf("%s: %q", name, o)
+		}
+	}
 	if o := d.offer(ref, contents, []string{"Content-Encoding: br"}); !slices.Equal(o, []string{"failure", "INTERNAL_ERROR", "Cannot handle content encoding: br"}) {
 		t.Errorf("br: %q", o)
 	}
