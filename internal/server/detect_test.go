@@ -2,10 +2,13 @@ package server
 
 import (
 	"bytes"
+	"compress/gzip"
 	"fmt"
 	"slices"
 	"strings"
 	"testing"
+
+	"coppice/internal/xva"
 
 	"github.com/klauspost/compress/zstd"
 )
@@ -24,7 +27,7 @@ func TestUndeclaredFormat(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, format := range []string{"vhd", "qcow2", "vmdk"} {
+	for _, format := range []string{"vhd", "qcow2", "vmdk", "tar"} {
 		t.Run(format, func(t *testing.T) {
 			image := readBody(t, d.fetch("GET", d.url("/export_raw_vdi", "vdi", source, "format", format)))
 			vdi, _ := d.filled(before)
@@ -79,5 +82,65 @@ func TestUndeclaredFormat(t *testing.T) {
 				t.Errorf("with its format: %q", o)
 			}
 		})
+	}
+}
+
+// What is no image is told apart as well, where nothing else begins like that.
+func TestUndeclaredPacking(t *testing.T) {
+	d := newDepot(t)
+	before := random(4*mib, 2, [2]int64{0, 4 * mib})
+	vdi, _ := d.filled(before)
+	contents := random(mib, 3, [2]int64{0, 4096})
+	var zipped bytes.Buffer
+	w := gzip.NewWriter(&zipped)
+	if _, err := w.Write(contents); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	packer, err := zstd.NewWriter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	archive := func(name string) []byte {
+		b, err := xva.File(name, contents)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	for name, tt := range map[string]struct {
+		body []byte
+		want string // the start of the reason; "" for none
+	}{
+		"gzip":           {zipped.Bytes(), "The data is compressed with gzip, and neither that nor a format was given. Send the header Content-Encoding: gzip, "},
+		"zstd":           {packer.EncodeAll(contents, nil), "The data is compressed with zstd, and neither that nor a format was given. Send the header Content-Encoding: zstd, "},
+		"VM":             {archive("ova.xml"), "The data is the export of a VM, and no format was given. Send it to /import, "},
+		"another disk":   {archive("Ref:7/00000000"), "The data is an image of the format tar, and no format was given. Give format=tar, "},
+		"another tar":    {archive("etc/passwd"), ""},
+		"almost gzip":    {[]byte("\x1f\x8b\x08\x80 and more"), ""},
+		"almost zstd":    {[]byte("\x28\xb5\x2f\xfd\x08 and more"), ""},
+		"only the magic": {[]byte("\x1f\x8b\x08"), ""},
+	} {
+		o := d.offer(vdi, tt.body, nil)
+		if tt.want == "" {
+			if !succeeded(o) || !bytes.Equal(d.download(vdi, "raw", "")[:len(tt.body)], tt.body) {
+				t.Errorf("%s: %q, or not stored", name, o)
+			}
+			d.upload(vdi, "raw", before)
+			continue
+		}
+		if len(o) != 5 || !slices.Equal(o[:4], []string{"failure", "VALUE_NOT_SUPPORTED", "format", "raw"}) || !strings.HasPrefix(o[4], tt.want) {
+			t.Errorf("%s: %q", name, o)
+		}
+		if !bytes.Equal(d.download(vdi, "raw", ""), before) {
+			t.Errorf("%s: the disk was written", name)
+		}
+		d.upload(vdi, "raw", tt.body)
+		if !bytes.Equal(d.download(vdi, "raw", "")[:len(tt.body)], tt.body) {
+			t.Errorf("%s: not stored with format=raw", name)
+		}
+		d.upload(vdi, "raw", before)
 	}
 }

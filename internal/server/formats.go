@@ -52,7 +52,7 @@ func formats() []format {
 	return []format{
 		{name: "raw", contentType: "application/octet-stream", encode: planRaw, decode: readRaw},
 		{name: "vhd", contentType: "application/vhd", encode: planVHD, decode: readVHD, begins: vhd.HasFooter},
-		{name: "tar", contentType: "application/x-tar", fullOnly: true, encode: planTar, decode: readTar},
+		{name: "tar", contentType: "application/x-tar", fullOnly: true, encode: planTar, decode: readTar, begins: isDiskTar},
 		{name: "qcow2", contentType: "application/x-qemu-disk", encode: planQcow2, decode: readQcow2, begins: qcow2.IsImage},
 		{name: "vmdk", contentType: "application/x-vmdk", fullOnly: true, encode: planVMDK, decode: readVMDK, begins: vmdk.IsSparse},
 	}
