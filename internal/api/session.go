@@ -101,6 +101,11 @@ func (a *API) session(ref xapi.Ref[xapi.Session]) (*session, error) {
 	return s, nil
 }
 
+// LoggedIn tells whether a session is live, and does not count as a use of it.
+func (a *API) LoggedIn(session string) bool {
+	return a.sessions.get(xapi.Ref[xapi.Session](session)) != nil
+}
+
 // touchSession brings last_active of the session's record up to date.
 func (a *API) touchSession(s *session, now time.Time) {
 	err := a.db.Update(a.ctx, func(tx *db.Tx) error {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"strconv"
 	"time"
@@ -27,13 +28,14 @@ func (s *Server) jsonRPC(w http.ResponseWriter, r *request) { s.rpc(w, r, rpc.JS
 // answer with status 200; only a request that is no call at all gets an error
 // page.
 func (s *Server) rpc(w http.ResponseWriter, r *request, syntax rpc.Syntax) {
-	call, err := s.readCall(w, r, syntax)
-	invalid, badText := errors.AsType[*rpc.EncodingError](err)
+	call, done, err := s.readCall(w, r, syntax)
+	defer done()
+	refusal := refused(err)
 	switch {
 	case errors.Is(err, rpc.ErrTooLarge):
 		s.fail(w, r, &statusError{http.StatusRequestEntityTooLarge, fmt.Errorf("a call may have %d bytes", maxRPC)})
 		return
-	case err != nil && !badText:
+	case err != nil && refusal == nil:
 		s.fail(w, r, err)
 		return
 	}
@@ -46,8 +48,8 @@ func (s *Server) rpc(w http.ResponseWriter, r *request, syntax rpc.Syntax) {
 	h.Set("Access-Control-Allow-Origin", "*")
 	h.Set("Access-Control-Allow-Headers", "X-Requested-With")
 	out := s.newRPCWriter(w)
-	if badText {
-		err = call.WriteFailure(out, xapi.ErrInvalidValue, "Invalid UTF-8 string in parameter", invalid.Value)
+	if refusal != nil {
+		err = call.WriteFailure(out, refusal.Code, refusal.Params...)
 	} else {
 		err = s.invoke(out, r, call)
 	}
@@ -62,13 +64,54 @@ func (s *Server) rpc(w http.ResponseWriter, r *request, syntax rpc.Syntax) {
 	}
 }
 
-// readCall reads and parses the body of r.
-func (s *Server) readCall(w http.ResponseWriter, r *request, syntax rpc.Syntax) (*rpc.Request, error) {
+// refused is the failure with which a call is answered that was read with an
+// error; nil when there is no answering it.
+func refused(err error) *xapi.Error {
+	if e, ok := errors.AsType[*rpc.EncodingError](err); ok {
+		return xapi.NewError(xapi.ErrInvalidValue, "Invalid UTF-8 string in parameter", e.Value)
+	}
+	if e, ok := errors.AsType[*rpc.TooManyValuesError](err); ok {
+		return xapi.NewError(xapi.ErrValueNotSupported, "parameters", fmt.Sprintf("more than %d values", e.Limit),
+			"Each parameter, element of a set and entry of a map is a value: divide them among several calls.")
+	}
+	return nil
+}
+
+// readCall reads and parses the body of r. The function it returns is called
+// when the call has been answered.
+//
+// A body longer than shortCall waits until it is its turn. That of a stranger
+// ends with the answer, in which anything of the call may come back.
+func (s *Server) readCall(w http.ResponseWriter, r *request, syntax rpc.Syntax) (call *rpc.Request, done func(), err error) {
+	done = func() {}
 	if r.ContentLength > maxRPC {
-		return nil, rpc.ErrTooLarge
+		return nil, done, rpc.ErrTooLarge
 	}
 	defer s.limitBody(w, bodyTimeout)()
-	return rpc.ReadCall(syntax, r.Body, maxRPC)
+	start, err := io.ReadAll(io.LimitReader(r.Body, shortCall+1))
+	if err != nil {
+		return nil, done, err
+	}
+	if len(start) <= shortCall {
+		call, err = rpc.ParseCall(syntax, start)
+		return call, done, err
+	}
+	turns := s.turns.strangers
+	if r.origin.Trusted || s.namesSession(start) {
+		turns = s.turns.acquaintances
+	}
+	end, err := turns.take(s.whileWanted(r.Context()))
+	if err != nil {
+		return nil, done, err
+	}
+	if turns == s.turns.strangers {
+		done = end
+	} else {
+		defer end()
+	}
+	s.limitBody(w, bodyTimeout) // waiting may have taken it
+	call, err = rpc.ReadCall(syntax, io.MultiReader(bytes.NewReader(start), r.Body), maxRPC)
+	return call, done, err
 }
 
 // limitBody gives the client so long to send the body. The limit ends with

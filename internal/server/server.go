@@ -99,7 +99,8 @@ type Server struct {
 
 	replies  sync.Pool // of *bytes.Buffer, see rpcWriter
 	streams  streams
-	digests  digests // of exports
+	digests  digests                                  // of exports
+	turns    struct{ acquaintances, strangers turns } // to send long calls: with a session, without
 	handlers activity
 	draining context.Context // ends when a stop begins
 	drain    context.CancelCauseFunc
@@ -131,6 +132,7 @@ func New(cfg Config) *Server {
 		s.metrics = NewMetrics(cfg.Version)
 	}
 	s.metrics.registry.MustRegister(figures{s.api})
+	s.turns.acquaintances, s.turns.strangers = make(turns, acquaintedAtOnce), make(turns, strangersAtOnce)
 	if s.grace == 0 {
 		s.grace = DefaultGrace
 	}
