@@ -210,11 +210,8 @@ func (x *VMImport) plan(ctx context.Context, id xapi.Ref[xapi.VDI]) error {
 	src := ova.Get(x.manifest, id)
 	rec := derivedDisk(src)
 	size, err := diskSize(src.VirtualSize)
-	if err != nil {
-		return err
-	}
-	if src.VirtualSize <= 0 {
-		return importError("the disk %s has %d bytes", id, src.VirtualSize)
+	if err != nil || src.VirtualSize == 0 {
+		return importError("the disk %s has %d bytes, 1 to %d are possible", id, src.VirtualSize, int64(maxDiskSize))
 	}
 	rec.VirtualSize, rec.OnBoot = size, xapi.OnBootPersist
 	delete(rec.OtherConfig, receivedKey)

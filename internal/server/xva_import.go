@@ -54,7 +54,7 @@ func importVM(metadata bool) handler {
 			if err := accept(w, r, conn, string(x.Task)); err != nil {
 				return &clientError{err}
 			}
-			return archiveError(takeXVA(ctx, r, conn, x, req.Force))
+			return archiveError(takeXVA(ctx, r, conn, x, req.Force), metadata)
 		})
 	}
 }
@@ -78,15 +78,20 @@ func importVMRequest(r *request, session string, metadata bool) api.VMImportRequ
 }
 
 // archiveError names what is wrong with an archive, or with how it came, as
-// clients know it. Every other error stays what it is.
-func archiveError(err error) error {
+// clients know it; metadata is set where an archive has nothing but a manifest.
+// Every other error stays what it is.
+func archiveError(err error, metadata bool) error {
 	e, ok := errors.AsType[*bodyError](err)
 	if !ok {
 		return err
 	}
 	err = e.err
 	if e, ok := errors.AsType[*xva.UnexpectedFileError](err); ok {
-		return xapi.NewError(xapi.ErrImportErrorUnexpectedFile, e.Want, e.Found).WithCause(err)
+		want := e.Want
+		if metadata && want != xva.Manifest {
+			want = "the end of an archive of metadata alone; /import takes disks as well"
+		}
+		return xapi.NewError(xapi.ErrImportErrorUnexpectedFile, want, e.Found).WithCause(err)
 	}
 	switch {
 	case errors.Is(err, xva.ErrChecksum):

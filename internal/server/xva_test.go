@@ -424,8 +424,10 @@ func TestXVAMetadata(t *testing.T) {
 	if o := y.bring("/import_metadata", body, "dry_run", "true", "restore", "true"); len(o) < 2 || o[1] != "VM_TO_IMPORT_IS_NOT_NEWER_VERSION" {
 		t.Errorf("dry run of what cannot be: %q", o)
 	}
-	if o := y.bring("/import_metadata", y.archive("/export", "ref", y.vm)); len(o) < 2 || o[1] != "IMPORT_ERROR_UNEXPECTED_FILE" {
-		t.Errorf("with disks: %q", o)
+	whole := y.archive("/export", "ref", y.vm)
+	want := []string{"failure", "IMPORT_ERROR_UNEXPECTED_FILE", "the end of an archive of metadata alone; /import takes disks as well", unpack(t, whole)[1].Name}
+	if o := y.bring("/import_metadata", whole); !slices.Equal(o, want) {
+		t.Errorf("with disks: %q, want %q", o, want)
 	}
 	got := y.record("VM", y.brought("/import_metadata", body)[0])
 	if len(got["snapshots"].([]any)) != 1 {
