@@ -163,7 +163,7 @@ func TestReaderNoticesTheEnd(t *testing.T) {
 // fronted is the image of a disk with its directory at a sector before the
 // grains and its tables at others, as qemu-img writes them; edit changes the
 // entries.
-func fronted(t *testing.T, contents []byte, directory uint32, tables []uint32, edit func(entries []uint32)) []byte {
+func fronted(t testing.TB, contents []byte, directory uint32, tables []uint32, edit func(entries []uint32)) []byte {
 	t.Helper()
 	le := binary.LittleEndian
 	image := write(t, contents)
@@ -377,6 +377,7 @@ func FuzzReader(f *testing.F) {
 	small := write(f, disk(70<<10, [2]int64{0, 10}, [2]int64{66 << 10, 100}))
 	f.Add(small)
 	f.Add(append(bytes.Clone(small[:SectorSize]), small[overheadSectors*SectorSize:]...))
+	f.Add(fronted(f, disk(70<<10, [2]int64{0, 10}, [2]int64{66 << 10, 100}), 60, []uint32{30}, nil))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		for _, length := range []int64{-1, int64(len(b)), int64(len(b)) + 5} {
 			r, err := NewReader(bytes.NewReader(b), ReaderOptions{Length: length})
