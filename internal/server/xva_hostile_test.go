@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 
+	"coppice/internal/rpc"
+
 	"github.com/google/go-cmp/cmp"
 )
 
@@ -125,6 +127,7 @@ func TestXVAHostile(t *testing.T) {
 		"not XML":                {edit("<value><struct>", "<value><struct"), "IMPORT_ERROR"},
 		"a VDI is missing":       {edit("<name>class</name><value>VDI</value>", "<name>class</name><value>Other</value>"), "IMPORT_ERROR_FAILED_TO_FIND_OBJECT"},
 		"a device twice":         {edit("<name>userdevice</name><value>1</value>", "<name>userdevice</name><value>2</value>"), "DEVICE_ALREADY_EXISTS"},
+		"a VM of values":         {edit("<name>tags</name><value><array><data>", "<name>tags</name><value><array><data>"+strings.Repeat("<value/>", rpc.MaxValues)), "IMPORT_ERROR"},
 		"two of a name":          {edit("<name>id</name><value>Ref:1</value>", "<name>id</name><value>Ref:0</value>"), "IMPORT_ERROR"},
 		"memory upside down":     {edit("<name>memory_static_min</name><value>1</value>", "<name>memory_static_min</name><value>2</value>"), "MEMORY_CONSTRAINT_VIOLATION_ORDER"},
 		"damaged and compressed": {broken, "IMPORT_ERROR_SOME_CHECKSUMS_FAILED"},
