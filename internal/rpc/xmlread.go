@@ -114,6 +114,7 @@ func (p *xmlParser) count() {
 }
 
 // at tells whether there is a byte at p.b[i], for which it may have to be read.
+// Where it matters it is only asked at the end of p.b.
 // Only space forgets what lies before p.i.
 func (p *xmlParser) at(i int) bool {
 	for i >= len(p.b) {
@@ -156,8 +157,10 @@ func (p *xmlParser) forget() {
 }
 
 func (p *xmlParser) has(prefix string) bool {
-	p.at(p.i + len(prefix) - 1)
-	return len(p.b)-p.i >= len(prefix) && string(p.b[p.i:p.i+len(prefix)]) == prefix
+	if len(p.b)-p.i < len(prefix) && !p.at(p.i+len(prefix)-1) {
+		return false
+	}
+	return string(p.b[p.i:p.i+len(prefix)]) == prefix
 }
 
 func isSpace(c byte) bool { return c == ' ' || c == '\t' || c == '\n' || c == '\r' }
@@ -178,13 +181,20 @@ func (p *xmlParser) through(end string) []byte {
 	}
 }
 
+// tagNext tells that a tag comes next, when the bytes that say so are in p.b.
+func (p *xmlParser) tagNext() bool {
+	return p.i+1 < len(p.b) && p.b[p.i] == '<' && p.b[p.i+1] != '!' && p.b[p.i+1] != '?'
+}
+
 // space skips white space, comments and processing instructions.
 func (p *xmlParser) space() {
 	p.forget()
-	for p.at(p.i) {
+	for p.i < len(p.b) || p.at(p.i) {
 		switch {
 		case isSpace(p.b[p.i]):
 			p.i++
+		case p.tagNext():
+			return
 		case p.has("<!--"):
 			p.i += len("<!--")
 			p.through("-->")
@@ -231,22 +241,22 @@ func (p *xmlParser) epilog() {
 
 // tag reads <name …>, <name …/> or </name>.
 func (p *xmlParser) tag() (name []byte, closing, empty bool) {
-	if !p.at(p.i) || p.b[p.i] != '<' {
+	if p.i >= len(p.b) && !p.at(p.i) || p.b[p.i] != '<' {
 		p.fail("expected an element")
 		return
 	}
 	i := p.i + 1
-	if p.at(i) && p.b[i] == '/' {
+	if (i < len(p.b) || p.at(i)) && p.b[i] == '/' {
 		closing = true
 		i++
 	}
 	start := i
-	for p.at(i) && !isSpace(p.b[i]) && p.b[i] != '>' && p.b[i] != '/' && p.b[i] != '<' {
+	for (i < len(p.b) || p.at(i)) && !isSpace(p.b[i]) && p.b[i] != '>' && p.b[i] != '/' && p.b[i] != '<' {
 		i++
 	}
 	name = p.b[start:min(i, len(p.b))]
 	var quote byte
-	for ; p.at(i); i++ {
+	for ; i < len(p.b) || p.at(i); i++ {
 		c := p.b[i]
 		switch {
 		case quote != 0:
@@ -509,7 +519,7 @@ func (p *xmlParser) text() string {
 	flush := func() {
 		out = append(out, p.b[start:p.i]...)
 	}
-	for p.at(p.i) {
+	for p.i < len(p.b) || p.at(p.i) {
 		c := p.b[p.i]
 		switch {
 		case c < utf8.RuneSelf && c != '<' && xmlPlain[c] || c == '"' || c == '>' || c >= utf8.RuneSelf || c == 0x7f:
