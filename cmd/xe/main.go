@@ -37,8 +37,8 @@ func main() {
 	}
 	code := thincli.Run(ctx, thincli.Env{
 		Stdin:       os.Stdin,
-		Stdout:      os.Stdout,
-		Stderr:      stderr(),
+		Stdout:      survived(os.Stdout),
+		Stderr:      survived(os.Stderr),
 		Getenv:      os.Getenv,
 		Dir:         dir,
 		RawTerminal: rawTerminal,
@@ -49,17 +49,16 @@ func main() {
 	os.Exit(code)
 }
 
-// stderr is standard error by another descriptor. Where nobody reads it any more,
-// as behind a pipe that Ctrl-C or a lost connection has ended first, a write to
-// the one of the system would end the program (see os/signal), and could leave half
-// of the file that is being received. Standard output is left as it is: what fills a
-// pipe has to end with its reader.
-func stderr() *os.File {
-	fd, err := syscall.Dup(int(os.Stderr.Fd()))
+// survived is standard output or standard error by another descriptor. Where
+// nobody reads it any more, as behind a pipe that Ctrl-C or a lost connection has
+// ended first, a write to the one of the system would end the program (see os/signal),
+// and lose the file that is being received, or leave half of it.
+func survived(standard *os.File) *os.File {
+	fd, err := syscall.Dup(int(standard.Fd()))
 	if err != nil {
-		return os.Stderr
+		return standard
 	}
-	return os.NewFile(uintptr(fd), os.Stderr.Name())
+	return os.NewFile(uintptr(fd), standard.Name())
 }
 
 // interrupted is the signal that ended the run.

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -220,7 +221,11 @@ func (c *client) obey(ctx context.Context, frames <-chan frame) (code int, err e
 		c.debugf("server: %#v", f.m)
 		switch m := f.m.(type) {
 		case Print:
-			c.write(c.env.Stdout, m.Text+"\n")
+			if err := c.write(c.env.Stdout, m.Text+"\n"); err != nil && len(c.received.files) == 0 {
+				if err := unread(err); err != nil {
+					return 0, err
+				}
+			}
 		case PrintStderr:
 			c.write(c.env.Stderr, m.Text)
 		case Debug:
@@ -472,10 +477,20 @@ func (c *client) mayTouch(name string) error {
 		"The file name was not present on the command line\n.\n", name)
 }
 
-func (c *client) write(w io.Writer, text string) {
+func (c *client) write(w io.Writer, text string) error {
 	c.out.Lock()
 	defer c.out.Unlock()
-	fmt.Fprint(w, text)
+	_, err := fmt.Fprint(w, text)
+	return err
+}
+
+// unread is what ends a run that is there for its standard output alone when nobody
+// reads that any more: silently and as SIGPIPE would. It is nil for other errors.
+func unread(err error) error {
+	if errors.Is(err, syscall.EPIPE) {
+		return &failure{"", 128 + int(syscall.SIGPIPE)}
+	}
+	return nil
 }
 
 func (c *client) debugf(format string, args ...any) {

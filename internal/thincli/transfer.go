@@ -176,6 +176,9 @@ func (c *client) get(ctx context.Context, m HTTPGet) (Response, error) {
 		if err == nil {
 			err = x.whole(n)
 		}
+		if err := unread(err); err != nil {
+			return Failed, err
+		}
 		return c.copied(err)
 	}
 	if err := c.mayTouch(m.File); err != nil {
