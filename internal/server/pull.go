@@ -5,8 +5,11 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"coppice/internal/api"
 	"coppice/internal/remote"
@@ -124,7 +127,11 @@ func sourceError(err error) error {
 		case xapi.ErrTaskCancelled, xapi.ErrHostIsSlave:
 			return xapi.NewError(xapi.ErrVDIIOError, "The source says "+e.Code).WithCause(err)
 		}
-		return xapi.NewError(e.Code, e.Params...).WithCause(err)
+		params := slices.Clone(e.Params)
+		for i, p := range params {
+			params[i] = printable(p)
+		}
+		return xapi.NewError(printable(e.Code), params...).WithCause(err)
 	}
 	if e, ok := errors.AsType[*remote.URLError](err); ok {
 		return badParam("remote-url", e.Reason)
@@ -144,5 +151,16 @@ func sourceError(err error) error {
 	if _, ok := errors.AsType[*xapi.Error](err); ok || errors.Is(err, context.Canceled) {
 		return err
 	}
-	return xapi.NewError(xapi.ErrVDIIOError, "The source: "+err.Error()).WithCause(err)
+	return xapi.NewError(xapi.ErrVDIIOError, printable("The source: "+err.Error())).WithCause(err)
+}
+
+// printable is a text of another server as it can go to a terminal: what is not
+// printed is a question mark.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r != utf8.RuneError && unicode.IsPrint(r) {
+			return r
+		}
+		return '?'
+	}, s)
 }

@@ -222,6 +222,11 @@ func TestPullXapi(t *testing.T) {
 			_, _ = io.WriteString(w, errorPage("VDI_IN_USE: [ OpaqueRef:vdi; it&apos;s attached ]"))
 			return nil // as it does with what it cannot open
 		}, xapi.ErrVDIInUse, "OpaqueRef:vdi it's attached"},
+		{"page for a terminal", func(w http.ResponseWriter, _ *http.Request, _ []byte) []string {
+			w.WriteHeader(http.StatusInternalServerError)
+			_, _ = io.WriteString(w, errorPage("VDI_IN_USE: [ \x1b[31mr\u00f6d\x00\xff ]"))
+			return nil
+		}, xapi.ErrVDIInUse, "?[31mröd??"},
 		{"page in the image", func(w http.ResponseWriter, _ *http.Request, image []byte) []string {
 			untilClose(w, append(image[:3*mib:3*mib], "HTTP/1.1 500 Internal Error\r\n\r\n"+errorPage("")...))
 			return []string{"VDI_IO_ERROR", "Device I/O errors"}
