@@ -1,6 +1,6 @@
 // Command xe is the command line of a XenAPI server: Coppice, XCP-ng or
-// XenServer. All commands live in the server; see package thincli for what is
-// left to do here.
+// XenServer. All commands live in the server, except `xe completion`, which
+// prints a script for bash; see package thincli for what is left to do here.
 //
 // Connection settings come from options, XE_EXTRA_ARGS and ~/.xe, in this
 // order. `xe -s 127.0.0.1 -p 8080` reaches a Coppice server on its default
@@ -20,6 +20,9 @@ import (
 )
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == "completion" {
+		os.Exit(printCompletion(os.Args[2:]))
+	}
 	ctx, interrupt := context.WithCancelCause(context.Background())
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)

@@ -128,7 +128,6 @@ func commandTable() *table {
 	add(snapshotCommands())
 	add(otherCommands())
 	add(operatorCommands())
-	add(completionCommands())
 	return t
 }
 

@@ -4,16 +4,42 @@
 # What there is, commands, parameters and objects, it asks the server that the
 # command line being completed is for.
 
-# _xe_ask runs a command and prints the values of its answer, one a line.
+# _xe_may_ask reports whether it may be asked. Without a password each question
+# would be a refused login, except over a Unix socket; and the words that go along
+# must be what the shell will make of them.
+_xe_may_ask() {
+	local plain=${line//\\?/}
+	[[ $plain != *[\'\"\`]* && $plain != *'$('* && "${options[*]} $command ${cur%%=*}" != *'$'* ]] || return
+	{
+		cat ~/.xe
+		printenv XE_EXTRA_ARGS | tr , '\n'
+		printf '%s\n' "${options[@]}"
+	} 2>/dev/null | awk -F = '
+		/^password(file)?=./ { may = 1 }
+		$1 == "server" { local = $2 ~ "^/" }
+		END { exit !(may || local) }'
+}
+
+# _xe_run runs a command, up to the deadline and for so many bytes: a server can
+# stay silent, or never end.
+_xe_run() {
+	((SECONDS < deadline)) || return
+	timeout --foreground -s KILL $((deadline - SECONDS)) xe "$@" "${options[@]}" 2>/dev/null </dev/null |
+		head -c 4M
+}
+
+# _xe_ask prints the values of a command's answer, one a line; DEL stands for the
+# ends of lines in a value.
 _xe_ask() {
-	xe "$@" --minimal "${options[@]}" 2>/dev/null </dev/null |
-		sed -e 's/\\\\/\x01/g' -e 's/\\,/\x02/g' -e 's/,/\n/g' -e 's/\x02/,/g' -e 's/\x01/\\/g' |
-		grep -vFx '<not in database>'
+	_xe_run "$@" --minimal |
+		LC_ALL=C sed -z -e 's/\n$/,/' -e 's/[\n\x01\x02]/\x7f/g' \
+			-e 's/\\\\/\x01/g' -e 's/\\,/\x02/g' -e 's/,/\n/g' -e 's/\x02/,/g' -e 's/\x01/\\/g' |
+		grep -avFx '<not in database>'
 }
 
 # _xe_params prints the parameters of a command, one a line.
 _xe_params() {
-	xe help "$1" "${options[@]}" 2>/dev/null </dev/null |
+	_xe_run help "$1" |
 		sed -n -e 's/^ *\(reqd\|optional\) params *: //p' | tr -s ', ' '\n' | grep .
 }
 
@@ -70,16 +96,18 @@ _xe_values() {
 
 _xe() {
 	COMPREPLY=()
-	local words=() options=() given=' ' command='' line=${COMP_LINE:0:COMP_POINT} cur i IFS=$' \t\n'
+	local words=() options=() given=' ' command='' line=${COMP_LINE:0:COMP_POINT} cur deadline=0 i IFS=$' \t\n'
 	# Not COMP_WORDS, which are broken at = and : as well. Backslashes are undone.
 	read -a words <<<"$line"
 	[[ $line == *[!\\][[:blank:]] ]] && words+=('')
+	((${#words[@]} > 1)) || return 0
 	cur=${words[-1]}
+	local -A long=([-s]=server [-h]=server [-p]=port [-u]=username [-pw]=password [-pwf]=passwordfile [--traceparent]=traceparent)
 	for ((i = 1; i < ${#words[@]} - 1; i++)); do
 		case ${words[i]} in
 		-s | -h | -p | -u | -pw | -pwf | --traceparent)
 			((i + 1 < ${#words[@]} - 1)) || return 0 # its value is being typed
-			options+=("${words[i]}" "${words[++i]}")
+			options+=("${long[${words[i]}]}=${words[++i]}")
 			;;
 		--nossl | server=* | port=* | username=* | password=* | passwordfile=* | nossl=*) options+=("${words[i]}") ;;
 		*)
@@ -91,6 +119,8 @@ _xe() {
 			;;
 		esac
 	done
+	options=("${options[@]/#passwordfile=\~\//"passwordfile=$HOME/"}")
+	! _xe_may_ask || deadline=$((SECONDS + 3))
 
 	local candidates=() param=${cur%%=*} value=${cur#*=} before='' candidate
 	if [[ -z $command || $command == help ]]; then
@@ -110,14 +140,19 @@ _xe() {
 		before=$param=
 		case $param in
 		*filename | file-name)
-			mapfile -t candidates < <(compgen -f -- "$value" | sort)
-			for i in "${!candidates[@]}"; do
-				if [[ -d ${candidates[i]} ]]; then
-					candidates[i]+=/
-				else
-					candidates[i]+=' '
+			local file path
+			while IFS= read -r file; do
+				path=$file
+				if [[ $file == \~/* ]]; then
+					[[ $param != *-* ]] || continue # bash expands ~ after what may be a variable
+					path=$HOME${file#\~}
 				fi
-			done
+				if [[ -d $path ]]; then
+					candidates+=("$file/")
+				elif [[ -e $path ]]; then # and not the first line of a name
+					candidates+=("$file ")
+				fi
+			done < <(compgen -f -- "$value" | sort)
 			;;
 		params) # a list
 			[[ $value != *,* ]] || before+=${value%,*},
@@ -127,20 +162,17 @@ _xe() {
 		esac
 	fi
 
-	# Only what follows the last of bash's own breaks is replaced.
-	local breaks='' replaced=''
-	[[ $COMP_WORDBREAKS != *=* ]] || breaks+='='
-	[[ $COMP_WORDBREAKS != *:* ]] || breaks+=':'
+	# Only what follows the last of bash's own breaks is replaced. Names that a
+	# terminal would not show are not offered.
+	local breaks=${COMP_WORDBREAKS//[^=:@]/} replaced=''
 	[[ -z $breaks ]] || replaced=${cur%"${cur##*[$breaks]}"}
-	[[ -z $replaced ]] || printf -v replaced %q "$replaced"
-	for candidate in "${candidates[@]}"; do
-		candidate=$before$candidate
-		[[ $candidate == "$cur"* ]] || continue
-		local end=''
-		[[ $candidate != *' ' ]] || end=' '
-		printf -v candidate %q "${candidate% }"
-		COMPREPLY+=("${candidate#"$replaced"}$end")
-	done
+	local special='][ "`$&|;<>(){}*?!\\#^'\'
+	[[ $cur == filename=\~/* ]] || special+='~'
+	mapfile -t COMPREPLY < <(
+		for candidate in "${candidates[@]/#/"$before"}"; do
+			[[ $candidate != "$cur"* || $candidate == *[[:cntrl:]]* ]] || printf '%s\n' "${candidate#"$replaced"}"
+		done | LC_ALL=C sed -e "s/[$special]/\\\\&/g" -e 's/\\ $/ /'
+	)
 }
 
 complete -o nospace -F _xe xe
