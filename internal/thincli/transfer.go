@@ -172,7 +172,9 @@ func (c *client) get(ctx context.Context, m HTTPGet) (Response, error) {
 	}
 	defer x.Close()
 	if m.File == "" {
-		n, err := io.Copy(c.env.Stdout, x.body())
+		// Not spliced: into a pipe whose reader is slow that would not wait but try again
+		// and again.
+		n, err := io.CopyBuffer(struct{ io.Writer }{c.env.Stdout}, struct{ io.Reader }{x.body()}, make([]byte, copyBuffer))
 		if err == nil {
 			err = x.whole(n)
 		}
@@ -213,8 +215,7 @@ func (c *client) copied(err error) (Response, error) {
 }
 
 // body returns what is left to read. Where the buffer holds nothing of it any
-// more this is the bare connection, from which the kernel can copy to standard
-// output.
+// more this is the bare connection.
 func (x *exchange) body() io.Reader {
 	var conn io.Reader = x.Conn
 	if b, ok := conn.(*boundConn); ok {
