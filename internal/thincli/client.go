@@ -227,11 +227,11 @@ func (c *client) obey(ctx context.Context, frames <-chan frame) (code int, err e
 				}
 			}
 		case PrintStderr:
-			c.write(c.env.Stderr, m.Text)
+			_ = c.write(c.env.Stderr, m.Text)
 		case Debug:
 			c.debugf("%s", m.Text)
 		case Error:
-			c.write(c.env.Stderr, "Error code: "+m.Code+"\nError parameters: "+strings.Join(m.Params, ", ")+"\n")
+			_ = c.write(c.env.Stderr, "Error code: "+m.Code+"\nError parameters: "+strings.Join(m.Params, ", ")+"\n")
 		case Exit:
 			if m.Code != 0 {
 				return int(m.Code), nil
@@ -495,6 +495,6 @@ func unread(err error) error {
 
 func (c *client) debugf(format string, args ...any) {
 	if c.trace != nil {
-		c.write(c.trace, "debug: "+fmt.Sprintf(format, args...)+"\n")
+		_ = c.write(c.trace, "debug: "+fmt.Sprintf(format, args...)+"\n")
 	}
 }
