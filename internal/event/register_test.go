@@ -130,3 +130,16 @@ func TestEventsLost(t *testing.T) {
 		t.Errorf("an old token: %d events, %v", len(batch.Events), batch.ValidRefCounts["vm"])
 	}
 }
+
+// What a watcher waits for is short: it is kept all the time.
+func TestLongSubscription(t *testing.T) {
+	h := newHarness(t)
+	for n, want := range map[int]string{maxSubscription: "", maxSubscription + 1: xapi.ErrEventSubscriptionParseFailure} {
+		class := "VM/" + strings.Repeat("ü", n)[:n-len("VM/")]
+		_, err := h.From(t.Context(), []string{class}, "", 0)
+		e, _ := errors.AsType[*xapi.Error](err)
+		if want == "" && err != nil || want != "" && (e == nil || e.Code != want || len(e.Params[0]) > maxSubscription+len("…")) {
+			t.Errorf("%d bytes: %v, want %q", n, err, want)
+		}
+	}
+}

@@ -13,12 +13,19 @@ type subscription struct {
 	ref   string      // "" for every object of the class
 }
 
+// maxSubscription is how long the text of a subscription may be, in bytes: a watcher
+// keeps it for as long as it waits.
+const maxSubscription = 256
+
 // subscription reads "*", "class" or "class/ref", the class in any case.
 // A class that does not exist, or has no events, is watched in vain:
 // wanted is false.
 func (f *Feed) subscription(text string) (sub subscription, wanted bool, err error) {
 	if text == "*" {
 		return subscription{}, true, nil
+	}
+	if len(text) > maxSubscription {
+		return subscription{}, false, xapi.NewError(xapi.ErrEventSubscriptionParseFailure, strings.ToValidUTF8(text[:maxSubscription], "")+"…")
 	}
 	name, ref, object := strings.Cut(text, "/")
 	if name == "" || object && ref == "" || strings.Contains(ref, "/") {

@@ -106,7 +106,9 @@ func TestXMLReaderHolds(t *testing.T) {
 		"too long a text":    {repeated("<value><array><data><value>", "text", maxPiece, "</value></data></array></value>"), false},
 		"too long a name":    {repeated("<value><", "text", maxPiece, "/></value>"), false},
 		"too long a comment": {repeated("<value><!--", "text", maxPiece, "--></value>"), false},
-		"too much space":     {repeated("<value>", "    ", maxPiece, "<array></array></value>"), false},
+		"much space":         {repeated("<value>", "    ", maxPiece, "<array><data></data></array></value>"), true},
+		"space after tags":   {repeated("<value><array><data>", "    ", maxPiece, "<value>a</value></data></array></value>"), true},
+		"many comments":      {repeated("<value><!-- a --><?b ?><array><data>", "<!-- text -->", maxPiece/4, "</data></array></value>"), true},
 	} {
 		x := NewXMLReader(tt.in, 1_000_000)
 		for range x.Elements() {

@@ -127,8 +127,11 @@ func (p *xmlParser) tagNext() bool {
 
 // space skips white space, comments and processing instructions.
 func (p *xmlParser) space() {
-	p.forget()
-	for p.i < len(p.b) || p.at(p.i) {
+	for {
+		p.forget()
+		if p.i >= len(p.b) && !p.at(p.i) {
+			return
+		}
 		switch {
 		case isSpace(p.b[p.i]):
 			p.i++

@@ -3,28 +3,47 @@ package server
 import (
 	"bytes"
 	"context"
+	"errors"
+	"net/http"
 )
 
 // A call of up to shortCall bytes is read whoever sends it; a login has a few
-// hundred. Of longer ones only so many are in memory at a time, up to maxRPC
-// bytes and rpc.MaxValues values each, and strangers have a turn of their own, so that
-// they keep nobody waiting who has a session.
+// hundred. Of longer ones, of up to maxRPC bytes and rpc.MaxValues values each, only
+// so many are read and parsed at a time. Strangers have a turn of their own, which
+// ends with their answer, so that they keep nobody waiting who has a session.
 const (
 	shortCall        = 64 << 10
 	acquaintedAtOnce = 4
 	strangersAtOnce  = 1
+
+	// waitingAtMost is how many wait for either kind of turn, with shortCall bytes
+	// each and for bodyTimeout at most. More are turned away: who has gone while
+	// waiting is not noticed before.
+	waitingAtMost = 32
 )
 
-// turns are given to as many at a time as the channel has room for.
-type turns chan struct{}
+var errManyCalls = &statusError{http.StatusServiceUnavailable, errors.New("other long calls are being read: try again later")}
 
-// take waits for a turn, which the function it returns ends. The context is
-// released in any case.
-func (t turns) take(ctx context.Context, release context.CancelFunc) (end func(), err error) {
-	defer release()
+// turns are given to so many at a time, and so many wait for one.
+type turns struct{ taken, waiting chan struct{} }
+
+func newTurns(atOnce int) turns {
+	return turns{make(chan struct{}, atOnce), make(chan struct{}, waitingAtMost)}
+}
+
+// take waits for a turn, which the function it returns ends.
+func (t turns) take(ctx context.Context) (end func(), err error) {
 	select {
-	case t <- struct{}{}:
-		return func() { <-t }, nil
+	case t.waiting <- struct{}{}:
+		defer func() { <-t.waiting }()
+	default:
+		return nil, errManyCalls
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, bodyTimeout, errManyCalls)
+	defer cancel()
+	select {
+	case t.taken <- struct{}{}:
+		return func() { <-t.taken }, nil
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}

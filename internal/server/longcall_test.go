@@ -2,6 +2,7 @@ package server
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"net/http"
@@ -10,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"coppice/internal/rpc"
@@ -167,5 +169,80 @@ func TestTooManyValues(t *testing.T) {
 		if _, err := rpc.ReadResponse(rpc.Dialect(i), w.Body, 1<<20); w.Code != http.StatusOK || fmt.Sprint(err) != want {
 			t.Errorf("dialect %d: status %d, %v\nwant %s", i, w.Code, err, want)
 		}
+	}
+}
+
+// Only so many wait for a turn, and not for ever.
+func TestTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		turns := newTurns(1)
+		end, err := turns.take(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		var all sync.WaitGroup
+		for range waitingAtMost {
+			all.Go(func() {
+				if _, err := turns.take(t.Context()); err != errManyCalls {
+					t.Errorf("who has waited for long: %v", err)
+				}
+			})
+		}
+		synctest.Wait()
+		began := time.Now()
+		if _, err := turns.take(t.Context()); err != errManyCalls || time.Since(began) != 0 {
+			t.Errorf("one who comes when too many wait: %v after %v", err, time.Since(began))
+		}
+		all.Wait()
+		if waited := time.Since(began); waited != bodyTimeout {
+			t.Errorf("they have waited %v", waited)
+		}
+		gone, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := turns.take(gone); err != context.Canceled {
+			t.Errorf("who has gone: %v", err)
+		}
+		end()
+		if end, err = turns.take(t.Context()); err != nil {
+			t.Errorf("when it is free again: %v", err)
+		} else {
+			end()
+		}
+	})
+}
+
+// deadlines is a response that notes until when it can be written.
+type deadlines struct {
+	*httptest.ResponseRecorder
+	until time.Time
+}
+
+func (d *deadlines) SetWriteDeadline(t time.Time) error {
+	d.until = t
+	return nil
+}
+
+// A client that has to take an answer by some time gets no more for taking some of it.
+func TestAnswerInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := &deadlines{ResponseRecorder: httptest.NewRecorder()}
+		last := time.Now().Add(writeTimeout + time.Second)
+		w := &reply{ResponseWriter: d, last: last}
+		for _, want := range []time.Time{time.Now().Add(writeTimeout), last} {
+			if _, err := w.Write([]byte("x")); err != nil || !d.until.Equal(want) {
+				t.Errorf("until %v, want %v (%v)", d.until, want, err)
+			}
+			time.Sleep(2 * time.Second)
+		}
+	})
+}
+
+// What a client is told has no more of what it has sent than says what is meant.
+func TestBadTextComesBackShort(t *testing.T) {
+	f := start(t, time.Minute)
+	w := httptest.NewRecorder()
+	f.ServeHTTP(w, httptest.NewRequest(http.MethodPost, "/jsonrpc", strings.NewReader(`{"jsonrpc":"2.0","id":1,"method":"a","params":["`+strings.Repeat("\xff", 1<<20)+`"]}`)))
+	if n := w.Body.Len(); w.Code != http.StatusOK || n > 16*badTextShown {
+		t.Errorf("status %d, %d bytes", w.Code, n)
 	}
 }

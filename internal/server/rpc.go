@@ -64,11 +64,14 @@ func (s *Server) rpc(w http.ResponseWriter, r *request, syntax rpc.Syntax) {
 	}
 }
 
+// badTextShown is how many bytes of a text that is not UTF-8 come back.
+const badTextShown = 1 << 10
+
 // refused is the failure with which a call is answered that was read with an
 // error; nil when there is no answering it.
 func refused(err error) *xapi.Error {
 	if e, ok := errors.AsType[*rpc.EncodingError](err); ok {
-		return xapi.NewError(xapi.ErrInvalidValue, "Invalid UTF-8 string in parameter", e.Value)
+		return xapi.NewError(xapi.ErrInvalidValue, "Invalid UTF-8 string in parameter", e.Value[:min(len(e.Value), badTextShown)])
 	}
 	if e, ok := errors.AsType[*rpc.TooManyValuesError](err); ok {
 		return xapi.NewError(xapi.ErrValueNotSupported, "parameters", fmt.Sprintf("more than %d values", e.Limit),
@@ -81,7 +84,8 @@ func refused(err error) *xapi.Error {
 // when the call has been answered.
 //
 // A body longer than shortCall waits until it is its turn. That of a stranger
-// ends with the answer, in which anything of the call may come back.
+// ends with the answer, in which anything of the call may come back, and which
+// has to be taken in time.
 func (s *Server) readCall(w http.ResponseWriter, r *request, syntax rpc.Syntax) (call *rpc.Request, done func(), err error) {
 	done = func() {}
 	if r.ContentLength > maxRPC {
@@ -96,18 +100,21 @@ func (s *Server) readCall(w http.ResponseWriter, r *request, syntax rpc.Syntax) 
 		call, err = rpc.ParseCall(syntax, start)
 		return call, done, err
 	}
-	turns := s.turns.strangers
+	ctx, cancel := s.whileWanted(r.Context())
+	defer cancel()
 	if r.origin.Trusted || s.namesSession(start) {
-		turns = s.turns.acquaintances
-	}
-	end, err := turns.take(s.whileWanted(r.Context()))
-	if err != nil {
-		return nil, done, err
-	}
-	if turns == s.turns.strangers {
-		done = end
-	} else {
+		end, err := s.turns.acquaintances.take(ctx)
+		if err != nil {
+			return nil, done, err
+		}
 		defer end()
+	} else {
+		if done, err = s.turns.strangers.take(ctx); err != nil {
+			return nil, func() {}, err
+		}
+		if l, ok := w.(*reply); ok {
+			l.last = time.Now().Add(2 * bodyTimeout)
+		}
 	}
 	s.limitBody(w, bodyTimeout) // waiting may have taken it
 	call, err = rpc.ReadCall(syntax, io.MultiReader(bytes.NewReader(start), r.Body), maxRPC)
@@ -143,8 +150,8 @@ func (s *Server) invoke(out *rpcWriter, r *request, call *rpc.Request) error {
 }
 
 // whileWanted returns a context for waiting on behalf of a client: it ends
-// when ctx does, which is when the client has gone, and when the server
-// starts to stop.
+// when ctx does, which is when the client has gone after all of its request has
+// been read, and when the server starts to stop.
 func (s *Server) whileWanted(ctx context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	unhook := context.AfterFunc(s.draining, func() { cancel(ErrStopping) })

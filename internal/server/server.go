@@ -132,7 +132,7 @@ func New(cfg Config) *Server {
 		s.metrics = NewMetrics(cfg.Version)
 	}
 	s.metrics.registry.MustRegister(figures{s.api})
-	s.turns.acquaintances, s.turns.strangers = make(turns, acquaintedAtOnce), make(turns, strangersAtOnce)
+	s.turns.acquaintances, s.turns.strangers = newTurns(acquaintedAtOnce), newTurns(strangersAtOnce)
 	if s.grace == 0 {
 		s.grace = DefaultGrace
 	}
@@ -254,6 +254,7 @@ type reply struct {
 	status   int    // 0 until the header is written
 	bytes    int64
 	hijacked bool
+	last     time.Time // by which the client has to have taken it; zero for as long as it takes something
 }
 
 // Unwrap lets an http.ResponseController reach what is below.
@@ -278,7 +279,11 @@ func (w *reply) Write(p []byte) (int, error) {
 // extend gives the client a new writeTimeout. Writers that know no deadline,
 // as in tests, do without.
 func (w *reply) extend() {
-	_ = http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(writeTimeout))
+	until := time.Now().Add(writeTimeout)
+	if !w.last.IsZero() && w.last.Before(until) {
+		until = w.last
+	}
+	_ = http.NewResponseController(w.ResponseWriter).SetWriteDeadline(until)
 }
 
 // activity counts running handlers. Unlike a WaitGroup it may go up again

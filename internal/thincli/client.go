@@ -2,6 +2,7 @@ package thincli
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -222,9 +223,7 @@ func (c *client) obey(ctx context.Context, frames <-chan frame) (code int, err e
 		switch m := f.m.(type) {
 		case Print:
 			if err := c.write(c.env.Stdout, m.Text+"\n"); err != nil && len(c.received.files) == 0 {
-				if err := unread(err); err != nil {
-					return 0, err
-				}
+				return 0, cmp.Or(unread(err), failf("Standard output: %s\n", reason(err)))
 			}
 		case PrintStderr:
 			_ = c.write(c.env.Stderr, m.Text)
