@@ -26,12 +26,6 @@ func classMethods() map[string]any {
 // object of the class.
 func fieldHooks() map[string]fieldHook {
 	return map[string]fieldHook{
-		// What passed while a schedule was disabled is not made up for.
-		"VMSS": func(a *API, ctx context.Context, c *Call, ref, field string) error {
-			a.scheduler.since(xapi.Ref[xapi.VMSS](ref), a.now())
-			a.scheduler.look()
-			return nil
-		},
 		// The volume knows these fields too.
 		"VDI": func(a *API, ctx context.Context, c *Call, ref, field string) error {
 			a.syncAttrs(ctx, xapi.Ref[xapi.VDI](ref))

@@ -18,6 +18,7 @@ func vmssMethods() map[string]any {
 		"VMSS.create":                 (*API).vmssCreate,
 		"VMSS.destroy":                (*API).vmssDestroy,
 		"VMSS.snapshot_now":           (*API).vmssSnapshotNow,
+		"VMSS.set_enabled":            (*API).vmssSetEnabled,
 		"VMSS.set_type":               (*API).vmssSetType,
 		"VMSS.set_frequency":          (*API).vmssSetFrequency,
 		"VMSS.set_schedule":           (*API).vmssSetSchedule,
@@ -82,23 +83,41 @@ func (a *API) vmssDestroy(ctx context.Context, c *Call, ref xapi.Ref[xapi.VMSS])
 	return err
 }
 
-// changeVMSS changes a schedule if it is a valid one afterwards. Slots that the new one would have had before now
-// are not made up for.
+// changeVMSS changes a schedule if it is a valid one afterwards.
 func (a *API) changeVMSS(ctx context.Context, ref xapi.Ref[xapi.VMSS], change func(*xapi.VMSS) error) error {
+	return a.restartVMSS(ctx, ref, func(v *xapi.VMSS) error {
+		if err := change(v); err != nil {
+			return err
+		}
+		_, err := planOf(v)
+		return err
+	})
+}
+
+// restartVMSS changes a schedule. Slots that it would have had before now are not made up for: the scheduler knows
+// that before it can see the change.
+func (a *API) restartVMSS(ctx context.Context, ref xapi.Ref[xapi.VMSS], change func(*xapi.VMSS) error) error {
 	err := a.db.Update(ctx, func(tx *db.Tx) error {
 		var failed error
-		err := db.Modify(tx, ref, func(v *xapi.VMSS) {
-			if failed = change(v); failed == nil {
-				_, failed = planOf(v)
-			}
-		})
-		return cmpErr(failed, err)
+		err := db.Modify(tx, ref, func(v *xapi.VMSS) { failed = change(v) })
+		if err := cmpErr(failed, err); err != nil {
+			return err
+		}
+		a.scheduler.since(ref, a.now())
+		return nil
 	})
 	if err == nil {
-		a.scheduler.since(ref, a.now())
 		a.scheduler.look()
 	}
 	return err
+}
+
+// vmssSetEnabled switches a schedule on or off, also one that cannot be followed.
+func (a *API) vmssSetEnabled(ctx context.Context, c *Call, ref xapi.Ref[xapi.VMSS], value bool) error {
+	return a.restartVMSS(ctx, ref, func(v *xapi.VMSS) error {
+		v.Enabled = value
+		return nil
+	})
 }
 
 func (a *API) vmssSetType(ctx context.Context, c *Call, ref xapi.Ref[xapi.VMSS], value xapi.VMSSType) error {

@@ -37,11 +37,11 @@ type scheduler struct {
 	wake    chan struct{} // has an element when a schedule may have changed
 
 	mu struct {
-		sync.Mutex
-		since    map[xapi.Ref[xapi.VMSS]]time.Time // slots up to then are not due
-		resumed  map[xapi.Ref[xapi.VMSS]]bool      // has been looked at since the start
-		snapping map[xapi.Ref[xapi.VM]]bool        // a scheduled snapshot is being taken
-		pruning  map[xapi.Ref[xapi.VM]]bool
+		sync.Mutex                                   // may be taken within a transaction, and none begins under it
+		since      map[xapi.Ref[xapi.VMSS]]time.Time // slots up to then are not due
+		resumed    map[xapi.Ref[xapi.VMSS]]bool      // has been looked at since the start
+		snapping   map[xapi.Ref[xapi.VM]]bool        // a scheduled snapshot is being taken
+		pruning    map[xapi.Ref[xapi.VM]]bool
 	}
 }
 
@@ -118,6 +118,9 @@ func (s *scheduler) pass(now time.Time) (next time.Time) {
 		if slot := plan.Next(now); slot.Before(next) {
 			next = slot
 		}
+		if s.setBack(ref, v, plan, now) {
+			continue
+		}
 		if d, ok := s.due(ref, v, plan, now); ok {
 			a.background.Go(func() { s.follow(ref, plan, d) })
 		}
@@ -144,11 +147,6 @@ func (s *scheduler) due(ref xapi.Ref[xapi.VMSS], v *xapi.VMSS, plan schedule.Sch
 		s.mu.since[ref] = since
 	}
 	done := v.LastRunTime
-	if done.Sub(now) > plan.Frequency.Period() {
-		s.api.log.Warn("the clock has been set back, a schedule begins anew", "vmss", v.UUID, "last_run_time", done)
-		s.mu.since[ref], s.mu.resumed[ref] = now, true
-		return dueSlot{slot: now, now: now}, s.reset(ref, now)
-	}
 	if since := s.mu.since[ref]; since.After(done) {
 		done = since
 	}
@@ -165,12 +163,17 @@ func (s *scheduler) due(ref xapi.Ref[xapi.VMSS], v *xapi.VMSS, plan schedule.Sch
 	return d, true
 }
 
-// reset makes now the last_run_time of a schedule, and is never due.
-func (s *scheduler) reset(ref xapi.Ref[xapi.VMSS], now time.Time) (due bool) {
+// setBack reports whether the clock has been set back by more than the period of a schedule, which then begins anew.
+func (s *scheduler) setBack(ref xapi.Ref[xapi.VMSS], v *xapi.VMSS, plan schedule.Schedule, now time.Time) bool {
+	if v.LastRunTime.Sub(now) <= plan.Frequency.Period() {
+		return false
+	}
+	s.api.log.Warn("the clock has been set back, a schedule begins anew", "vmss", v.UUID, "last_run_time", v.LastRunTime)
+	s.since(ref, now)
 	if err := s.setLastRun(ref, now); err != nil {
 		s.api.log.Error("a schedule could not be set back", "vmss", ref, "err", err)
 	}
-	return false
+	return true
 }
 
 func (s *scheduler) setLastRun(ref xapi.Ref[xapi.VMSS], now time.Time) error {
