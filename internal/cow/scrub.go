@@ -267,6 +267,9 @@ func (c *scrub) counted(e entry, lo uint64) error {
 		switch {
 		case errors.Is(err, ErrCorrupt): // damaged counters are reported on their own
 			return nil
+		case errors.Is(err, errCount): // a superblock may name fewer regions than there are
+			c.problem(lo, 0, addr, "unit in use lies where there is none")
+			return nil
 		case err != nil:
 			return err
 		case refs == 0:
