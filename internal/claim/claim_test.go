@@ -73,6 +73,24 @@ func (h *harness) begun() call {
 	return c
 }
 
+// evacuates has the call take a host, which must be free, and returns what gives it back.
+func (c call) evacuates(host xapi.Ref[xapi.Host]) (release func()) {
+	c.h.t.Helper()
+	release, err := c.Take(c.h.t.Context(), patience, nil, On(host, evacuate))
+	if err != nil {
+		c.h.t.Fatal(err)
+	}
+	return release
+}
+
+// wantIdle expects that nobody waits.
+func (h *harness) wantIdle() {
+	h.t.Helper()
+	if n := h.queue.Waiting(); n != 0 {
+		h.t.Errorf("%d still wait", n)
+	}
+}
+
 func (c call) end() {
 	c.End(nil)
 	c.h.mu.Lock()
@@ -184,10 +202,7 @@ func TestClaimsAreFair(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHarness(t)
 		holder := h.begun()
-		release, err := holder.Take(t.Context(), patience, nil, On(h.host, evacuate))
-		if err != nil {
-			t.Fatal(err)
-		}
+		release := holder.evacuates(h.host)
 		var order []int
 		for i := range 20 {
 			go func() {
@@ -223,9 +238,7 @@ func TestClaimsAreFair(t *testing.T) {
 		if !slices.Equal(order, want) {
 			t.Errorf("order %v", order)
 		}
-		if h.queue.Waiting() != 0 {
-			t.Errorf("%d still wait", h.queue.Waiting())
-		}
+		h.wantIdle()
 	})
 }
 
@@ -234,10 +247,7 @@ func TestClaimsAreGrantedTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHarness(t)
 		holder := h.begun()
-		release, err := holder.Take(t.Context(), patience, nil, On(h.host, evacuate))
-		if err != nil {
-			t.Fatal(err)
-		}
+		release := holder.evacuates(h.host)
 		granted := make(chan int, 6)
 		work := make(chan struct{})
 		for i := range 5 {
@@ -288,10 +298,7 @@ func TestClaimOnAnotherObjectOvertakes(t *testing.T) {
 		h := newHarness(t)
 		other := dbtest.Insert(h.db, xapi.New[xapi.Host]())
 		holder, waiting, free := h.begun(), h.begun(), h.begun()
-		release, err := holder.Take(t.Context(), patience, nil, On(h.host, evacuate))
-		if err != nil {
-			t.Fatal(err)
-		}
+		release := holder.evacuates(h.host)
 		go func() {
 			_, err := waiting.Take(t.Context(), patience, h.exclusive(h.host), On(h.host, reboot), On(h.pool, xapi.PoolAllowedOperationsHAEnable))
 			if err != nil {
@@ -302,7 +309,7 @@ func TestClaimOnAnotherObjectOvertakes(t *testing.T) {
 		synctest.Wait()
 		// The pool is not what the other one waits for.
 		begin := time.Now()
-		_, err = free.Take(t.Context(), patience, h.exclusive(other), On(other, reboot), On(h.pool, xapi.PoolAllowedOperationsHAEnable))
+		_, err := free.Take(t.Context(), patience, h.exclusive(other), On(other, reboot), On(h.pool, xapi.PoolAllowedOperationsHAEnable))
 		if err != nil || time.Since(begin) != 0 {
 			t.Errorf("claim on free objects: %v after %v", err, time.Since(begin))
 		}
@@ -412,9 +419,7 @@ func TestClaimsUnderLoad(t *testing.T) {
 			t.Errorf("left: %v", got)
 		}
 	}
-	if h.queue.Waiting() != 0 {
-		t.Errorf("%d still wait", h.queue.Waiting())
-	}
+	h.wantIdle()
 }
 
 // When the database is gone nobody waits for a release that cannot come.
@@ -422,10 +427,7 @@ func TestClaimsEndWithTheDatabase(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHarness(t)
 		holder, waiting := h.begun(), h.begun()
-		release, err := holder.Take(t.Context(), patience, nil, On(h.host, evacuate))
-		if err != nil {
-			t.Fatal(err)
-		}
+		release := holder.evacuates(h.host)
 		go func() {
 			begin := time.Now()
 			_, err := waiting.Take(t.Context(), patience, h.exclusive(h.host), On(h.host, reboot))
@@ -482,9 +484,7 @@ func TestTakeGivesUp(t *testing.T) {
 		time.Sleep(time.Minute)
 		cancel(gone)
 		synctest.Wait()
-		if h.queue.Waiting() != 0 {
-			t.Errorf("%d still wait", h.queue.Waiting())
-		}
+		h.wantIdle()
 		holder.end()
 	})
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -117,11 +116,11 @@ func Create(ctx context.Context, dir vfs.FS, o Options) (*Store, error) {
 		return nil, err
 	}
 	return withLock(dir, func(lock io.Closer) (*Store, error) {
-		names, err := dir.List()
+		present, err := Present(dir)
 		if err != nil {
 			return nil, err
 		}
-		if slices.Contains(names, superName) {
+		if present {
 			return nil, ErrStoreExists
 		}
 		if err := removeFiles(dir); err != nil {

@@ -25,7 +25,7 @@ func (f *Feed) subscription(text string) (sub subscription, wanted bool, err err
 		return subscription{}, true, nil
 	}
 	if len(text) > maxSubscription {
-		return subscription{}, false, xapi.NewError(xapi.ErrEventSubscriptionParseFailure, strings.ToValidUTF8(text[:maxSubscription], "")+"…")
+		return subscription{}, false, xapi.NewError(xapi.ErrEventSubscriptionParseFailure, xapi.Shorten(text, maxSubscription))
 	}
 	name, ref, object := strings.Cut(text, "/")
 	if name == "" || object && ref == "" || strings.Contains(ref, "/") {

@@ -184,13 +184,8 @@ func auditGroup(key string, items map[string]reflect.Value) slog.Attr {
 	return slog.GroupAttrs(key, attrs...)
 }
 
-// cut shortens a text, at a rune.
-func cut(s string) string {
-	if len(s) <= maxAuditText {
-		return s
-	}
-	return strings.ToValidUTF8(s[:maxAuditText], "") + "…"
-}
+// cut shortens a text.
+func cut(s string) string { return xapi.Shorten(s, maxAuditText) }
 
 // auditFile is a file that is appended to and may be opened anew.
 type auditFile struct {

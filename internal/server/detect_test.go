@@ -2,15 +2,12 @@ package server
 
 import (
 	"bytes"
-	"compress/gzip"
 	"fmt"
 	"slices"
 	"strings"
 	"testing"
 
 	"coppice/internal/xva"
-
-	"github.com/klauspost/compress/zstd"
 )
 
 // Images that come without a format are refused before a byte of them is
@@ -23,10 +20,6 @@ func TestUndeclaredFormat(t *testing.T) {
 		return []string{"failure", "VALUE_NOT_SUPPORTED", "format", "raw", "The data is an image of the format " + format +
 			", and no format was given. Give format=" + format + ", or format=raw to store the bytes of the image as they are"}
 	}
-	packer, err := zstd.NewWriter(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
 	for _, format := range []string{"vhd", "qcow2", "vmdk", "tar"} {
 		t.Run(format, func(t *testing.T) {
 			image := readBody(t, d.fetch("GET", d.url("/export_raw_vdi", "vdi", source, "format", format)))
@@ -35,7 +28,7 @@ func TestUndeclaredFormat(t *testing.T) {
 				"plain":     d.offer(vdi, image, nil),
 				"atomic":    d.offer(vdi, image, nil, "coppice-atomic", "1"),
 				"resumable": d.offer(vdi, image, nil, "coppice-offset", "0"),
-				"zstd":      d.offer(vdi, packer.EncodeAll(image, nil), []string{"Content-Encoding: zstd"}),
+				"zstd":      d.offer(vdi, squeezed(t, image), []string{"Content-Encoding: zstd"}),
 			} {
 				if !slices.Equal(o, refused(format)) {
 					t.Errorf("%s: %q", name, o)
@@ -91,18 +84,6 @@ func TestUndeclaredPacking(t *testing.T) {
 	before := random(4*mib, 2, [2]int64{0, 4 * mib})
 	vdi, _ := d.filled(before)
 	contents := random(mib, 3, [2]int64{0, 4096})
-	var zipped bytes.Buffer
-	w := gzip.NewWriter(&zipped)
-	if _, err := w.Write(contents); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	packer, err := zstd.NewWriter(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
 	archive := func(name string) []byte {
 		b, err := xva.File(name, contents)
 		if err != nil {
@@ -114,8 +95,8 @@ func TestUndeclaredPacking(t *testing.T) {
 		body []byte
 		want string // the start of the reason; "" for none
 	}{
-		"gzip":           {zipped.Bytes(), "The data is compressed with gzip, and neither that nor a format was given. Send the header Content-Encoding: gzip, "},
-		"zstd":           {packer.EncodeAll(contents, nil), "The data is compressed with zstd, and neither that nor a format was given. Send the header Content-Encoding: zstd, "},
+		"gzip":           {zipped(t, string(contents)), "The data is compressed with gzip, and neither that nor a format was given. Send the header Content-Encoding: gzip, "},
+		"zstd":           {squeezed(t, contents), "The data is compressed with zstd, and neither that nor a format was given. Send the header Content-Encoding: zstd, "},
 		"VM":             {archive("ova.xml"), "The data is the export of a VM, and no format was given. Send it to /import, "},
 		"another disk":   {archive("Ref:7/00000000"), "The data is an image of the format tar, and no format was given. Give format=tar, "},
 		"another tar":    {archive("etc/passwd"), ""},

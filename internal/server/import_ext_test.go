@@ -19,7 +19,6 @@ import (
 	"coppice/internal/qcow2"
 	"coppice/internal/storage"
 
-	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 )
 
@@ -312,24 +311,21 @@ func TestTar(t *testing.T) {
 	}
 }
 
-func TestImportContentEncoding(t *testing.T) {
-	d := newDepot(t)
-	contents := random(4*mib, 1, [2]int64{mib, mib})
-	var zipped bytes.Buffer
-	w := gzip.NewWriter(&zipped)
-	if _, err := w.Write(contents); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	z, err := zstd.NewWriter(nil)
+// squeezed is what zstd makes of bytes.
+func squeezed(t *testing.T, p []byte, options ...zstd.EOption) []byte {
+	t.Helper()
+	z, err := zstd.NewWriter(nil, options...)
 	if err != nil {
 		t.Fatal(err)
 	}
-	squeezed := z.EncodeAll(contents, nil)
-	bomb := z.EncodeAll(make([]byte, 64*mib), nil)
-	for coding, body := range map[string][]byte{"gzip": zipped.Bytes(), "zstd": squeezed, "identity": contents} {
+	return z.EncodeAll(p, nil)
+}
+
+func TestImportContentEncoding(t *testing.T) {
+	d := newDepot(t)
+	contents := random(4*mib, 1, [2]int64{mib, mib})
+	bomb := squeezed(t, make([]byte, 64*mib))
+	for coding, body := range map[string][]byte{"gzip": zipped(t, string(contents)), "zstd": squeezed(t, contents), "identity": contents} {
 		ref, _ := d.disk(4 * mib)
 		if o := d.offer(ref, body, []string{"Content-Encoding: " + coding}); !succeeded(o) {
 			t.Errorf("%s: %q", coding, o)
@@ -351,11 +347,7 @@ func TestImportContentEncoding(t *testing.T) {
 		t.Errorf("a body of 64 MiB onto a disk of 4: %q", o)
 	}
 	wide := func(options ...zstd.EOption) []byte {
-		z, err := zstd.NewWriter(nil, options...)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return z.EncodeAll(make([]byte, maxDecoderWindow+mib), nil)
+		return squeezed(t, make([]byte, maxDecoderWindow+mib), options...)
 	}
 	large, _ := d.disk(maxDecoderWindow + 2*mib)
 	if o := d.offer(large, wide(zstd.WithWindowSize(maxDecoderWindow), zstd.WithSingleSegment(false)), []string{"Content-Encoding: zstd"}); !succeeded(o) {

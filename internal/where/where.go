@@ -33,7 +33,7 @@ type Expr func(ref string, rec any) bool
 // the comparison is false.
 func Parse(class *xapi.Class, expr string, lenient bool) (Expr, error) {
 	if len(expr) > maxLength {
-		return nil, invalid(strings.ToValidUTF8(expr[:maxLength/64], "")+"…", fmt.Sprintf("the expression has %d bytes, %d are the most", len(expr), maxLength))
+		return nil, invalid(xapi.Shorten(expr, maxLength/64), fmt.Sprintf("the expression has %d bytes, %d are the most", len(expr), maxLength))
 	}
 	p := parser{class: class, lenient: lenient, rest: expr}
 	p.next()

@@ -8,6 +8,14 @@ import (
 	"strings"
 )
 
+// Shorten returns at most n bytes of a text that somebody else made up, to be shown: up to a rune, and "…" for the rest.
+func Shorten(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	return strings.ToValidUTF8(s[:n], "") + "…"
+}
+
 // Text returns v, a value of type t.GoType(), as plain text: numbers in decimal, dates as FormatTime, sets as
 // "a; b", maps as "k: v; l: w" with sorted keys, nothing for void, options without value and records.
 func (t *Type) Text(v any) string {
